@@ -1,0 +1,361 @@
+"""Supervised warm start: masked next-token loss on verified traces. Also home of what both trainers share.
+
+Differences from the paper: (1) the traces were executed, not only written (see data.py); (2) snippets that failed are masked,
+like the interpreter text; (3) sequences are packed to a token budget, and the loss of a step is the sum over its trainable
+tokens divided once by their global number, so that it does not depend on packing, micro-batches or ranks.
+
+    torchrun sft.py                                      # CPU: the embedded default, the same warm start that ppo.py makes
+    torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
+    torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
+
+Letters in shape comments: T tokens of a flat stream of packed sequences, V vocabulary.
+"""
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+import data
+from data import UserError
+from rollout import Packing, at_least_fp32, encode_response
+from sandbox import Sandbox
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared with ppo.py: processes, models, sharding, packing
+
+
+@contextlib.contextmanager
+def distributed():
+    """Join torchrun's process group (gloo on CPU, nccl on CUDA); yields (rank, world size, device). Alone, a group of one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux":
+        # glibc gives large blocks back to the kernel at every free, and touching them anew costs a page fault per 4 KB:
+        # 18 % of a training step on a virtual machine. M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) stop that.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    try:
+        yield rank, world, device
+    finally:
+        dist.destroy_process_group()
+
+
+def run_script(main):
+    """Run an async main; bad input becomes one line on stderr and exit status 2."""
+    try:
+        with distributed() as (rank, world, device):
+            asyncio.run(main(rank, world, device))
+    except UserError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 2)
+
+
+def embedded_config(tokenizer):
+    """The small Qwen2 of the embedded default: 0.8 M parameters."""
+    return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=2048, rope_theta=10000.0,
+                       tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=tokenizer.pad_token_id)
+
+
+def load_tokenizer(path):
+    if not path:
+        return data.embedded_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: no usable tokenizer there ({str(error).splitlines()[0]})") from None
+
+
+def load_model(path, tokenizer, device, seed=0):
+    """A causal LM in fp32 whose attention is rollout.packed_attention; path "" makes the embedded model from a seed."""
+    if not path:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(embedded_config(tokenizer), attn_implementation="retool").to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="retool", dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    return model.to(device)
+
+
+class Policy(nn.Module):
+    """A causal LM that returns log-probabilities and entropy. The head is inside `forward`, where FSDP has its weights."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, targets, packing, temperature=1.0):
+        """input_ids, targets (T,) -> logprobs (T,) of the targets at the temperature, entropy (T,) without gradient."""
+        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None], use_cache=False,
+                               packing=packing).last_hidden_state[0]  # (T, hidden)
+        logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (T, V)
+        normaliser = torch.logsumexp(logits, -1)
+        with torch.no_grad():
+            entropy = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+        return logits.gather(-1, targets[:, None])[:, 0] - normaliser, entropy
+
+
+def shard(module, layers):
+    """FSDP2: each layer is a unit that is gathered when needed, the rest belongs to the root."""
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+@torch.no_grad()
+def sync_weights(policy, plain):
+    """Copy the sharded policy's weights into a plain model, in place (a captured graph over `plain` stays valid)."""
+    policy.reshard()  # after a forward without backward the root's weights are still gathered
+    targets = dict(plain.named_parameters())
+    sources = dict(policy.lm.named_parameters())
+    assert targets.keys() == sources.keys()
+    for name, source in sources.items():
+        targets[name].copy_(source.full_tensor())
+
+
+def pack(lengths, token_budget, world):
+    """Distribute sequences over ranks and micro-batches: result[rank][micro_batch] is a list of indices.
+
+    Longest first into the emptiest bin, the same number of micro-batches on every rank (some may be empty), none above
+    token_budget unless a single sequence is.
+    """
+    assert lengths, "nothing to pack"
+    budget, n = max(token_budget, max(lengths)), max(1, math.ceil(sum(lengths) / (token_budget * world)))
+    while True:
+        bins, loads = [[] for _ in range(n * world)], [0] * (n * world)
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            j = loads.index(min(loads))
+            bins[j].append(i)
+            loads[j] += lengths[i]
+        if max(loads) <= budget:
+            return [[bins[m * world + rank] for m in range(n)] for rank in range(world)]
+        n += 1
+
+
+def example(ids, loss_mask, **per_token):
+    """One sequence for the trainer: position t reads ids[t] and is scored on ids[t+1], so everything is one shorter than ids.
+
+    per_token: further lists of the length of ids (old log-probabilities, advantages, ...), aligned with the scored token.
+    """
+    columns = {"input_ids": torch.tensor(ids[:-1]), "targets": torch.tensor(ids[1:]),
+               "loss_mask": torch.tensor(loss_mask[1:], dtype=torch.float32)}
+    return columns | {name: torch.as_tensor(values)[1:] for name, values in per_token.items()}
+
+
+def collate(examples, device):
+    """Flat tensors (T,) of the given examples and their Packing. For an empty micro-batch: one masked token, a rank's no-op."""
+    if not examples:
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        return {"input_ids": zero, "targets": zero, "loss_mask": zero.float()}, Packing([1], device)
+    packing = Packing([len(e["input_ids"]) for e in examples], device)
+    return {name: torch.cat([e[name] for e in examples]).to(device) for name in examples[0]}, packing
+
+
+def cosine(step, steps, warmup, floor=0.0):
+    """Learning-rate factor: linear warm-up, then a cosine from 1 down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def all_sum(value, device):
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SFT
+
+
+def add_arguments(parser):
+    """The warm start's flags, shared by sft.py and ppo.py. Defaults are the embedded run's."""
+    add = parser.add_argument_group("warm start").add_argument
+    add("--model", default="", help="checkpoint folder or hub id; empty: the embedded model, warm-started here")
+    add("--sft_traces", type=int, default=8000, help="cold-start problems of the embedded default; paper: 2,000 traces released")
+    add("--code_share", type=float, default=0.4, help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
+    add("--sft_steps", type=int, default=900, help="optimiser steps; paper: 2 epochs")
+    add("--sft_batch_size", type=int, default=64, help="sequences per step, over all ranks")
+    add("--sft_lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to a tenth; paper 1e-6 (32B)")
+    add("--sft_warmup", type=int, default=50, help="warm-up steps")
+    add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
+    add("--warm_start_dir", default="out/warm_start", help="finished warm starts are kept here under a hash and reused")
+    add("--token_budget", type=int, default=8192, help="tokens per micro-batch")
+    add("--max_interpreter_tokens", type=int, default=128, help="interpreter text per call, head + tail; paper does not say")
+    add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
+    add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
+
+
+def make_sandbox(args):
+    return Sandbox(workers=args.sandbox_workers, timeout=args.sandbox_timeout)
+
+
+async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, log):
+    """Train the sharded policy on traces (as `data.curate` returns them) for args.sft_steps; returns the final metrics."""
+    template = data.load_template(args.prompt_template)
+
+    def tokenise(trace):
+        prompt = data.encode_prompt(tokenizer, template, trace["question"])
+        ids, mask = encode_response(tokenizer, trace["response"], args.max_interpreter_tokens, trace["failed_calls"])
+        return example(prompt + ids, [0] * len(prompt) + mask)
+
+    examples, fresh = [tokenise(t) for t in traces], [tokenise(t) for t in held_out]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.sft_lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
+    rng = random.Random(args.sft_seed)
+
+    def step_loss(batch, train):
+        """Mean loss over all trainable tokens of `batch`; with train=True also its gradient."""
+        total = sum(e["loss_mask"].sum().item() for e in batch)
+        token_sum = 0.0
+        for indices in pack([len(e["input_ids"]) for e in batch], args.token_budget, world)[rank]:
+            flat, packing = collate([batch[i] for i in indices], device)
+            with torch.set_grad_enabled(train):
+                logprobs, _ = policy(flat["input_ids"], flat["targets"], packing)
+                loss = -(logprobs * flat["loss_mask"]).sum()
+            token_sum += loss.item()
+            if train:
+                # FSDP averages gradients over ranks; times world makes that the sum that total already divides.
+                (loss / total * world).backward()
+        return all_sum(token_sum, device) / total
+
+    order, tokens, begin = [], 0, time.perf_counter()
+    bar = tqdm(range(args.sft_steps), desc="warm start", disable=rank > 0, mininterval=1.0)
+    for step in bar:
+        if len(order) < args.sft_batch_size:  # a new epoch
+            order += rng.sample(range(len(examples)), len(examples))
+        batch, order = [examples[i] for i in order[:args.sft_batch_size]], order[args.sft_batch_size:]
+        for group in optimizer.param_groups:
+            group["lr"] = args.sft_lr * cosine(step, args.sft_steps, args.sft_warmup, floor=0.1)
+        loss = step_loss(batch, train=True)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"warm start step {step}: loss {loss}, gradient norm {norm}")
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += sum(len(e["input_ids"]) for e in batch)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if step % 10 == 0 or step == args.sft_steps - 1:
+            log({"step": step, "loss": loss, "grad_norm": norm, "tokens_per_second": tokens / (time.perf_counter() - begin)})
+    seen = step_loss(examples[:len(fresh)], train=False)
+    unseen = step_loss(fresh, train=False)
+    return {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
+
+
+def warm_start_key(args, traces_file=""):
+    """Hash of all that decides the result: arguments, data, code, versions. The number of ranks only changes rounding."""
+    names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_warmup", "sft_seed",
+             "token_budget", "max_interpreter_tokens", "sandbox_timeout", "prompt_template")
+    digest = hashlib.sha256(json.dumps([{n: getattr(args, n) for n in names}, versions()]).encode())
+    here = Path(__file__).parent
+    files = [here / name for name in ("data.py", "rollout.py", "sandbox.py", "sft.py")]
+    for file in files + ([Path(traces_file)] if traces_file else []):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+async def warm_start(args, rank, world, device, traces_file=""):
+    """The folder of the warm-started checkpoint for these arguments, made now or reused."""
+    folder = Path(args.warm_start_dir) / warm_start_key(args, traces_file)
+    if folder.is_dir():
+        if rank == 0:
+            print(f"warm start: reusing {folder}")
+        return folder
+    tokenizer = load_tokenizer(args.model)
+    partial = folder.with_name(folder.name + ".partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if not traces_file:
+            print(f"problems shared with the training split, of 2000 each: {data.embedded_overlap(args.sft_seed)}")
+    dist.barrier()
+    shared = [None]
+    if rank == 0:  # curation runs once
+        async with make_sandbox(args) as sandbox:
+            if traces_file:
+                rows = data.load_traces(traces_file)
+                kept, counts = rows[:-max(1, len(rows) // 50)], {"loaded": len(rows)}
+                held_out = rows[len(kept):]
+            else:
+                with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
+                    kept, counts = await data.embedded_traces(args.sft_traces, args.code_share, args.sft_seed, sandbox,
+                                                              progress=bar.update)
+                held_out, _ = await data.embedded_traces(256, args.code_share, args.sft_seed, sandbox, split="test")
+        print(f"curation: {dict(counts)}")
+        (partial / "curation.json").write_text(json.dumps(dict(counts), indent=1))
+        with open(partial / "traces.jsonl", "w") as file:
+            file.writelines(json.dumps(trace) + "\n" for trace in kept)
+        shared = [(kept, held_out)]
+    dist.broadcast_object_list(shared)
+    kept, held_out = shared[0]
+    plain = load_model(args.model, tokenizer, device, args.sft_seed)
+    policy = Policy(load_model(args.model, tokenizer, device, args.sft_seed))
+    shard(policy, policy.lm.model.layers)
+    with open(partial / "metrics.jsonl" if rank == 0 else os.devnull, "w") as file:
+        metrics = await sft(policy, tokenizer, kept, held_out, args, rank, world, device,
+                            lambda row: file.write(json.dumps(row) + "\n"))
+        file.write(json.dumps(metrics) + "\n")
+    sync_weights(policy, plain)
+    if rank == 0:
+        print("warm start: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "arguments.json").write_text(json.dumps(vars(args) | {"versions": versions()}, indent=1))
+        partial.rename(folder)  # only a finished warm start is ever found under its name
+    dist.barrier()
+    return folder
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--traces", default="", help="JSONL of verified traces; empty: the embedded ones")
+    parser.add_argument("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
+    return parser.parse_args()
+
+
+async def main(rank, world, device):
+    args = parse_arguments()
+    if rank == 0:
+        print(json.dumps(vars(args)))
+    folder = await warm_start(args, rank, world, device, args.traces)
+    if rank == 0:
+        print(f"checkpoint: {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

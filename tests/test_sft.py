@@ -1,0 +1,163 @@
+"""What both trainers share: packing, the head, the loss, sharding."""
+import math
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import sft
+from rollout import encode_response
+from sft import Policy, collate, cosine, example, pack
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The same tiny weights twice: with our attention, and with Hugging Face's own (the reference)."""
+    config = Qwen2Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=48, max_position_embeddings=256, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    ours = AutoModelForCausalLM.from_config(config, attn_implementation="retool")
+    for parameter in ours.parameters():  # larger than at initialisation, so that attention is not uniform
+        parameter.data.mul_(5.0)
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    reference.load_state_dict(ours.state_dict())
+    return ours, reference
+
+
+def make_examples(n, seed=0):
+    rng = random.Random(seed)
+    examples = []
+    for _ in range(n):
+        length = rng.randint(3, 40)
+        ids = [rng.randrange(97) for _ in range(length)]
+        examples.append(example(ids, [0, 0] + [int(rng.random() < 0.7) for _ in range(length - 2)]))
+    return examples
+
+
+def test_packed_logprobs_and_entropy_equal_separate_hugging_face_forwards(models):
+    """Guards against sequences that attend to their neighbours in the pack, and against position_ids that do not restart."""
+    ours, reference = models
+    examples = make_examples(9)
+    flat, packing = collate(examples, "cpu")
+    with torch.no_grad():
+        logprobs, entropy = Policy(ours)(flat["input_ids"], flat["targets"], packing, temperature=0.7)
+        for e, got, got_entropy in zip(examples, logprobs.split(packing.lengths), entropy.split(packing.lengths)):
+            scores = torch.log_softmax(reference(e["input_ids"][None]).logits[0] / 0.7, -1)
+            expected = scores.gather(-1, e["targets"][:, None])[:, 0]
+            assert torch.allclose(got, expected, atol=2e-5)
+            assert torch.allclose(got_entropy, -(scores.exp() * scores).sum(-1), atol=2e-5)
+
+
+def gradient(policy, examples, token_budget, world=1):
+    """Loss and gradient of all examples, micro-batch by micro-batch, over all would-be ranks."""
+    policy.zero_grad()
+    total = sum(e["loss_mask"].sum().item() for e in examples)
+    loss_sum = 0.0
+    for rank in pack([len(e["input_ids"]) for e in examples], token_budget, world):
+        for indices in rank:
+            flat, packing = collate([examples[i] for i in indices], "cpu")
+            logprobs, _ = policy(flat["input_ids"], flat["targets"], packing)
+            loss = -(logprobs * flat["loss_mask"]).sum() / total
+            loss.backward()
+            loss_sum += loss.item()
+    return loss_sum, torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("token_budget, world", [(40, 1), (100, 1), (90, 3), (16, 7)])
+def test_loss_and_gradient_do_not_depend_on_packing(models, token_budget, world):
+    """Guards against means per micro-batch: with them the loss scales with the number of micro-batches or ranks."""
+    policy, examples = Policy(models[0]), make_examples(17)
+    loss, grad = gradient(policy, examples, 10**6)
+    packed_loss, packed_grad = gradient(policy, examples, token_budget, world)
+    assert math.isclose(loss, packed_loss, rel_tol=1e-5)
+    assert torch.allclose(grad, packed_grad, atol=1e-5 * grad.abs().max().item())
+
+
+def test_gradient_equals_hugging_face_cross_entropy(models):
+    """The whole chain against a reference that shares none of it: labels -100, one padded sequence after the other."""
+    ours, reference = models
+    examples = make_examples(6)
+    loss, grad = gradient(Policy(ours), examples, 64)
+    reference.zero_grad()
+    total = sum(e["loss_mask"].sum().item() for e in examples)
+    expected = 0.0
+    for e in examples:
+        labels = e["targets"].masked_fill(e["loss_mask"] == 0, -100)
+        logits = reference(e["input_ids"][None]).logits[0]
+        part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100) / total
+        part.backward()
+        expected += part.item()
+    reference_grad = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    assert math.isclose(loss, expected, rel_tol=1e-5)
+    assert torch.allclose(grad, reference_grad, atol=1e-5 * reference_grad.abs().max().item())
+
+
+def test_masked_targets_get_no_gradient(models):
+    """Guards against training on interpreter text: replacing every masked target must not move loss or gradient."""
+    policy, examples = Policy(models[0]), make_examples(5)
+    loss, grad = gradient(policy, examples, 200)
+    for e in examples:
+        e["targets"] = torch.where(e["loss_mask"] == 0, (e["targets"] + 13) % 97, e["targets"])
+    changed_loss, changed_grad = gradient(policy, examples, 200)
+    assert loss == changed_loss and torch.equal(grad, changed_grad)
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_pack_covers_every_sequence_once_within_the_budget_on_equal_micro_batches(world):
+    """Guards against ranks that run different numbers of micro-batches: with FSDP the shorter one hangs the run."""
+    rng = random.Random(1)
+    lengths = [rng.randint(1, 300) for _ in range(101)] + [900]
+    ranks = pack(lengths, 700, world)
+    assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1
+    bins = [indices for rank in ranks for indices in rank]
+    assert sorted(i for indices in bins for i in indices) == list(range(len(lengths)))
+    # the one over-long sequence raises the budget to its own length
+    assert all(sum(lengths[i] for i in indices) <= 900 for indices in bins)
+    loads = [sum(sum(lengths[i] for i in indices) for indices in rank) for rank in ranks]
+    assert max(loads) <= 1.3 * min(loads)
+
+
+def test_more_ranks_than_sequences_leaves_empty_micro_batches_that_cost_nothing(models):
+    """Guards against a rank without data: it must run a forward (FSDP gathers need it) that adds exactly nothing."""
+    policy, examples = Policy(models[0]), make_examples(2)
+    assert sum(not indices for rank in pack([5, 5], 8, 4) for indices in rank) == 2
+    loss, grad = gradient(policy, examples, 8)
+    wide_loss, wide_grad = gradient(policy, examples, 8, world=4)
+    assert math.isclose(loss, wide_loss, rel_tol=1e-6) and torch.allclose(grad, wide_grad, atol=1e-6)
+
+
+def test_example_aligns_masks_and_columns_with_the_scored_token():
+    """Guards against the off-by-one that scores each token with its neighbour's mask or advantage."""
+    e = example([10, 11, 12, 13], [0, 0, 1, 1], advantages=[0.0, 0.1, 0.2, 0.3])
+    assert e["input_ids"].tolist() == [10, 11, 12] and e["targets"].tolist() == [11, 12, 13]
+    assert e["loss_mask"].tolist() == [0, 1, 1]
+    assert torch.allclose(e["advantages"], torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_cosine_schedule_warms_up_and_ends_at_the_floor():
+    """Guards against a first step at rate 0 and a schedule that rises again after its end."""
+    factors = [cosine(step, 100, 10, floor=0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0)
+    assert all(a >= b for a, b in zip(factors[9:], factors[10:]))
+    assert factors[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
+    """Guards against a stale warm start: a run with other traces, code share or seed must not reuse it."""
+    import argparse
+    parser = argparse.ArgumentParser()
+    sft.add_arguments(parser)
+    parser.add_argument("--prompt_template", default="plain")
+    key = lambda *flags: sft.warm_start_key(parser.parse_args(flags))  # noqa: E731
+    assert key() == key() == key("--warm_start_dir", "elsewhere")
+    others = {key("--code_share", "0"), key("--sft_seed", "1"), key("--sft_lr", "0.1"), key("--prompt_template", "retool")}
+    assert len(others | {key()}) == 5
+
+
+def test_eos_is_trained_and_pad_is_another_token():
+    """Guards against pad = eos: masked padding would silently untrain the end of the answer, and rows never stop."""
+    tokenizer = sft.load_tokenizer("")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids, mask = encode_response(tokenizer, "It is 4.\n<answer>\\boxed{4}</answer>", 64)
+    assert ids[-1] == tokenizer.eos_token_id and mask[-1] == 1
