@@ -1,0 +1,461 @@
+"""ReTool: PPO on answers reached with a code interpreter. `torchrun ppo.py` runs the whole method on the embedded default.
+
+One step: sample responses with tool calls (rollout.py) -> +1 / -1 for the final answer -> recompute log-probabilities and
+values with the trainer's own weights -> GAE over sampled tokens only -> clipped updates of actor and critic -> copy the
+weights to the sampler. Interpreter tokens are context: they carry no loss, no reward, no step of GAE, no value.
+
+What the paper leaves open, and what is done here:
+ 1. The critic is a copy of the warm start with a scalar head that begins at zero; for the first steps it learns alone.
+ 2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly perfect batch, in which only
+    a few responses differ, from amplifying noise.
+ 3. Losses are sums over trainable tokens, divided once by their number in the global minibatch.
+ 4. A truncated response scores -1, is terminal (nothing is bootstrapped) and stays in the loss; --drop_truncated filters it.
+ 5. The KL coefficient is 0.0 as in the paper, so there is no reference model.
+ 6. Clip range 0.2 / 0.28, value clip, gamma = lambda = 1: public recipes; lambda of actor and critic are separate flags.
+
+    torchrun ppo.py                                                     # CPU or one GPU, the embedded default
+    torchrun ppo.py --tools off --code_share 0                          # its text-only twin
+    torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
+    torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...     # eight GPUs, a checkpoint after its own warm start
+
+The run folder gets arguments.json, metrics.jsonl, rollouts.jsonl, curves.png, table.md and checkpoint/ (Hugging Face).
+
+Letters in shape comments: B responses of a batch, T tokens (of the padded batch, or of a flat packed stream).
+"""
+import argparse
+import json
+import math
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import sft
+from data import UserError
+from sft import Policy, all_sum, collate, cosine, example, load_model, load_tokenizer, make_sandbox, pack, shard, sync_weights
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm, as pure functions
+
+
+def gae(rewards, values, loss_mask, gamma, lam):
+    """Generalised advantage estimation (arXiv 1506.02438) that sees only the trainable tokens.
+
+    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at the token in front of it (the
+    last prompt token, or after a call the last interpreter token). Returns (advantages, returns), (B, T), exactly 0 where
+    masked. The same as deleting the masked tokens, running
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 after the last token,
+    and scattering back: interpreter text is no step of its own, so it neither decays lambda nor bootstraps.
+    """
+    trainable = loss_mask.bool()
+    advantages = torch.zeros_like(values)
+    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        now = trainable[:, t]
+        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(now, advantage, 0.0)
+        next_value = torch.where(now, values[:, t], next_value)
+        next_advantage = torch.where(now, advantage, next_advantage)
+    return advantages, torch.where(trainable, advantages + values, 0.0)
+
+
+def whiten(advantages, loss_mask, floor):
+    """Advantages with mean 0 and deviation 1 over the trainable tokens, divided by at least `floor`; 0 where masked."""
+    trainable = loss_mask.bool()
+    chosen = advantages[trainable]
+    scale = chosen.std(unbiased=False).clamp(min=floor)
+    return torch.where(trainable, (advantages - chosen.mean()) / scale, 0.0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high):
+    """Clipped surrogate (arXiv 1707.06347), summed over trainable tokens; any shape, all arguments alike.
+
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs). Returns (sum, metrics), the metrics
+    being sums too: approx_kl as r - 1 - log r, and clip_fraction, the tokens whose gradient the clip cuts off.
+    """
+    # The mask multiplies the log-ratio, not the result: exp of a masked token's difference could overflow, and inf * 0 is nan.
+    log_ratio = (logprobs - old_logprobs) * loss_mask
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -(torch.minimum(unclipped, clipped) * loss_mask).sum()
+    with torch.no_grad():
+        metrics = {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum(),
+                   "clip_fraction": ((clipped < unclipped) * loss_mask).sum()}
+    return loss, metrics
+
+
+def value_loss(values, old_values, returns, loss_mask, value_clip):
+    """0.5 max((V - R)^2, (V_clipped - R)^2), V kept within value_clip of the old value; summed over trainable tokens.
+
+    Returns (sum, metrics): value_clip_fraction is a sum over tokens too.
+    """
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * (torch.maximum(plain_error, clipped_error) * loss_mask).sum()
+    with torch.no_grad():
+        metrics = {"value_clip_fraction": ((clipped_error > plain_error) * loss_mask).sum()}
+    return loss, metrics
+
+
+class Critic(nn.Module):
+    """A copy of the policy's network with a scalar head; the head starts at zero, so the first values are 0."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.backbone = lm.model
+        self.head = nn.Linear(lm.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids, packing):
+        """input_ids (T,) -> values (T,): position t is the state before the token that follows it."""
+        hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None], use_cache=False,
+                               packing=packing).last_hidden_state[0]
+        return self.head(hidden)[:, 0].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+class Prompts:
+    """Training prompts by position: an endless stream of the embedded problems, or a file's rows, reshuffled every epoch."""
+
+    def __init__(self, args, tokenizer):
+        self.args, self.tokenizer = args, tokenizer
+        self.template = data.load_template(args.prompt_template)
+        self.skipped, self.rows = 0, None
+        if args.train_data != "embedded":
+            rows = [self.encode(row) for row in data.load_problems(args.train_data)]
+            self.rows = [row for row in rows if len(row["prompt"]) <= args.max_prompt_tokens]
+            self.skipped = len(rows) - len(self.rows)
+            if not self.rows:
+                raise UserError(f"{args.train_data}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+
+    def encode(self, row):
+        return row | {"prompt": data.encode_prompt(self.tokenizer, self.template, row["question"])}
+
+    def __getitem__(self, position):
+        if self.rows is None:
+            # a seed of its own: the cold start has used the first problems of the training split under its seed
+            problem = data.embedded_problem("train", f"ppo{self.args.seed}", position)
+            return self.encode({"question": problem.question, "answer": problem.answer, "family": problem.family})
+        epoch, index = divmod(position, len(self.rows))
+        order = random.Random(f"{self.args.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
+        return self.rows[order[index]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One PPO update
+
+
+class Trainer:
+    """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
+
+    def __init__(self, args, model_path, tokenizer, rank, world, device):
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.sampler = load_model(model_path, tokenizer, device).eval()
+        lm = load_model(model_path, tokenizer, device)
+        self.actor = shard(Policy(lm), lm.model.layers)
+        lm = load_model(model_path, tokenizer, device)
+        self.critic = shard(Critic(lm), lm.model.layers)
+        self.actor_optimizer, self.critic_optimizer = (
+            torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=args.weight_decay, fused=True)
+            for module, lr in ((self.actor, args.actor_lr), (self.critic, args.critic_lr)))
+
+    def micro_batches(self, examples):
+        """This rank's share of the examples, as (indices, flat tensors, packing)."""
+        for indices in pack([len(e["input_ids"]) for e in examples], self.args.token_budget, self.world)[self.rank]:
+            yield indices, *collate([examples[i] for i in indices], self.device)
+
+    @torch.no_grad()
+    def score(self, examples):
+        """Adds old_logprobs, entropy and old_values (each (T,)) to every example; all ranks get all."""
+        mine = []
+        for indices, flat, packing in self.micro_batches(examples):
+            logprobs, entropy = self.actor(flat["input_ids"], flat["targets"], packing, self.args.temperature)
+            values = self.critic(flat["input_ids"], packing)
+            if indices:
+                mine += zip(indices, *(x.cpu().split(packing.lengths) for x in (logprobs, entropy, values)))
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, mine)
+        for index, *columns in (row for part in gathered for row in part):
+            examples[index].update(zip(("old_logprobs", "entropy", "old_values"), columns))
+
+    def estimate(self, examples, rewards):
+        """GAE on the whole batch: adds advantages (whitened) and returns to every example; gives explained_variance."""
+        args = self.args
+        mask, values = (pad_sequence([e[name] for e in examples], batch_first=True) for name in ("loss_mask", "old_values"))
+        # (B, T). The reward goes to the last token the policy sampled, even if forced text follows it.
+        token_rewards = torch.zeros_like(values)
+        last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
+        token_rewards[torch.arange(len(examples)), last] = torch.tensor(rewards)
+        advantages, _ = gae(token_rewards, values, mask, args.gamma, args.lam_actor)
+        _, returns = gae(token_rewards, values, mask, args.gamma, args.lam_critic)
+        trainable = mask.bool()
+        error, spread = (returns - values)[trainable].var(), returns[trainable].var()
+        advantages = whiten(advantages, mask, args.whiten_floor)
+        for i, e in enumerate(examples):
+            n = len(e["input_ids"])
+            e["advantages"], e["returns"] = advantages[i, :n], returns[i, :n]
+        return (1 - error / spread).item() if spread > 0 else 0.0
+
+    def update(self, examples, step):
+        """One epoch of clipped updates over shuffled minibatches; returns the metrics, means over trainable tokens."""
+        args, sums, counted = self.args, {}, 0.0
+        train_actor = step >= args.critic_warmup
+        factor = cosine(step, args.steps, args.lr_warmup, floor=args.lr_floor)
+        for optimizer, lr in ((self.actor_optimizer, args.actor_lr), (self.critic_optimizer, args.critic_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed * 100003 + step)).tolist()
+        size = math.ceil(len(order) / args.minibatches)
+        norms = []
+        for begin in range(0, len(order), size):
+            minibatch = [examples[i] for i in order[begin:begin + size]]
+            total = sum(e["loss_mask"].sum().item() for e in minibatch)  # global: every rank has all examples
+            largest_ratio_error = 0.0
+            for indices, flat, packing in self.micro_batches(minibatch):
+                if not indices:  # this rank's no-op: it must take part in the gathers of the others
+                    flat |= {name: flat["loss_mask"] for name in ("old_logprobs", "old_values", "advantages", "returns")}
+                metrics = {}
+                if train_actor:
+                    logprobs, _ = self.actor(flat["input_ids"], flat["targets"], packing, args.temperature)
+                    loss, metrics = policy_loss(logprobs, flat["old_logprobs"], flat["advantages"], flat["loss_mask"],
+                                                args.clip_low, args.clip_high)
+                    difference = ((logprobs - flat["old_logprobs"]) * flat["loss_mask"]).detach().abs().max().item()
+                    largest_ratio_error = max(largest_ratio_error, difference)
+                    # FSDP averages gradients over ranks; times world makes that the sum that `total` already divides.
+                    (loss / total * self.world).backward()
+                    metrics["policy_loss"] = loss.detach()
+                values = self.critic(flat["input_ids"], packing)
+                loss, more = value_loss(values, flat["old_values"], flat["returns"], flat["loss_mask"], args.value_clip)
+                (loss / total * self.world).backward()
+                for name, value in (metrics | more | {"value_loss": loss.detach()}).items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
+            if begin == 0:
+                # Nothing has been updated since `score`: any difference is a bug (another temperature, mask shift, dropout).
+                assert largest_ratio_error < 1e-3, f"first minibatch: |log ratio| is {largest_ratio_error}, should be 0"
+            counted += total
+            updated = [(self.critic, self.critic_optimizer)] + [(self.actor, self.actor_optimizer)] * train_actor
+            for module, optimizer in updated:
+                norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm).full_tensor().item()
+                norms.append((type(module).__name__, norm))
+                if not math.isfinite(norm):
+                    raise FloatingPointError(f"step {step}: gradient norm of the {type(module).__name__.lower()} is {norm}")
+                optimizer.step()
+                optimizer.zero_grad()
+        metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: {name} is {value}")
+        for name, key in (("Policy", "grad_norm_actor"), ("Critic", "grad_norm_critic")):
+            metrics[key] = evaluation.mean([norm for module, norm in norms if module == name])
+        return metrics | {"lr_factor": factor}
+
+
+async def train_step(trainer, prompts, sandbox, tokenizer, step):
+    """One PPO step; returns (metrics, trajectories, rewards)."""
+    args, rank, world = trainer.args, trainer.rank, trainer.world
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(name):
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name], clock = now - clock, now
+
+    batch = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
+    stats = {}
+    trajectories = await evaluation.sample_all(
+        trainer.sampler, tokenizer, [row["prompt"] for row in batch], sandbox, rank, world, n_samples=args.samples_per_prompt,
+        temperature=args.temperature, seed=args.seed, step=step, stats=stats, **evaluation.rollout_settings(args))
+    lap("rollout")
+    rewards = [data.outcome_reward(t, tokenizer, batch[t.prompt_index]["answer"]) for t in trajectories]
+    metrics = evaluation.rollout_metrics(trajectories, rewards)
+    chosen = [(t, r) for t, r in zip(trajectories, rewards)
+              if t.finish_reason != "sandbox_error" and (t.finish_reason == "eos" or not args.drop_truncated)]
+    if not chosen:
+        raise UserError(f"step {step}: no response is left to train on ({metrics['sandbox_errors_dropped']} sandbox errors)")
+    examples = [example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
+                        sampler_logprobs=torch.tensor([0.0] * len(t.prompt_ids) + t.logprobs)) for t, _ in chosen]
+    lap("rewards")
+    trainer.score(examples)
+    lap("score")
+    mask, entropy, difference = (torch.cat(columns) for columns in zip(*(
+        (e["loss_mask"], e["entropy"], (e["old_logprobs"] - e["sampler_logprobs"]).abs()) for e in examples)))
+    metrics["entropy"] = ((entropy * mask).sum() / mask.sum()).item()
+    metrics["sampler_difference"] = ((difference * mask).sum() / mask.sum()).item()
+    metrics["sampler_difference_max"] = (difference * mask).max().item()
+    metrics["explained_variance"] = trainer.estimate(examples, [r for _, r in chosen])
+    metrics |= trainer.update(examples, step)
+    lap("update")
+    sync_weights(trainer.actor, trainer.sampler)
+    lap("sync")
+    metrics["rollout_tokens_per_second"] = sum(sum(t.loss_mask) for t in trajectories) / seconds["rollout"]
+    metrics["train_tokens_per_second"] = len(mask) / (seconds["score"] + seconds["update"])
+    metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
+    return metrics | {f"seconds_{name}": value for name, value in seconds.items()}, trajectories, rewards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sft.add_arguments(parser)
+    evaluation.add_arguments(parser)
+    add = parser.add_argument_group("PPO").add_argument
+    add("--train_data", default="embedded", help="embedded, or a JSONL file of problems; paper: DAPO-Math-17k")
+    add("--eval_data", default="", help="JSONL files, separated by commas; empty: the embedded test splits, or none for a file")
+    add("--eval_problems", type=int, default=256, help="problems of the embedded test split (half as many of each other split)")
+    add("--eval_samples", type=int, default=4, help="samples per evaluation problem; paper 32")
+    add("--eval_top_p", type=float, default=1.0, help="nucleus of the evaluation; paper 0.7")
+    add("--steps", type=int, default=40, help="PPO steps; paper 400")
+    add("--prompts_per_step", type=int, default=256, help="prompts per step; paper 512 per minibatch")
+    add("--samples_per_prompt", type=int, default=1, help="responses per prompt; the critic is the baseline, so 1 is enough")
+    add("--minibatches", type=int, default=4, help="optimiser steps per PPO step")
+    add("--actor_lr", type=float, default=2e-4, help="AdamW; paper 1e-6 (32B)")
+    add("--critic_lr", type=float, default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
+    add("--weight_decay", type=float, default=0.0, help="of both")
+    add("--lr_warmup", type=int, default=1, help="steps of linear warm-up")
+    add("--lr_floor", type=float, default=0.1, help="the cosine ends at this fraction; 1.0 keeps the rate constant")
+    add("--critic_warmup", type=int, default=3, help="first steps in which only the critic learns; public recipes 20")
+    add("--temperature", type=float, default=1.0, help="of rollouts, and of the log-probabilities in the loss; paper 1.0")
+    add("--gamma", type=float, default=1.0, help="discount")
+    add("--lam_actor", type=float, default=1.0, help="GAE lambda of the advantages")
+    add("--lam_critic", type=float, default=1.0, help="GAE lambda of the critic's targets")
+    add("--clip_low", type=float, default=0.2, help="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    add("--clip_high", type=float, default=0.28, help="see clip_low")
+    add("--value_clip", type=float, default=0.5, help="values move at most this far from the old ones")
+    add("--whiten_floor", type=float, default=0.2, help="smallest deviation that advantages are divided by")
+    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping, actor and critic each")
+    add("--drop_truncated", action="store_true", help="leave truncated responses out of the loss")
+    add("--seed", type=int, default=0, help="of prompts, sampling and minibatches; the warm start has --sft_seed")
+    add("--run_dir", default="", help="new folder for this run; empty: out/ppo/<date>-<time>")
+    add("--save_rollouts", type=int, default=32, help="responses per step written to rollouts.jsonl")
+    args = parser.parse_args(argv)
+    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "n_slots"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.prompts_per_step * args.samples_per_prompt < args.minibatches:
+        parser.error("--minibatches exceeds the responses per step")
+    if not 0 < args.temperature:
+        parser.error("--temperature must be positive: the policy gradient needs samples")
+    return args
+
+
+def step_line(step, steps, m):
+    show = evaluation.percent
+    seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
+    outcomes = " ".join(f"{name} {count}" for name, count in m["sandbox_outcomes"].items()) or "none"
+    return (f"step {step:3d}/{steps} | acc {show(m['accuracy']):>5} | code {show(m['code_ratio']):>5} | "
+            f"len {m['response_tokens']:5.1f} | trunc {show(m['truncated']):>4} | kl {m.get('approx_kl', 0):.4f} | "
+            f"clip {m.get('clip_fraction', 0):.3f} | ent {m['entropy']:.3f} | vloss {m['value_loss']:.3f} | "
+            f"ev {m['explained_variance']:5.2f} | sampler {m['sampler_difference']:.0e} | tools {outcomes} | {seconds:.1f}s")
+
+
+def plot(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = [("accuracy", "code_ratio"), ("response_tokens", "response_tokens_sampled"),
+              ("pass_last_correct", "pass_last_incorrect"), ("timing_first", "truncated"), ("code_lines", "snippets_per_response"),
+              ("entropy",), ("approx_kl", "clip_fraction"), ("explained_variance", "value_loss")]
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
+    for axis, names in zip(axes.flat, panels):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), label=name)
+        axis.set_xlabel("PPO step")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def commit():
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() or "not a git checkout"
+
+
+async def main(rank, world, device):
+    args, begin = parse_arguments(), time.perf_counter()
+    run = Path(args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}")
+    if args.run_dir and run.exists() and any(run.iterdir()):
+        raise UserError(f"--run_dir {run}: not empty; nothing is overwritten")
+    data.load_template(args.prompt_template)
+    if args.eval_data:
+        sets = {name: data.load_problems(name) for name in args.eval_data.split(",")}
+    elif args.train_data == "embedded":
+        sets = {split: evaluation.embedded_split(split, args.eval_problems if split == "test" else args.eval_problems // 2)
+                for split in data.SPLITS[1:]}
+    else:
+        sets = {}
+    if args.train_data != "embedded":
+        data.load_problems(args.train_data)  # a bad file should be known before the warm start, not after it
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        record = {"arguments": vars(args), "versions": sft.versions(), "commit": commit(), "world_size": world,
+                  "threads": torch.get_num_threads(), "device": str(device)}
+        (run / "arguments.json").write_text(json.dumps(record, indent=1))
+        print(f"run folder: {run}\n{json.dumps(vars(args))}")
+
+    model_path = args.model or await sft.warm_start(args, rank, world, device)
+    tokenizer = load_tokenizer(model_path)
+    trainer = Trainer(args, model_path, tokenizer, rank, world, device)
+    prompts = Prompts(args, tokenizer)
+    if rank == 0:
+        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts skipped as too long: {prompts.skipped}")
+    results, rows = {}, []
+    metrics_file = open(run / "metrics.jsonl" if rank == 0 else "/dev/null", "w", buffering=1)
+    rollouts_file = open(run / "rollouts.jsonl" if rank == 0 else "/dev/null", "w", buffering=1)
+
+    async def evaluate(when):
+        for name, problems in sets.items():
+            label = f"{Path(name).stem} {when}"
+            results[label], _, _ = await evaluation.evaluate(
+                trainer.sampler, tokenizer, problems, prompts.template, sandbox, rank, world, label, args.max_prompt_tokens,
+                n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
+                **evaluation.rollout_settings(args))
+            metrics_file.write(json.dumps({"evaluation": label} | results[label]) + "\n")
+        if rank == 0 and sets:
+            print(evaluation.table({name: m for name, m in results.items() if name.endswith(when)}), flush=True)
+
+    async with make_sandbox(args) as sandbox:
+        await evaluate("before")
+        for step in tqdm(range(args.steps), desc="ppo", disable=rank > 0):
+            metrics, trajectories, rewards = await train_step(trainer, prompts, sandbox, tokenizer, step)
+            rows.append({"step": step} | metrics)
+            metrics_file.write(json.dumps(rows[-1]) + "\n")
+            for t, r in list(zip(trajectories, rewards))[:args.save_rollouts]:
+                rollouts_file.write(json.dumps({"step": step} | evaluation.describe(t, r, tokenizer)) + "\n")
+            if rank == 0:
+                tqdm.write(step_line(step + 1, args.steps, metrics))
+        await evaluate("after")
+    seconds_total = time.perf_counter() - begin
+    metrics_file.write(json.dumps({"seconds_total": seconds_total}) + "\n")
+    metrics_file.close()
+    rollouts_file.close()
+    if rank == 0:
+        trainer.sampler.save_pretrained(run / "checkpoint")
+        tokenizer.save_pretrained(run / "checkpoint")
+        plot(rows, run / "curves.png")
+        if results:
+            (run / "table.md").write_text(evaluation.table(results) + "\n")
+            print(evaluation.table(results))
+        print(f"{run}: done in {seconds_total:.0f} s")
+
+
+if __name__ == "__main__":
+    sft.run_script(main)

@@ -1,0 +1,273 @@
+"""The pure functions of PPO against brute force and autograd, and the real script on one and two processes."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import eval as evaluation
+from ppo import gae, policy_loss, value_loss, whiten
+from rollout import ToolCall, Trajectory
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GAE
+
+
+def textbook_gae(rewards, values, gamma, lam):
+    """The definition as a double sum: A_t = sum_k (gamma lam)^k delta_{t+k}; lists of one sequence without masks."""
+    deltas = [r + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t] for t, r in enumerate(rewards)]
+    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(len(deltas) - t)) for t in range(len(deltas))]
+
+
+MASKS = {"none masked": [1] * 8, "head": [0, 0, 1, 1, 1, 1, 1, 1], "tail": [1, 1, 1, 1, 1, 0, 0, 0],
+         "middle": [1, 1, 0, 0, 0, 1, 1, 1], "everywhere": [0, 1, 0, 1, 1, 0, 1, 0], "one": [0, 0, 0, 1, 0, 0, 0, 0],
+         "all masked": [0] * 8}
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 1.0), (1.0, 0.8), (0.95, 0.7), (0.5, 0.0), (0.0, 0.5)])
+def test_gae_equals_deleting_masked_tokens_then_textbook_then_scattering_back(gamma, lam):
+    """Guards against tool tokens as steps (decays lambda), bootstrapping from their values, and losing a reward before a tail."""
+    torch.manual_seed(0)
+    mask = torch.tensor(list(MASKS.values()), dtype=torch.float64)
+    rewards, values = torch.randn(2, *mask.shape, dtype=torch.float64)
+    values = values.masked_fill(mask == 0, 1e6)  # what stands in masked places must not matter
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for b in range(len(mask)):
+        kept = [t for t in range(mask.shape[1]) if mask[b, t]]
+        expected = textbook_gae(rewards[b, kept].tolist(), values[b, kept].tolist(), gamma, lam)
+        assert torch.allclose(advantages[b, kept], torch.tensor(expected, dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(returns[b, kept], advantages[b, kept] + values[b, kept])
+    assert (advantages[mask == 0] == 0).all() and (returns[mask == 0] == 0).all()
+
+
+def test_gae_survives_nan_in_masked_places():
+    """Guards against 0 * nan: a critic may output anything on tokens it was never trained on."""
+    mask = torch.tensor([[0.0, 1, 0, 1]])
+    values = torch.tensor([[float("nan"), 0.5, float("nan"), -0.5]])
+    advantages, returns = gae(torch.tensor([[0.0, 0, 0, 1]]), values, mask, 1.0, 1.0)
+    assert advantages.tolist() == [[0.0, 0.5, 0.0, 1.5]] and returns.tolist() == [[0.0, 1.0, 0.0, 1.0]]
+
+
+def test_whitening_has_unit_deviation_over_trainable_tokens_and_respects_its_floor():
+    """Guards against statistics that count masked zeros, and against amplified noise when all responses are right."""
+    torch.manual_seed(0)
+    mask = (torch.rand(5, 20) < 0.6).float()
+    advantages = torch.randn(5, 20) * 3 + 2
+    white = whiten(advantages, mask, 0.1)
+    chosen = white[mask.bool()]
+    assert abs(chosen.mean()) < 1e-5 and abs(chosen.std(unbiased=False) - 1) < 1e-5 and (white[mask == 0] == 0).all()
+    quiet = whiten(advantages * 1e-4, mask, 0.1)
+    assert quiet.abs().max() < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_policy_loss_equals_a_loop_over_tokens_and_its_gradient_is_cut_only_by_the_clip():
+    """Guards against min/max mix-ups: the clip may stop an improvement, never a correction."""
+    torch.manual_seed(0)
+    old = torch.randn(200)
+    new = (old + 0.5 * torch.randn(200)).requires_grad_()
+    advantages, mask = torch.randn(200), (torch.rand(200) < 0.7).float()
+    loss, metrics = policy_loss(new, old, advantages, mask, 0.2, 0.28)
+    loss.backward()
+    expected, clipped = 0.0, 0
+    for t in range(200):
+        ratio, a = math.exp(new[t].item() - old[t].item()), advantages[t].item()
+        cut = (ratio > 1.28 and a > 0) or (ratio < 0.8 and a < 0)
+        if mask[t]:
+            expected -= min(max(ratio, 0.8), 1.28) * a if cut else ratio * a
+            clipped += cut
+        gradient = 0.0 if cut or not mask[t] else -ratio * a
+        assert new.grad[t].item() == pytest.approx(gradient, rel=1e-4, abs=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert metrics["clip_fraction"] == clipped > 5
+    log_ratio = (new - old).detach()[mask.bool()]
+    assert metrics["approx_kl"].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).sum().item(), rel=1e-4)
+
+
+def test_policy_gradient_at_ratio_one_is_reinforce():
+    """At the old policy PPO's gradient is -A per token: the identity that a wrong sign or scale breaks."""
+    logprobs = torch.randn(50).requires_grad_()
+    advantages, mask = torch.randn(50), (torch.arange(50) % 3 > 0).float()
+    policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 0.28)[0].backward()
+    assert torch.allclose(logprobs.grad, -advantages * mask, atol=1e-6)
+
+
+def test_losses_ignore_masked_tokens_even_when_they_overflow():
+    """Guards against inf * 0: forced text may have become arbitrarily likely or unlikely."""
+    new = torch.tensor([0.0, 500.0, -0.1], requires_grad=True)
+    loss, metrics = policy_loss(new, torch.zeros(3), torch.ones(3), torch.tensor([1.0, 0.0, 1.0]), 0.2, 0.28)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(new.grad).all() and new.grad[1] == 0
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_value_loss_takes_the_worse_of_plain_and_clipped():
+    """Guards against a minimum, which would reward the critic for leaving its trust region."""
+    values = torch.tensor([0.0, 1.0, -2.0, 3.0], requires_grad=True)
+    old, returns, mask = torch.tensor([0.0, 0.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.tensor([1.0, 1, 1, 0])
+    loss, metrics = value_loss(values, old, returns, mask, 0.5)
+    # (0-1)^2 ; max((1-1)^2, (0.5-1)^2) ; max((-2-1)^2, (-0.5-1)^2)
+    assert loss.item() == pytest.approx(0.5 * (1.0 + 0.25 + 9.0)) and metrics["value_clip_fraction"] == 1
+    loss.backward()
+    assert values.grad.tolist() == [-1.0, 0.0, -3.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_rollout_metrics_follow_their_definitions():
+    """Guards against pass rates over all snippets, over responses without code, or over dropped ones."""
+    def response(statuses, finish, sampled, forced):
+        calls = [ToolCall("# a comment\n\nprint(1)\nprint(2)", "", status, 4 * (i + 1), 4 * (i + 1) + 2, 0.1)
+                 for i, status in enumerate(statuses)]
+        return Trajectory(0, 0, [1], [5] * (sampled + forced), [1] * sampled + [0] * forced, [], calls, finish)
+
+    batch = [response(["error", "ok"], "eos", 16, 4), response(["ok", "timeout"], "eos", 10, 10), response([], "eos", 8, 0),
+             response([], "length", 12, 0), response(["sandbox_error"], "sandbox_error", 5, 0)]
+    m = evaluation.rollout_metrics(batch, [1.0, -1.0, 1.0, -1.0, -1.0])
+    assert m["sandbox_errors_dropped"] == 1 and m["accuracy"] == 0.5 and m["reward"] == 0.0
+    assert m["response_tokens"] == 15 and m["response_tokens_sampled"] == 11.5
+    assert m["code_ratio"] == 0.5 and m["snippets_per_response"] == 1 and m["truncated"] == 0.25
+    assert m["code_lines"] == 2 and m["code_lines_per_snippet"] == 2
+    assert (m["pass_last_correct"], m["pass_last_correct_count"]) == (1.0, 1)
+    assert (m["pass_last_incorrect"], m["pass_last_incorrect_count"]) == (0.0, 1)
+    assert m["timing_first"] == pytest.approx(4 / 20) and m["timing_mean"] == pytest.approx(6 / 20)
+    assert m["self_correction"] == 1.0 and m["self_correction_count"] == 1 and m["corrected_share"] == 0.5
+    assert m["sandbox_outcomes"] == {"error": 1, "ok": 2, "timeout": 1}
+
+
+def test_bootstrap_error_is_between_problems():
+    """Guards against counting samples of one problem as independent: 10 problems, all or nothing, have error 0.16 not 0.05."""
+    error = evaluation.bootstrap_error([float(i % 2) for i in range(10)])
+    assert error == pytest.approx(0.5 / math.sqrt(10), rel=0.05)
+    assert evaluation.bootstrap_error([0.5] * 10) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real script
+
+TINY = ["--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--steps", "2", "--critic_warmup", "1",
+        "--prompts_per_step", "12", "--minibatches", "2", "--eval_problems", "4", "--eval_samples", "2", "--n_slots", "8",
+        "--max_response_tokens", "48", "--token_budget", "512"]
+
+
+def launch(processes, *flags, script="ppo.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+               str(ROOT / script), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def metrics_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The tiny run three times: made from nothing, repeated on the reused warm start, and on two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    results = {}
+    for name, processes in (("first", 1), ("again", 1), ("two", 2)):
+        results[name] = launch(processes, *TINY, "--run_dir", str(folder / name), "--warm_start_dir", str(folder / "warm"))
+        assert results[name].returncode == 0, results[name].stdout[-3000:] + results[name].stderr[-3000:]
+    return folder, results
+
+
+def test_run_folder_holds_everything_a_reader_needs(runs):
+    """Guards against runs that cannot be reproduced or looked at afterwards."""
+    run = runs[0] / "first"
+    record = json.loads((run / "arguments.json").read_text())
+    assert record["arguments"]["sft_traces"] == 60 and record["versions"]["torch"] and record["commit"]
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows if "step" in row] == [0, 1] and sum("evaluation" in row for row in rows) == 6
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run / "table.md").read_text().count("\n") == 8
+    rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    assert {"step", "prompt", "response", "reward", "finish_reason", "tool_statuses"} <= rollout.keys()
+
+
+def test_same_command_twice_gives_the_same_metrics_also_on_a_reused_warm_start(runs):
+    """Guards against hidden state: clocks in the batch composition, random streams shared between stages."""
+    folder, results = runs
+    assert "reusing" not in results["first"].stdout and "warm start: reusing" in results["again"].stdout
+    assert metrics_of(folder / "first") == metrics_of(folder / "again")
+
+
+def test_two_processes_give_the_losses_of_one(runs):
+    """Guards against per-rank means, unequal micro-batches and noise keyed by rank."""
+    folder, _ = runs
+    one, two = (metrics_of(folder / name) for name in ("first", "two"))
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in ("reward", "policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm_critic", "response_tokens"):
+            if a.get(name) is not None:
+                assert b[name] == pytest.approx(a[name], abs=1e-5), name
+
+
+def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs):
+    """Guards against checkpoints that only this project can read, and against saving weights that were never synced."""
+    import sft
+    checkpoint = runs[0] / "first" / "checkpoint"
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
+    ours = sft.load_model(str(checkpoint), None, "cpu")
+    tokenizer = sft.load_tokenizer(str(checkpoint))
+    ids = torch.tensor(tokenizer.encode("What is 12 + 30?\n<code>"))
+    flat, packing = sft.collate([sft.example(ids.tolist(), [1] * len(ids))], "cpu")
+    with torch.no_grad():
+        logprobs, _ = sft.Policy(ours)(flat["input_ids"], flat["targets"], packing)
+        scores = torch.log_softmax(plain(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
+    assert torch.allclose(logprobs, scores, atol=1e-5)
+    warm = next((runs[0] / "warm").iterdir())
+    start = AutoModelForCausalLM.from_pretrained(warm)
+    moved = [(a - b).abs().max().item() for a, b in zip(plain.parameters(), start.parameters())]
+    assert max(moved) > 1e-5
+
+
+def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
+    """The paper's kind of evaluation file, end to end."""
+    problems = tmp_path / "aime.jsonl"
+    problems.write_text('{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
+    result = launch(1, "--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test", "--limit", "3",
+                    "--n", "2", "--max_response_tokens", "40", "--output", str(tmp_path / "out.json"), script="eval.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3
+    assert len((tmp_path / "out.json.responses.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
+    (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
+    (["--model", "EMPTY"], "no usable tokenizer"),
+    (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
+    (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
+    (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
+    (["--prompts_per_step", "2", "--minibatches", "4"], "--minibatches exceeds"),
+])
+def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, flags, line):
+    """Guards against tracebacks for a typing error, and against defaults that hide it."""
+    (tmp_path / "broken.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "no answer"}\n')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "metrics.jsonl").write_text("{}")
+    places = {"BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty", "FULL": tmp_path / "full"}
+    flags = [str(places.get(flag, flag)) for flag in flags]
+    if "--run_dir" not in flags:
+        flags += ["--run_dir", str(tmp_path / "run")]
+    result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *flags], capture_output=True, text=True, timeout=120,
+                            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode != 0 and line in result.stderr and "Traceback" not in result.stderr, result.stderr[-2000:]
