@@ -360,7 +360,7 @@ def last_digit(draw):
 
 
 def power_remainder(draw):
-    a, b, m = draw(3, 999), draw(10, 31), draw(11, 999)
+    a, b, m = draw(3, 999), draw(5, 15), draw(11, 999)
     phrasings = ["Find the remainder when {0}^{1} is divided by {2}.", "What is {0} to the power {1} modulo {2}?",
                  "Divide {0}^{1} by {2}. What remains?"]
     steps, answer = square_and_multiply(a, b, m)
@@ -395,7 +395,7 @@ def common_divisor(draw):
 
 
 def common_multiple(draw):
-    a, b = sorted((draw(12, 400), draw(12, 400)))
+    a, b = sorted((draw(12, 250), draw(12, 250)))
     phrasings = ["Find the least common multiple of {0} and {1}.", "What is lcm({0}, {1})?",
                  "Two lights flash every {0} and every {1} seconds. After how many seconds do they flash together again?"]
     steps, g = euclid(b, a)
@@ -488,7 +488,7 @@ def digit_count(draw):
 
 def divisor_then_power(draw):
     g = draw(2, 40)
-    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(10, 15), draw(11, 999)
+    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 12), draw(11, 999)
     phrasings = ["Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.",
                  "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
                  "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"]
@@ -500,7 +500,7 @@ def divisor_then_power(draw):
 
 
 def prime_then_power(draw):
-    n, k, m = draw(20, 999), draw(10, 15), draw(11, 999)
+    n, k, m = draw(20, 999), draw(4, 12), draw(11, 999)
     phrasings = ["Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
                  "Take the first prime p after {0}. What is p^{1} modulo {2}?",
                  "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]

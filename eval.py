@@ -1,7 +1,7 @@
 """Sample answers to problems and report accuracy and how the code interpreter was used.
 
     python eval.py --model out/ppo/.../checkpoint                                  # the embedded test splits
-    python eval.py --model DIR --problems aime24.jsonl --n 32 --top_p 0.7          # the paper's setting: avg@32, temperature 1.0
+    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7          # the paper's setting: avg@32, temperature 1.0
     torchrun --nproc_per_node 8 eval.py ...                                        # the same, problems spread over eight GPUs
     python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...                          # mean and range over finished PPO runs
 
@@ -169,7 +169,7 @@ def parse_arguments():
     add("--runs", nargs="+", default=[], help="instead of evaluating: finished run folders of ppo.py to summarise")
     add("--problems", default="test,ood_large,ood_families", help="JSONL files or embedded splits, separated by commas")
     add("--limit", type=int, default=256, help="problems per embedded split; files are used whole")
-    add("--n", type=int, default=4, help="samples per problem; paper 32")
+    add("--samples", type=int, default=4, help="samples per problem; paper 32")
     add("--temperature", type=float, default=1.0, help="0 is greedy; paper 1.0")
     add("--top_p", type=float, default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="seed of the sampling noise and of the embedded problems")
@@ -228,7 +228,7 @@ async def main(rank, world, device):
     async with make_sandbox(args) as sandbox:
         for name, problems in sets.items():
             results[name], trajectories, rewards = await evaluate(
-                model, tokenizer, problems, template, sandbox, rank, world, name, args.max_prompt_tokens, n_samples=args.n,
+                model, tokenizer, problems, template, sandbox, rank, world, name, args.max_prompt_tokens, n_samples=args.samples,
                 temperature=args.temperature, top_p=args.top_p, seed=args.seed, **rollout_settings(args))
             for t, r in zip(trajectories, rewards):
                 responses.write(json.dumps(describe(t, r, tokenizer) | {"set": name}) + "\n")

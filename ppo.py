@@ -120,7 +120,7 @@ class Critic(nn.Module):
         """input_ids (T,) -> values (T,): position t is the state before the token that follows it."""
         hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None], use_cache=False,
                                packing=packing).last_hidden_state[0]
-        return self.head(hidden)[:, 0].float()
+        return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ class Trainer:
         """Adds old_logprobs, entropy and old_values (each (T,)) to every example; all ranks get all."""
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
-            logprobs, entropy = self.actor(flat["input_ids"], flat["targets"], packing, self.args.temperature)
+            logprobs, entropy = self.actor(flat["input_ids"], flat["targets"], flat["loss_mask"], packing,
+                                           self.args.temperature, with_entropy=True)
             values = self.critic(flat["input_ids"], packing)
             if indices:
                 mine += zip(indices, *(x.cpu().split(packing.lengths) for x in (logprobs, entropy, values)))
@@ -229,7 +230,7 @@ class Trainer:
                     flat |= {name: flat["loss_mask"] for name in ("old_logprobs", "old_values", "advantages", "returns")}
                 metrics = {}
                 if train_actor:
-                    logprobs, _ = self.actor(flat["input_ids"], flat["targets"], packing, args.temperature)
+                    logprobs = self.actor(flat["input_ids"], flat["targets"], flat["loss_mask"], packing, args.temperature)
                     loss, metrics = policy_loss(logprobs, flat["old_logprobs"], flat["advantages"], flat["loss_mask"],
                                                 args.clip_low, args.clip_high)
                     difference = ((logprobs - flat["old_logprobs"]) * flat["loss_mask"]).detach().abs().max().item()
@@ -320,11 +321,11 @@ def parse_arguments(argv=None):
     add("--eval_problems", type=int, default=256, help="problems of the embedded test split (half as many of each other split)")
     add("--eval_samples", type=int, default=4, help="samples per evaluation problem; paper 32")
     add("--eval_top_p", type=float, default=1.0, help="nucleus of the evaluation; paper 0.7")
-    add("--steps", type=int, default=40, help="PPO steps; paper 400")
+    add("--steps", type=int, default=32, help="PPO steps; paper 400")
     add("--prompts_per_step", type=int, default=256, help="prompts per step; paper 512 per minibatch")
     add("--samples_per_prompt", type=int, default=1, help="responses per prompt; the critic is the baseline, so 1 is enough")
     add("--minibatches", type=int, default=4, help="optimiser steps per PPO step")
-    add("--actor_lr", type=float, default=2e-4, help="AdamW; paper 1e-6 (32B)")
+    add("--actor_lr", type=float, default=1e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=float, default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
     add("--weight_decay", type=float, default=0.0, help="of both")
     add("--lr_warmup", type=int, default=1, help="steps of linear warm-up")
@@ -375,8 +376,7 @@ def plot(rows, path):
     for axis, names in zip(axes.flat, panels):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), label=name)
+            axis.plot([step for step, _ in points], [value for _, value in points], label=name)
         axis.set_xlabel("PPO step")
         axis.legend()
         axis.grid(alpha=0.3)

@@ -149,18 +149,19 @@ class Pieces:
         return self.cache[token]
 
 
-def find_snippet(pieces, ids, begin):
+def find_snippet(pieces, ids, begin, overrun):
     """The snippet that the last token of `ids` has just closed: (start, code), or None if no <code> is open.
 
-    begin: index where the current model segment starts; start: index of the token in which `<code>` begins.
+    begin: index where the current model segment starts; overrun: what the last token holds beyond the closing tag; start:
+    index of the token in which `<code>` begins.
     """
-    text = ""
+    text, ending = "", len(CODE_CLOSE + overrun)
     for start in range(len(ids) - 1, begin - 1, -1):
         text = pieces[ids[start]] + text
-        if CODE_OPEN in text.rpartition(CODE_CLOSE)[0]:
+        if CODE_OPEN in text[:-ending]:
             # Decode the span as a whole: a character may be spread over several byte-level tokens.
             text = pieces.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-            return start, strip_fence(text.rpartition(CODE_CLOSE)[0].rpartition(CODE_OPEN)[2])
+            return start, strip_fence(text[:-ending].rpartition(CODE_OPEN)[2])
     return None
 
 
@@ -391,15 +392,15 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
     prompt_keys = list(range(len(prompts))) if prompt_keys is None else prompt_keys
-    rows = [Row(Trajectory(i, j, prompts[i]), prompt_keys[i], prompts[i])
-            for i in range(len(prompts)) for j in range(n_samples)]
-    queue, active, paused = deque(rows), [], []
-    n_slots = min(n_slots, len(rows))
+    queue = deque(Row(Trajectory(i, j, prompts[i]), prompt_keys[i], prompts[i])
+                  for i in range(len(prompts)) for j in range(n_samples))
+    results, active, paused = [row.trajectory for row in queue], [], []
+    n_slots = min(n_slots, len(queue))
     weight = next(model.parameters())
     cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
     free = list(range(n_slots))  # a heap: low slots first keeps the view of the decode step short
     pieces = Pieces(tokenizer)
-    shared = None  # (prompt index, logits, k, v): a prompt some of whose samples still wait for a slot
+    shared = {}  # prompt index -> (logits after it, its k, its v), for its other samples
     counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "tool_wait_seconds": 0.0, "forward_seconds": 0.0}
     tick = 0
 
@@ -422,12 +423,12 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         if tools:
             window = row.tail + pieces[token]
             row.tail = window[1 - len(CODE_CLOSE):]
-            snippet = find_snippet(pieces, t.response_ids, row.segment_begin) if CODE_CLOSE in window else None
+            _, closed, row.overrun = window.partition(CODE_CLOSE)
+            snippet = find_snippet(pieces, t.response_ids, row.segment_begin, row.overrun) if closed else None
             if snippet:
                 if len(t.tool_calls) == max_calls:
                     return finish(row, "max_calls")
                 start, code = snippet
-                row.overrun = window.split(CODE_CLOSE)[-1]
                 t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
                 # numpy and random inside the snippet are seeded by the row, not by the order of arrival
                 bits = noise_bits(seed, step, row.key, t.sample_index, len(t.tool_calls))
@@ -455,75 +456,77 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             return finish(row, "length")
         active.append(row)
 
+    async def wait_for_tools():
+        """Bring back the rows whose turn it is; wait for their results, or for any result if nothing else can be done."""
+        nonlocal tick
+        begin = time.perf_counter()
+        if paused and not active and not (queue and free):
+            tick = max(tick, min(row.due for row in paused))
+            if not rejoin_ticks:
+                await asyncio.wait([row.task for row in paused], return_when=asyncio.FIRST_COMPLETED)
+        due = [row for row in paused if (row.due <= tick if rejoin_ticks else row.task.done())]
+        await asyncio.gather(*[row.task for row in due])
+        counts["tool_wait_seconds"] += time.perf_counter() - begin
+        for row in due:
+            paused.remove(row)
+            rejoin(row)
+
+    def admit():
+        """Fill free slots: (rows that must compute their prompt, rows whose prompt another sample has or will have computed)."""
+        leaders, followers = {}, []
+        while queue and free:
+            row = queue.popleft()
+            row.slot = heapq.heappop(free)
+            index = row.trajectory.prompt_index
+            if index in shared or index in leaders:
+                followers.append(row)
+            else:
+                leaders[index] = row
+        return list(leaders.values()), followers
+
+    def next_logits(rows, leaders, followers):
+        """Feed the pending tokens of `rows` (leaders among them); logits (N, V) for rows, then followers."""
+        nonlocal shared
+        logits = []
+        if rows:
+            logits.append(forward_step(model, cache, [row.slot for row in rows], [row.pending for row in rows]))
+            counts["tokens_fed"] += sum(len(row.pending) for row in rows)
+        for row in leaders:
+            kv = (x[:, row.slot, :, : len(row.pending)] for x in (cache.k, cache.v))
+            shared[row.trajectory.prompt_index] = logits[0][rows.index(row)], *kv
+        for row in followers:  # same prompt, same logits; only the noise differs
+            first, k, v = shared[row.trajectory.prompt_index]
+            cache.lengths[row.slot] = k.shape[2]
+            cache.k[:, row.slot, :, : k.shape[2]], cache.v[:, row.slot, :, : k.shape[2]] = k, v
+            logits.append(first[None])
+        # Keep the one prompt that still has samples in the queue, as a copy: its slot may be refilled before they start.
+        waiting = queue[0].trajectory.prompt_index if queue else None
+        shared = {waiting: tuple(x.clone() for x in shared[waiting])} if waiting in shared else {}
+        return torch.cat(logits)
+
     try:
         while queue or active or paused:
             await asyncio.sleep(0)  # let the sandbox's own callbacks run
-            if not active and not (queue and free) and paused:  # nothing else to do: wait for a tool
-                tick = max(tick, min(row.due for row in paused))
-                if not rejoin_ticks:
-                    begin = time.perf_counter()
-                    await asyncio.wait([row.task for row in paused], return_when=asyncio.FIRST_COMPLETED)
-                    counts["tool_wait_seconds"] += time.perf_counter() - begin
-            due = [r for r in paused if (r.due <= tick if rejoin_ticks else r.task.done())]
-            begin = time.perf_counter()
-            await asyncio.gather(*[row.task for row in due])
-            counts["tool_wait_seconds"] += time.perf_counter() - begin
-            for row in due:
-                paused.remove(row)
-                rejoin(row)
-
-            # A prompt is computed once; its other samples copy the finished slot and sample from the same logits.
-            followers = []  # (row, leader's row or None if it comes from `shared`)
-            leader = None
-            while queue and free:
-                row = queue.popleft()
-                row.slot = heapq.heappop(free)
-                index = row.trajectory.prompt_index
-                if shared and shared[0] == index:
-                    followers.append((row, None))
-                elif leader and leader.trajectory.prompt_index == index:
-                    followers.append((row, leader))
-                else:
-                    leader, _ = row, active.append(row)
-            if not active and not followers:
-                continue
-
-            begin = time.perf_counter()
-            step_rows = sorted(active, key=lambda row: len(row.pending) > 1)  # stable: decoding rows first
+            await wait_for_tools()
+            leaders, followers = admit()
+            # Stable: decoding rows first, as Packing wants them.
+            rows = sorted(active + leaders, key=lambda row: len(row.pending) > 1)
             active = []
-            logits = shared[1].new_zeros(0, shared[1].shape[-1]) if not step_rows else forward_step(
-                model, cache, [row.slot for row in step_rows], [row.pending for row in step_rows])
-            counts["tokens_fed"] += sum(len(row.pending) for row in step_rows)
-            position = {id(row): i for i, row in enumerate(step_rows)}
-            source = list(range(len(step_rows)))
-            for row, lead in followers:
-                length = len(row.trajectory.prompt_ids)
-                from_k, from_v = (shared[2], shared[3]) if lead is None else (cache.k[:, lead.slot], cache.v[:, lead.slot])
-                cache.k[:, row.slot, :, :length] = from_k[:, :, :length]
-                cache.v[:, row.slot, :, :length] = from_v[:, :, :length]
-                cache.lengths[row.slot] = length
-                source.append(-1 if lead is None else position[id(lead)])
-            if -1 in source:
-                logits = torch.cat([logits, shared[1]])  # index -1
-            waiting = queue[0].trajectory.prompt_index if queue else None
-            if leader and leader.trajectory.prompt_index == waiting:
-                length = len(leader.pending)
-                shared = (waiting, logits[position[id(leader)]][None], cache.k[:, leader.slot, :, :length].clone(),
-                          cache.v[:, leader.slot, :, :length].clone())
-            elif shared and shared[0] != waiting:
-                shared = None
-            step_rows += [row for row, _ in followers]
-            logits = logits[source]
-            trajectories = [row.trajectory for row in step_rows]
+            if not rows and not followers:
+                continue
+            begin = time.perf_counter()
+            logits = next_logits(rows, leaders, followers)
+            rows += followers
+            trajectories = [row.trajectory for row in rows]
             if logits_processor:
                 logits = logits_processor(logits, trajectories)
-            noise = noise_bits(seed, step, [row.key for row in step_rows], [t.sample_index for t in trajectories],
+            noise = noise_bits(seed, step, [row.key for row in rows], [t.sample_index for t in trajectories],
                                [len(t.response_ids) for t in trajectories])
             uniform = torch.from_numpy((noise >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(logits.device)
             tokens, logprobs = sample(logits, uniform, temperature, top_p)
             counts["forward_seconds"] += time.perf_counter() - begin
-            counts["sampled"] += len(step_rows)
-            for row, token, logprob in zip(step_rows, tokens.tolist(), logprobs.tolist()):
+            counts["sampled"] += len(rows)
+            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
                 advance(row, token, logprob)
             tick += 1
     finally:
@@ -533,7 +536,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     if stats is not None:
         for name, value in counts.items():
             stats[name] = stats.get(name, 0) + value
-    return [row.trajectory for row in rows]
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,9 +553,10 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
     responses, sampled = [[] for _ in prompts], [0] * len(prompts)
 
     def closed(ids):
-        """Whether the last token completed the tag."""
+        """What the last token holds beyond the closing tag it completed; None if it completed none."""
         text = "".join(pieces[t] for t in ids[-len(CODE_CLOSE):])
-        return CODE_CLOSE in text and CODE_CLOSE not in text[:-len(pieces[ids[-1]])]
+        _, tag, overrun = text.partition(CODE_CLOSE)
+        return overrun if tag and len(overrun) < len(pieces[ids[-1]]) else None
 
     for first in range(0, len(prompts), batch_size):
         live = list(range(first, min(first + batch_size, len(prompts))))
@@ -567,7 +571,7 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
                 return force(scores, [scripts[i].get(sampled[i] + done, -1) for i in live], eos) if scripts else scores
 
             def stop(input_ids, scores, **kwargs):
-                return torch.tensor([closed(row) for row in input_ids[:, -len(CODE_CLOSE):].tolist()])
+                return torch.tensor([closed(row) is not None for row in input_ids[:, -len(CODE_CLOSE):].tolist()])
 
             out = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=eos, pad_token_id=pad,
                                  max_new_tokens=model.config.max_position_embeddings - width, stopping_criteria=[stop],
@@ -579,9 +583,12 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
                 sampled[i] += len(row)
                 begin = len(responses[i])
                 responses[i] += row
-                snippet = None if row[-1] == eos else find_snippet(pieces, responses[i], begin)
+                if row[-1] == eos:
+                    continue
+                overrun = closed(responses[i])
+                snippet = find_snippet(pieces, responses[i], begin, overrun) if overrun is not None else None
                 if snippet:
-                    responses[i] += encode_interpreter(tokenizer, run_tool(snippet[1]), max_interpreter_tokens)
+                    responses[i] += encode_interpreter(tokenizer, run_tool(snippet[1]), max_interpreter_tokens, overrun)
                     still.append(i)
             live = still
     return responses

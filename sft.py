@@ -67,11 +67,11 @@ def distributed():
 
 
 def run_script(main):
-    """Run an async main; bad input becomes one line on stderr and exit status 2."""
+    """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
     try:
         with distributed() as (rank, world, device):
             asyncio.run(main(rank, world, device))
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:  # the latter: a loss or gradient that is not finite
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 2)
 
 
@@ -105,21 +105,30 @@ def load_model(path, tokenizer, device, seed=0):
 
 
 class Policy(nn.Module):
-    """A causal LM that returns log-probabilities and entropy. The head is inside `forward`, where FSDP has its weights."""
+    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has gathered its weights."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
 
-    def forward(self, input_ids, targets, packing, temperature=1.0):
-        """input_ids, targets (T,) -> logprobs (T,) of the targets at the temperature, entropy (T,) without gradient."""
+    def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
+        """input_ids, targets, loss_mask (T,) -> logprobs (T,) of the targets at the temperature, 0 where masked.
+
+        with_entropy: also the entropy (T,) of each trainable position's distribution, without gradient. The head, most of the
+        work of a small model, runs for trainable positions only.
+        """
         hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None], use_cache=False,
                                packing=packing).last_hidden_state[0]  # (T, hidden)
-        logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (T, V)
+        chosen = loss_mask.nonzero()[:, 0]
+        logits = at_least_fp32(self.lm.lm_head(hidden[chosen])) / temperature  # (trainable, V)
         normaliser = torch.logsumexp(logits, -1)
+        logprobs = logits.gather(-1, targets[chosen, None])[:, 0] - normaliser
+        scatter = lambda x: torch.zeros_like(input_ids, dtype=x.dtype).index_put((chosen,), x)  # noqa: E731
+        if not with_entropy:
+            return scatter(logprobs)
         with torch.no_grad():
             entropy = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
-        return logits.gather(-1, targets[:, None])[:, 0] - normaliser, entropy
+        return scatter(logprobs), scatter(entropy)
 
 
 def shard(module, layers):
@@ -205,11 +214,11 @@ def versions():
 def add_arguments(parser):
     """The warm start's flags, shared by sft.py and ppo.py. Defaults are the embedded run's."""
     add = parser.add_argument_group("warm start").add_argument
-    add("--model", default="", help="checkpoint folder or hub id; empty: the embedded model, warm-started here")
+    add("--model", default="", help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
     add("--sft_traces", type=int, default=8000, help="cold-start problems of the embedded default; paper: 2,000 traces released")
-    add("--code_share", type=float, default=0.4, help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
-    add("--sft_steps", type=int, default=900, help="optimiser steps; paper: 2 epochs")
-    add("--sft_batch_size", type=int, default=64, help="sequences per step, over all ranks")
+    add("--code_share", type=float, default=0.45, help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
+    add("--sft_steps", type=int, default=2000, help="optimiser steps; paper: 2 epochs")
+    add("--sft_batch_size", type=int, default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to a tenth; paper 1e-6 (32B)")
     add("--sft_warmup", type=int, default=50, help="warm-up steps")
     add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
@@ -245,8 +254,7 @@ async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, lo
         for indices in pack([len(e["input_ids"]) for e in batch], args.token_budget, world)[rank]:
             flat, packing = collate([batch[i] for i in indices], device)
             with torch.set_grad_enabled(train):
-                logprobs, _ = policy(flat["input_ids"], flat["targets"], packing)
-                loss = -(logprobs * flat["loss_mask"]).sum()
+                loss = -policy(flat["input_ids"], flat["targets"], flat["loss_mask"], packing).sum()
             token_sum += loss.item()
             if train:
                 # FSDP averages gradients over ranks; times world makes that the sum that total already divides.

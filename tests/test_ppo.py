@@ -228,7 +228,7 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
     ids = torch.tensor(tokenizer.encode("What is 12 + 30?\n<code>"))
     flat, packing = sft.collate([sft.example(ids.tolist(), [1] * len(ids))], "cpu")
     with torch.no_grad():
-        logprobs, _ = sft.Policy(ours)(flat["input_ids"], flat["targets"], packing)
+        logprobs = sft.Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing)
         scores = torch.log_softmax(plain(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
     assert torch.allclose(logprobs, scores, atol=1e-5)
     warm = next((runs[0] / "warm").iterdir())
@@ -242,7 +242,7 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     problems = tmp_path / "aime.jsonl"
     problems.write_text('{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
     result = launch(1, "--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test", "--limit", "3",
-                    "--n", "2", "--max_response_tokens", "40", "--output", str(tmp_path / "out.json"), script="eval.py")
+                    "--samples", "2", "--max_response_tokens", "40", "--output", str(tmp_path / "out.json"), script="eval.py")
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3

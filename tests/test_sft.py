@@ -41,12 +41,13 @@ def test_packed_logprobs_and_entropy_equal_separate_hugging_face_forwards(models
     examples = make_examples(9)
     flat, packing = collate(examples, "cpu")
     with torch.no_grad():
-        logprobs, entropy = Policy(ours)(flat["input_ids"], flat["targets"], packing, temperature=0.7)
+        logprobs, entropy = Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing, temperature=0.7,
+                                         with_entropy=True)
         for e, got, got_entropy in zip(examples, logprobs.split(packing.lengths), entropy.split(packing.lengths)):
             scores = torch.log_softmax(reference(e["input_ids"][None]).logits[0] / 0.7, -1)
             expected = scores.gather(-1, e["targets"][:, None])[:, 0]
-            assert torch.allclose(got, expected, atol=2e-5)
-            assert torch.allclose(got_entropy, -(scores.exp() * scores).sum(-1), atol=2e-5)
+            assert torch.allclose(got, expected * e["loss_mask"], atol=2e-5)
+            assert torch.allclose(got_entropy, -(scores.exp() * scores).sum(-1) * e["loss_mask"], atol=2e-5)
 
 
 def gradient(policy, examples, token_budget, world=1):
@@ -57,8 +58,7 @@ def gradient(policy, examples, token_budget, world=1):
     for rank in pack([len(e["input_ids"]) for e in examples], token_budget, world):
         for indices in rank:
             flat, packing = collate([examples[i] for i in indices], "cpu")
-            logprobs, _ = policy(flat["input_ids"], flat["targets"], packing)
-            loss = -(logprobs * flat["loss_mask"]).sum() / total
+            loss = -policy(flat["input_ids"], flat["targets"], flat["loss_mask"], packing).sum() / total
             loss.backward()
             loss_sum += loss.item()
     return loss_sum, torch.cat([p.grad.flatten() for p in policy.parameters()])
