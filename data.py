@@ -370,7 +370,7 @@ def power_remainder(draw):
 def count_multiples(draw):
     n, a, b = draw(200, 9999), *sorted((draw(3, 40), draw(3, 40)))
     if draw(0, 9) % 6 == 0:
-        n = (1000 + n % 9000) * 100003  # the natural loop now takes 5 s and more
+        n = (5000 + n % 5000) * 10000  # the natural loop now takes 3 s and more
     phrasings = ["How many integers from 1 to {0} are divisible by {1} or {2}?",
                  "Count the multiples of {1} or of {2} among the first {0} positive integers.",
                  "Tickets are numbered 1 to {0}. A ticket wins if its number is divisible by {1} or by {2}. How many win?"]

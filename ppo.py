@@ -321,7 +321,7 @@ def parse_arguments(argv=None):
     add("--eval_problems", type=int, default=256, help="problems of the embedded test split (half as many of each other split)")
     add("--eval_samples", type=int, default=4, help="samples per evaluation problem; paper 32")
     add("--eval_top_p", type=float, default=1.0, help="nucleus of the evaluation; paper 0.7")
-    add("--steps", type=int, default=32, help="PPO steps; paper 400")
+    add("--steps", type=int, default=30, help="PPO steps; paper 400")
     add("--prompts_per_step", type=int, default=256, help="prompts per step; paper 512 per minibatch")
     add("--samples_per_prompt", type=int, default=1, help="responses per prompt; the critic is the baseline, so 1 is enough")
     add("--minibatches", type=int, default=4, help="optimiser steps per PPO step")
