@@ -1,20 +1,21 @@
 """Problems, prompts, answers, rewards, and the cold-start traces that teach the format.
 
-The embedded default needs no download: an endless, seeded generator of number problems (`embedded_problem`), a small
-byte-level BPE tokenizer trained on them (`embedded_tokenizer`), and for each problem a solution as a person would write it by
-hand (the paper's D_init) and a code-augmented rewriting of it. `curate` takes rewritings, whoever wrote them, through the
-paper's two checks, and through one the paper lacks:
+The embedded default needs no download: an endless, seeded generator of number problems (`embedded_problem`),
+a small byte-level BPE tokenizer trained on them (`embedded_tokenizer`), and for each problem a solution as a
+person would write it by hand (the paper's D_init) and a code-augmented rewriting of it. `curate` takes
+rewritings, whoever wrote them, through the paper's two checks, and through one the paper lacks:
 
     1. format verification   tags balanced and ordered, snippets parse, exactly one final answer
-    2. execution             every snippet runs in the sandbox; the interpreter text is what really came back, and a quoted
-                             result that differs from it rejects the trace (the paper lets an LLM invent these outputs)
+    2. execution             every snippet runs in the sandbox; the interpreter text is what really came back,
+                             and a quoted result that differs from it rejects the trace (the paper lets an LLM
+                             invent these outputs)
     3. answer verification   the final answer equals the reference
 
-A snippet that failed stays in its trace, because the text after it corrects it, but the trace says so (`failed_calls`), and
-SFT masks it: the model learns to recover from errors, not to make them.
+A snippet that failed stays in its trace, because the text after it corrects it, but the trace says so
+(`failed_calls`), and SFT masks it: the model learns to recover from errors, not to make them.
 
-    python data.py                   # prints sample problems, traces and the counts of each stage and rejection
-    python data.py --file FILE       # loads a JSONL file of problems, prints how it was understood
+    python data.py                   # prints sample problems, traces and the counts of each stage and
+    rejection python data.py --file FILE       # loads a JSONL file of problems, prints how it was understood
 """
 import argparse
 import ast
@@ -39,8 +40,8 @@ import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, break_tags, split_segments,
-                     strip_fence)
+from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, break_tags,
+                     split_segments, strip_fence)
 from sandbox import Sandbox
 
 
@@ -48,19 +49,21 @@ class UserError(Exception):
     """Bad input: scripts print its one line and exit with status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompt
 
 # What a model that has never seen the format needs to be told; `--prompt_template retool`.
-RETOOL_PROMPT = r"""Work out the problem below, thinking step by step. Whenever a calculation or a check is better done by a \
-program, write a complete Python script (with its imports, printing what you need) in this form:
+RETOOL_PROMPT = r"""Work out the problem below, thinking step by step. Whenever a calculation or a \
+check is better done by a program, write a complete Python script (with its imports, printing what you \
+need) in this form:
 <code>
 ```python
 print(...)
 ```
 </code>
-It is run at once and what it printed is given back between <interpreter> and </interpreter>; then go on with your reasoning. \
-You may do so several times, and correct a script that failed. Close with the final result in this form:
+It is run at once and what it printed is given back between <interpreter> and </interpreter>; then go on \
+with your reasoning. You may do so several times, and correct a script that failed. Close with the final \
+result in this form:
 <answer>\boxed{...}</answer>
 
 *user question:*
@@ -69,7 +72,8 @@ PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT.replace("\\\n
 
 
 def load_template(name):
-    """"plain" (the question alone: a warm-started model knows the format), "retool", or a file containing {question}."""
+    """"plain" (the question alone: a warm-started model knows the format), "retool", or a file containing
+    {question}."""
     if name in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[name]
     if not Path(name).is_file():
@@ -86,7 +90,7 @@ def encode_prompt(tokenizer, template, question):
     return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Answers and rewards
 
 BLOCKS = re.compile(r"<(code|interpreter)>.*?(?:</\1>|\Z)", re.DOTALL)  # an unclosed block reaches to the end
@@ -113,7 +117,8 @@ def extract_answer(response):
 
 
 def plain_number(text):
-    """The exact value of a plain integer, decimal or fraction (with $, spaces or thousands commas), or None."""
+    """The exact value of a plain integer, decimal or fraction (with $, spaces or thousands commas), or
+    None."""
     text = text.strip().strip("$").strip().rstrip(".")
     text = text.replace("\\!", "").replace("{,}", ",").replace("\\,", "")
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
@@ -128,9 +133,9 @@ def plain_number(text):
 class Verifier:
     """math-verify behind a wall: its parser evaluates what it reads, `10^{10^{10}}` would hang the trainer.
 
-    One server process with a clean environment runs `verify_server`: it imports math-verify once and forks for every pair;
-    the fork has limits on CPU time and memory and is killed after `timeout` seconds. Thread-safe. RuntimeError if the
-    server does not start, which means a broken installation.
+    One server process with a clean environment runs `verify_server`: it imports math-verify once and forks
+    for every pair; the fork has limits on CPU time and memory and is killed after `timeout` seconds.
+    Thread-safe. RuntimeError if the server does not start, which means a broken installation.
     """
 
     def __init__(self, timeout=1.0):
@@ -140,8 +145,8 @@ class Verifier:
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         # The function's source travels on the command line: importing this file would load torch as well.
         source = f"{inspect.getsource(verify_server)}\nverify_server({self.timeout})"
-        self.server = subprocess.Popen([sys.executable, "-I", "-c", source], bufsize=0, env=environment, cwd="/",
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.server = subprocess.Popen([sys.executable, "-I", "-c", source], bufsize=0, env=environment,
+                                       cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if self.read(60.0) != "ready\n":
             raise RuntimeError("the math-verify server does not start: is math-verify installed?")
 
@@ -169,13 +174,14 @@ class Verifier:
                 reply = self.read(self.timeout + 5.0)
             except BrokenPipeError:
                 reply = ""
-            if not reply:  # the server itself is gone or stuck: this pair counts as different, the next one gets a new one
+            if not reply:  # it is gone or stuck: this pair counts as different, the next gets a new server
                 self.stop()
             return reply == "1\n"
 
 
 def verify_server(timeout):
-    """Reads [predicted, reference] as JSON lines, answers 1 or 0 for each; every pair is judged in a limited fork."""
+    """Reads [predicted, reference] as JSON lines, answers 1 or 0 for each; every pair is judged in a limited
+    fork."""
     import json, math, os, resource, signal, sys, time  # noqa: E401  (it runs alone, see Verifier.start)
     from math_verify import parse, verify
     parse("$1+x$")  # loads the grammar before the first fork
@@ -189,7 +195,8 @@ def verify_server(timeout):
             os.dup2(os.open(os.devnull, os.O_RDWR), 2)
             code = 1
             try:
-                gold, predicted = (parse(f"${text}$", parsing_timeout=None) for text in reversed(json.loads(line)))
+                gold, predicted = (parse(f"${text}$", parsing_timeout=None)
+                                   for text in reversed(json.loads(line)))
                 code = 0 if verify(gold, predicted, timeout_seconds=None) else 1
             finally:  # whatever was raised, SystemExit and MemoryError included, is "not equivalent"
                 os._exit(code)
@@ -210,7 +217,8 @@ VERIFIER = Verifier()
 
 
 def is_equivalent(predicted, reference):
-    """Whether two final answers mean the same. Exact for plain numbers; math-verify for the rest, at most 1 s per pair.
+    """Whether two final answers mean the same. Exact for plain numbers; math-verify for the rest, at most 1 s
+    per pair.
 
     Never raises and never hangs, from any thread: what cannot be read or judged in time is not equivalent.
     """
@@ -228,10 +236,12 @@ def is_equivalent(predicted, reference):
 
 
 def outcome_reward(trajectory, tokenizer, reference):
-    r"""+1.0 if the policy's own final answer is right, else -1.0 (equation 1's R; there is no reward for code that runs).
+    r"""+1.0 if the policy's own final answer is right, else -1.0 (equation 1's R; there is no reward for code
+    that runs).
 
-    Only sampled tokens (loss_mask 1) outside code blocks count: a \boxed{} that a snippet printed, or that stands in an
-    <interpreter> block the policy wrote itself, is no answer. A truncated response (anything but EOS) scores -1.
+    Only sampled tokens (loss_mask 1) outside code blocks count: a \boxed{} that a snippet printed, or that
+    stands in an <interpreter> block the policy wrote itself, is no answer. A truncated response (anything but
+    EOS) scores -1.
     """
     if trajectory.finish_reason != "eos":
         return -1.0
@@ -239,13 +249,14 @@ def outcome_reward(trajectory, tokenizer, reference):
     return 1.0 if is_equivalent(extract_answer(text), reference) else -1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading problems
 
 
 def read_problem(row):
     """(question, answer) of one row in a known layout, or None. Answers are text."""
-    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):  # GSM8K, or a plain answer
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"),
+                                                           str):  # GSM8K, or a plain answer
         return row["question"], row["answer"].rsplit("####", 1)[-1].strip()
     if isinstance(row.get("input"), str) and row.get("output") is not None:  # the authors' AIME files
         return row["input"], str(row["output"]).strip()
@@ -258,7 +269,8 @@ def read_problem(row):
 
 
 def load_problems(path):
-    """JSONL -> [{"question", "answer", "family"}]; UserError names file and line of a row without the needed fields."""
+    """JSONL -> [{"question", "answer", "family"}]; UserError names file and line of a row without the needed
+    fields."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     problems = []
@@ -273,8 +285,9 @@ def load_problems(path):
             found = read_problem(row) if isinstance(row, dict) else None
             if not found or not found[0].strip() or not found[1]:
                 fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(f"{path}:{number}: needs question + answer, input + output, or problem + solution "
-                                f"(with a \\boxed answer); found {fields}")
+                raise UserError(
+                    f"{path}:{number}: needs question + answer, input + output, or problem + solution "
+                    f"(with a \\boxed answer); found {fields}")
             problems.append({"question": found[0], "answer": found[1], "family": Path(path).stem})
     if not problems:
         raise UserError(f"{path}: no rows")
@@ -282,7 +295,8 @@ def load_problems(path):
 
 
 def load_traces(path):
-    """JSONL of verified traces as `curate` returns them; "failed_calls" may be absent (no snippet is masked then)."""
+    """JSONL of verified traces as `curate` returns them; "failed_calls" may be absent (no snippet is masked
+    then)."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     traces = []
@@ -292,7 +306,8 @@ def load_traces(path):
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("question", "response")):
+            if not isinstance(row, dict) or not all(
+                    isinstance(row.get(name), str) for name in ("question", "response")):
                 raise UserError(f"{path}:{number}: a trace needs question and response as text")
             traces.append({"failed_calls": []} | row)
     if len(traces) < 2:
@@ -300,18 +315,19 @@ def load_traces(path):
     return traces
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded problems. A family is a function of draw(low, high) that returns
-#   operands   what makes the problem that problem (canonical: order does not matter where it does not matter)
+#   operands   what makes the problem that problem (sorted where their order does not matter)
 #   phrasings  ways to ask; {0}, {1}, ... are the operands
 #   by_hand    the solution as a person would write it, without the answer line
-#   by_code    the same with the computation given to Python: prose and call(snippet, what it is expected to print);
+#   by_code    the same with the computation given to Python: prose and call(snippet, what it should print);
 #              call(snippet) where the outcome is left to the run, because the natural script may fail
 #   answer     an integer
 
 
 def call(code, output=""):
-    return f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n"
+    snippet = f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n"
+    return f"{snippet}{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n"
 
 
 def euclid(a, b):
@@ -326,7 +342,8 @@ def square_and_multiply(a, b, m):
     power, exponent, result, lines = a % m, 1, 1, []
     while exponent <= b:
         if b & exponent:
-            lines.append(f"{a}^{exponent} = {power}, {result}*{power} = {result * power} = {result * power % m}")
+            lines.append(
+                f"{a}^{exponent} = {power}, {result}*{power} = {result * power} = {result * power % m}")
             result = result * power % m
         else:
             lines.append(f"{a}^{exponent} = {power}")
@@ -336,13 +353,16 @@ def square_and_multiply(a, b, m):
 
 def factorise(n):
     factors = sympy.factorint(n)
-    return "*".join(f"{p}^{e}" if e > 1 else f"{p}" for p, e in factors.items()), math.prod(e + 1 for e in factors.values())
+    return "*".join(f"{p}^{e}" if e > 1 else f"{p}"
+                    for p, e in factors.items()), math.prod(e + 1 for e in factors.values())
 
 
 def addition(draw):
     a, b = sorted((draw(10, 99), draw(10, 99)))
-    phrasings = ["What is {0} + {1}?", "Ann has {0} coins and Ben has {1}. How many do they have together?",
-                 "A shelf holds {0} books and {1} more arrive. How many books are there now?", "Add {1} to {0}."]
+    phrasings = [
+        "What is {0} + {1}?", "Ann has {0} coins and Ben has {1}. How many do they have together?",
+        "A shelf holds {0} books and {1} more arrive. How many books are there now?", "Add {1} to {0}."
+    ]
     return (a, b), phrasings, f"{a} + {b} = {a + b}.", call(f"print({a}+{b})", a + b), a + b
 
 
@@ -350,34 +370,45 @@ def larger(draw):
     a, b = draw(100, 9999), draw(100, 9999)
     phrasings = ["Which is larger, {0} or {1}?", "Of the numbers {0} and {1}, give the greater one.",
                  "Two towns have {0} and {1} inhabitants. How many live in the larger town?"]
-    return (a, b), phrasings, f"The larger one is {max(a, b)}.", call(f"print(max({a},{b}))", max(a, b)), max(a, b)
+    return (a, b), phrasings, f"The larger one is {max(a, b)}.", call(f"print(max({a},{b}))",
+                                                                      max(a, b)), max(a, b)
 
 
 def last_digit(draw):
     n = draw(100, 99999)
-    phrasings = ["What is the last digit of {0}?", "Give the units digit of {0}.", "Which digit does {0} end in?"]
+    phrasings = [
+        "What is the last digit of {0}?", "Give the units digit of {0}.", "Which digit does {0} end in?"
+    ]
     return (n,), phrasings, f"It ends in {n % 10}.", call(f"print({n}%10)", n % 10), n % 10
 
 
 def power_remainder(draw):
     a, b, m = draw(3, 999), draw(5, 15), draw(11, 999)
-    phrasings = ["Find the remainder when {0}^{1} is divided by {2}.", "What is {0} to the power {1} modulo {2}?",
-                 "Divide {0}^{1} by {2}. What remains?"]
+    phrasings = [
+        "Find the remainder when {0}^{1} is divided by {2}.", "What is {0} to the power {1} modulo {2}?",
+        "Divide {0}^{1} by {2}. What remains?"
+    ]
     steps, answer = square_and_multiply(a, b, m)
-    return (a, b, m), phrasings, f"Square repeatedly modulo {m}.\n{steps}", call(f"print(pow({a},{b},{m}))", answer), answer
+    return (a, b,
+            m), phrasings, f"Square repeatedly modulo {m}.\n{steps}", call(f"print(pow({a},{b},{m}))",
+                                                                           answer), answer
 
 
 def count_multiples(draw):
     n, a, b = draw(200, 9999), *sorted((draw(3, 40), draw(3, 40)))
     if draw(0, 9) % 6 == 0:
         n = (5000 + n % 5000) * 10000  # the natural loop now takes 3 s and more
-    phrasings = ["How many integers from 1 to {0} are divisible by {1} or {2}?",
-                 "Count the multiples of {1} or of {2} among the first {0} positive integers.",
-                 "Tickets are numbered 1 to {0}. A ticket wins if its number is divisible by {1} or by {2}. How many win?"]
+    phrasings = [
+        "How many integers from 1 to {0} are divisible by {1} or {2}?",
+        "Count the multiples of {1} or of {2} among the first {0} positive integers.",
+        "Tickets are numbered 1 to {0}. A ticket wins if its number is divisible by {1} or by {2}. "
+        "How many win?"
+    ]
     both = math.lcm(a, b)
     answer = n // a + n // b - n // both
-    text = (f"Multiples of {a}: {n // a}\nMultiples of {b}: {n // b}\nOf both, that is of {both}: {n // both}\n"
-            f"{n // a} + {n // b} - {n // both} = {answer}")
+    text = (
+        f"Multiples of {a}: {n // a}\nMultiples of {b}: {n // b}\nOf both, that is of {both}: {n // both}\n"
+        f"{n // a} + {n // b} - {n // both} = {answer}")
     code = call(f"print(sum(x%{a}==0 or x%{b}==0 for x in range(1,{n}+1)))")
     if n > 10**7:
         code += "Too slow. Count without a loop.\n" + call(
@@ -388,16 +419,23 @@ def count_multiples(draw):
 def common_divisor(draw):
     g = draw(2, 40)
     a, b = sorted((g * draw(5, 99), g * draw(5, 99)))
-    phrasings = ["Find the greatest common divisor of {0} and {1}.", "What is gcd({0}, {1})?",
-                 "Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. How long is a piece in cm?"]
+    phrasings = [
+        "Find the greatest common divisor of {0} and {1}.", "What is gcd({0}, {1})?",
+        "Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
+        "How long is a piece in cm?"
+    ]
     steps, answer = euclid(b, a)
-    return (a, b), phrasings, f"By Euclid:\n{steps}", call(f"from math import gcd\nprint(gcd({a},{b}))", answer), answer
+    return (a, b), phrasings, f"By Euclid:\n{steps}", call(f"from math import gcd\nprint(gcd({a},{b}))",
+                                                           answer), answer
 
 
 def common_multiple(draw):
     a, b = sorted((draw(12, 250), draw(12, 250)))
-    phrasings = ["Find the least common multiple of {0} and {1}.", "What is lcm({0}, {1})?",
-                 "Two lights flash every {0} and every {1} seconds. After how many seconds do they flash together again?"]
+    phrasings = [
+        "Find the least common multiple of {0} and {1}.", "What is lcm({0}, {1})?",
+        "Two lights flash every {0} and every {1} seconds. "
+        "After how many seconds do they flash together again?"
+    ]
     steps, g = euclid(b, a)
     text = f"By Euclid:\n{steps}\nThe gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {a * b // g}"
     return (a, b), phrasings, text, call(f"from math import lcm\nprint(lcm({a},{b}))", a * b // g), a * b // g
@@ -405,8 +443,10 @@ def common_multiple(draw):
 
 def digit_sum(draw):
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    phrasings = ["What is the digit sum of {0} * {1}?", "Multiply {0} by {1} and add up the digits of the result.",
-                 "Find the sum of the digits of the product of {0} and {1}."]
+    phrasings = [
+        "What is the digit sum of {0} * {1}?", "Multiply {0} by {1} and add up the digits of the result.",
+        "Find the sum of the digits of the product of {0} and {1}."
+    ]
     digits = str(a * b)
     answer = sum(map(int, digits))
     return (a, b), phrasings, f"{a}*{b} = {digits}\n{'+'.join(digits)} = {answer}", call(
@@ -425,10 +465,14 @@ def divisor_count(draw):
 def prime_count(draw):
     a = draw(10, 900)
     b = a + draw(10, 60)
-    phrasings = ["How many primes are there from {0} to {1}?", "Count the prime numbers between {0} and {1} inclusive.",
-                 "How many of the integers {0}, ..., {1} are prime?"]
+    phrasings = [
+        "How many primes are there from {0} to {1}?",
+        "Count the prime numbers between {0} and {1} inclusive.",
+        "How many of the integers {0}, ..., {1} are prime?"
+    ]
     primes = list(sympy.primerange(a, b + 1))
-    text = f"The primes are {', '.join(map(str, primes))}.\nThat makes {len(primes)}." if primes else "There are none."
+    listed = ", ".join(map(str, primes))
+    text = f"The primes are {listed}.\nThat makes {len(primes)}." if primes else "There are none."
     return (a, b), phrasings, text, call(
         f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))", len(primes)), len(primes)
 
@@ -436,10 +480,14 @@ def prime_count(draw):
 def power_sum(draw):
     a, k = draw(2, 60), 2 + draw(0, 9) % 2
     b = a + draw(5, 200)
-    phrasings = ["Compute the sum of n^{2} for n from {0} to {1}.", "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
-                 "Add the powers n^{2} of all integers n with {0} <= n <= {1}."]
+    phrasings = [
+        "Compute the sum of n^{2} for n from {0} to {1}.",
+        "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
+        "Add the powers n^{2} of all integers n with {0} <= n <= {1}."
+    ]
     total = [n * (n + 1) * (2 * n + 1) // 6 if k == 2 else (n * (n + 1) // 2) ** 2 for n in (b, a - 1)]
-    text = f"Up to {b}: {total[0]}\nUp to {a - 1}: {total[1]}\n{total[0]} - {total[1]} = {total[0] - total[1]}"
+    text = (f"Up to {b}: {total[0]}\nUp to {a - 1}: {total[1]}\n"
+            f"{total[0]} - {total[1]} = {total[0] - total[1]}")
     return (a, b, k), phrasings, text, call(
         f"print(sum(n**{k} for n in range({a},{b}+1)))", total[0] - total[1]), total[0] - total[1]
 
@@ -455,7 +503,8 @@ def recurrence(draw):
     text = f"2 + ... + {n} = {n * (n + 1) // 2 - 1}\n{a} + {k}*{n * (n + 1) // 2 - 1} = {answer}"
     code = call(f"def u(n):\n    return {a} if n==1 else u(n-1)+{k}*n\nprint(u({n}))")
     if n > 950:
-        code += "Too deep. Use a loop.\n" + call(f"u={a}\nfor n in range(2,{n}+1):\n    u+={k}*n\nprint(u)", answer)
+        code += "Too deep. Use a loop.\n" + call(f"u={a}\nfor n in range(2,{n}+1):\n    u+={k}*n\nprint(u)",
+                                                 answer)
     return (a, k, n), phrasings, text, code, answer
 
 
@@ -469,17 +518,21 @@ def inverse(draw):
                  "Give the multiplicative inverse of {0} mod {1} (0 if it does not exist)."]
     steps, g = euclid(a, m)
     answer = pow(a, -1, m) if g == 1 else 0
-    text = f"By Euclid:\n{steps}\nThe gcd is {g}, " + (f"and working back gives {answer}." if g == 1 else "so there is none.")
+    text = f"By Euclid:\n{steps}\nThe gcd is {g}, " + (f"and working back gives {answer}."
+                                                       if g == 1 else "so there is none.")
     code = call(f"print(pow({a},-1,{m}))") + ("" if g == 1 else "There is no inverse.\n")
     return (a, m), phrasings, text, code, answer
 
 
 def digit_count(draw):
     a, b = draw(3, 99), draw(20, 300)
-    phrasings = ["How many digits does {0}^{1} have?", "Find the number of decimal digits of {0} to the power {1}.",
-                 "If {0}^{1} is written out, how many digits does it take?"]
+    phrasings = [
+        "How many digits does {0}^{1} have?", "Find the number of decimal digits of {0} to the power {1}.",
+        "If {0}^{1} is written out, how many digits does it take?"
+    ]
     answer = len(str(a**b))
-    text = f"log10({a}) = {math.log10(a):.4f}\n{b}*{math.log10(a):.4f} = {b * math.log10(a):.2f}, so {answer} digits"
+    log = math.log10(a)
+    text = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
     code = call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
     if b * math.log10(a) > 308:
         code += "A float is too small. Use an integer.\n" + call(f"print(len(str({a}**{b})))", answer)
@@ -489,9 +542,11 @@ def digit_count(draw):
 def divisor_then_power(draw):
     g = draw(2, 40)
     a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 12), draw(11, 999)
-    phrasings = ["Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.",
-                 "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
-                 "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"]
+    phrasings = [
+        "Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.",
+        "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
+        "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"
+    ]
     steps, g = euclid(a, b)
     more, answer = square_and_multiply(g, k, m)
     return (a, b, k, m), phrasings, f"By Euclid:\n{steps}\nModulo {m}:\n{more}", call(
@@ -516,13 +571,16 @@ def product_remainder(draw):
     phrasings = ["Find the remainder when {0} * {1} is divided by {2}.", "What is {0} times {1} modulo {2}?",
                  "Multiply {0} by {1} and divide by {2}. What remains?"]
     answer = a * b % m
-    return (a, b, m), phrasings, f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}", call(f"print({a}*{b}%{m})", answer), answer
+    return (a, b, m), phrasings, f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}", call(
+        f"print({a}*{b}%{m})", answer), answer
 
 
 def sum_of_digit_sums(draw):
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    phrasings = ["What is the digit sum of {0} + {1}?", "Add {0} and {1} and add up the digits of the result.",
-                 "Find the sum of the digits of the sum of {0} and {1}."]
+    phrasings = [
+        "What is the digit sum of {0} + {1}?", "Add {0} and {1} and add up the digits of the result.",
+        "Find the sum of the digits of the sum of {0} and {1}."
+    ]
     digits = str(a + b)
     answer = sum(map(int, digits))
     return (a, b), phrasings, f"{a}+{b} = {digits}\n{'+'.join(digits)} = {answer}", call(
@@ -530,8 +588,10 @@ def sum_of_digit_sums(draw):
 
 
 TRIVIAL = [addition, larger, last_digit]  # no tool is needed
-FAMILIES = TRIVIAL + [power_remainder, count_multiples, common_divisor, common_multiple, digit_sum, divisor_count, prime_count,
-                      power_sum, recurrence, inverse, digit_count, divisor_then_power, prime_then_power]
+FAMILIES = TRIVIAL + [
+    power_remainder, count_multiples, common_divisor, common_multiple, digit_sum, divisor_count, prime_count,
+    power_sum, recurrence, inverse, digit_count, divisor_then_power, prime_then_power
+]
 HELD_OUT = [product_remainder, sum_of_digit_sums]  # never trained on
 SPLITS = ("train", "test", "ood_large", "ood_families")
 
@@ -549,8 +609,9 @@ class Problem:
 def embedded_problem(split, seed, index):
     """Problem number `index` of an endless split: a function of its three arguments alone.
 
-    A hash of (family, operands) sends each problem to train or test, so that the two are disjoint however many are drawn;
-    ood_large draws every operand above the training range; ood_families uses families that training never sees.
+    A hash of (family, operands) sends each problem to train or test, so that the two are disjoint however
+    many are drawn; ood_large draws every operand above the training range; ood_families uses families that
+    training never sees.
     """
     # crc32, not hash(): Python's string hash differs from process to process
     rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
@@ -558,8 +619,8 @@ def embedded_problem(split, seed, index):
         family = rng.choice(HELD_OUT if split == "ood_families" else FAMILIES)
         large = split == "ood_large"
         # ranges up to 9 are choices, not operands
-        operands, phrasings, by_hand, by_code, answer = family(
-            lambda low, high: rng.randint(high + 1, 3 * high) if large and high > 9 else rng.randint(low, high))
+        operands, phrasings, by_hand, by_code, answer = family(lambda low, high: rng.randint(
+            high + 1, 3 * high) if large and high > 9 else rng.randint(low, high))
         is_test = zlib.crc32(f"{family.__name__}{operands}".encode()) % 10 == 0
         if split in ("train", "test") and is_test != (split == "test"):
             continue
@@ -569,14 +630,20 @@ def embedded_problem(split, seed, index):
 
 
 def embedded_overlap(seed, n=2000):
-    """How many of n problems of each other split also occur among n training problems; asserted to be 0, and printed."""
-    keys = {split: {(p.family, p.operands) for p in (embedded_problem(split, seed, i) for i in range(n))} for split in SPLITS}
+    """How many of n problems of each other split also occur among n training problems; asserted to be 0, and
+    printed."""
+    keys = {
+        split: {(p.family, p.operands)
+                for p in (embedded_problem(split, seed, i) for i in range(n))}
+        for split in SPLITS
+    }
     overlap = {split: len(keys["train"] & keys[split]) for split in SPLITS[1:]}
     assert not any(overlap.values()), f"splits overlap: {overlap}"
     return overlap
 
 
-# What the sandbox answers to a script that fails, for the embedded tokenizer: else a traceback would take 200 tokens.
+# What the sandbox answers to a script that fails, for the embedded tokenizer: else a traceback would take 200
+# tokens.
 ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
     print(u(2500))
@@ -591,37 +658,47 @@ NameError: name 'x' is not defined
 [timed out after 0.5 s]
 """
 
-CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def embedded_tokenizer(vocabulary=768, documents=3000):
-    """A byte-level BPE tokenizer trained on the embedded problems, with Qwen's pre-tokenisation (digits one by one).
+    """A byte-level BPE tokenizer trained on the embedded problems, with Qwen's pre-tokenisation (digits one
+    by one).
 
-    The tags are ordinary text to it, split and overrun as in the big tokenizers. End of turn is <|im_end|>, pad another token.
+    The tags are ordinary text to it, split and overrun as in the big tokenizers. End of turn is <|im_end|>,
+    pad another token.
     """
     tokenizer = Tokenizer(models.BPE())
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ])
     tokenizer.decoder = decoders.ByteLevel()
     problems = [embedded_problem("train", 0, i) for i in range(documents)]
     texts = [text for p in problems for text in (p.question, p.by_hand, p.by_code)]
     texts += ["user\n", "assistant\n"] * documents + [ERRORS] * (documents // 10)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=["<|im_start|>"], chat_template=CHAT_TEMPLATE)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=vocabulary,
+                            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                            show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
+                                   chat_template=CHAT_TEMPLATE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Curation
 
 
 def verify_format(response):
-    """Why a rewritten response is not well-formed, or None: tags balanced, ordered, not nested; one answer, at the end."""
+    """Why a rewritten response is not well-formed, or None: tags balanced, ordered, not nested; one answer,
+    at the end."""
     inside = None
     for match in TAG.finditer(response):
         closing, name = match.groups()
@@ -632,14 +709,16 @@ def verify_format(response):
         return "tags"
     segments = split_segments(response)
     for i, (kind, text) in enumerate(segments):
-        if kind == "model" and (INTERPRETER_OPEN in text or text.count(CODE_CLOSE) != (i + 1 < len(segments))):
+        if kind == "model" and (INTERPRETER_OPEN in text
+                                or text.count(CODE_CLOSE) != (i + 1 < len(segments))):
             return "interpreter block missing or misplaced"
         if kind == "model" and i + 1 < len(segments):
             try:
                 ast.parse(strip_fence(text.split(CODE_OPEN)[1].split(CODE_CLOSE)[0]))
             except (SyntaxError, ValueError, MemoryError, RecursionError):  # the latter two: absurd nesting
                 return "snippet does not parse"
-    if response.count("<answer>") != 1 or not response.endswith("</answer>") or extract_answer(response) is None:
+    if response.count("<answer>") != 1 or not response.endswith("</answer>") or extract_answer(
+            response) is None:
         return "no single final answer"
     return None
 
@@ -647,9 +726,10 @@ def verify_format(response):
 async def curate(problems, candidates, sandbox, progress=None):
     """Verify code-augmented candidates: (traces, counts of "kept" and of each reason to reject).
 
-    problems: objects with .question and .answer; candidates: one response text each, in which an empty interpreter block is
-    filled by the run and a quoted one must agree with it. A trace is {"question", "answer", "family", "response",
-    "failed_calls"}; order is kept. Snippets of all candidates run concurrently.
+    problems: objects with .question and .answer; candidates: one response text each, in which an empty
+    interpreter block is filled by the run and a quoted one must agree with it. A trace is {"question",
+    "answer", "family", "response", "failed_calls"}; order is kept. Snippets of all candidates run
+    concurrently.
     """
     async def one(problem, candidate):
         reason = verify_format(candidate)
@@ -660,7 +740,8 @@ async def curate(problems, candidates, sandbox, progress=None):
             if kind == "model":
                 response += text
                 if text.rstrip().endswith(CODE_CLOSE):
-                    result = await sandbox.run(strip_fence(text.rsplit(CODE_OPEN, 1)[1].split(CODE_CLOSE)[0]), seed=0)
+                    result = await sandbox.run(strip_fence(text.rsplit(CODE_OPEN, 1)[1].split(CODE_CLOSE)[0]),
+                                               seed=0)
                 continue
             if result.status == "sandbox_error":
                 raise RuntimeError("the sandbox failed during curation")
@@ -669,7 +750,8 @@ async def curate(problems, candidates, sandbox, progress=None):
             if result.status != "ok":
                 failed.append(calls)
             calls += 1
-            response += "\n" + INTERPRETER_OPEN + "\n" + break_tags(result.output).strip("\n") + "\n" + INTERPRETER_CLOSE
+            response += "\n" + INTERPRETER_OPEN + "\n" + break_tags(
+                result.output).strip("\n") + "\n" + INTERPRETER_CLOSE
         if not is_equivalent(extract_answer(response), problem.answer):
             return "answer: differs from the reference", None
         return "kept", {"question": problem.question, "answer": problem.answer, "family": problem.family,
@@ -692,7 +774,8 @@ async def curate(problems, candidates, sandbox, progress=None):
 
 
 async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=None):
-    """n cold-start problems -> (traces, counts): a share of them as code-augmented traces, the rest as text (code_share 0: all).
+    """n cold-start problems -> (traces, counts): a share of them as code-augmented traces, the rest as text
+    (code_share 0: all).
 
     The same `curate` verifies both kinds: a text solution is a trace without snippets.
     """
@@ -703,7 +786,8 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=
 
 
 async def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", default="", help="JSONL of problems to load; empty: the embedded problems")
     parser.add_argument("--n", type=int, default=1000, help="embedded problems to curate")
     parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")
@@ -717,15 +801,22 @@ async def main():
     print(f"problems shared with the training split, of 2000 each: {embedded_overlap(args.seed)}\n")
     for index in range(2):
         problem = embedded_problem("train", args.seed, index)
-        print(f"{problem.family} {problem.operands}\n{problem.question}\n--- by hand\n{problem.by_hand}\n--- with code, not yet "
-              f"run\n{problem.by_code}\n")
+        print(
+            f"{problem.family} {problem.operands}\n{problem.question}\n"
+            f"--- by hand\n{problem.by_hand}\n--- with code, not yet "
+            f"run\n{problem.by_code}\n")
     async with Sandbox(workers=2, timeout=0.5) as sandbox:
         traces, counts = await embedded_traces(args.n, 1.0, args.seed, sandbox)
     corrected = next((trace for trace in traces if trace["failed_calls"]), None)
     if corrected:
-        print(f"--- a verified trace with a script that failed\n{corrected['question']}\n{corrected['response']}\n")
-    print(f"curated {args.n} code-augmented candidates: {dict(counts)}; with a failed script that is then corrected: "
-          f"{sum(bool(trace['failed_calls']) for trace in traces)}")
+        print(
+            "--- a verified trace with a script that failed\n"
+            f"{corrected['question']}\n{corrected['response']}\n"
+        )
+    print(
+        f"curated {args.n} code-augmented candidates: {dict(counts)}; "
+            "with a failed script that is then corrected: "
+        f"{sum(bool(trace['failed_calls']) for trace in traces)}")
 
 
 if __name__ == "__main__":

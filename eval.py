@@ -1,18 +1,22 @@
 """Sample answers to problems and report accuracy and how the code interpreter was used.
 
-    python eval.py --model out/ppo/.../checkpoint                                  # the embedded test splits
-    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7          # the paper's setting: avg@32, temperature 1.0
-    torchrun --nproc_per_node 8 eval.py ...                                        # the same, problems spread over eight GPUs
-    python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...                          # mean and range over finished PPO runs
+    python eval.py --model out/ppo/.../checkpoint                 # the embedded test splits
+    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7     # as the paper: avg@32
+    torchrun --nproc_per_node 8 eval.py ...                       # problems spread over eight GPUs
+    python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...         # mean and range over finished PPO runs
 
-How each metric is defined (a "response" is one sample; those dropped for a sandbox error are counted and left out):
-  accuracy            mean over responses (avg@n); its standard error is a bootstrap over problems, not over samples
+How each metric is defined (a "response" is one sample; those dropped for a sandbox error are counted and left
+out):
+  accuracy            mean over responses (avg@n); its standard error is a bootstrap over problems
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed at least one snippet
-  code_lines          non-blank, non-comment lines of executed snippets, per response; code_lines_per_snippet per snippet
-  pass_last_correct   share whose last snippet ran without error, among correct responses with code; pass_last_incorrect likewise
-  timing_first        start of the first snippet / response length, in tokens; timing_mean the mean over all snippets
-  self_correction     P(the next snippet runs | the previous one failed); corrected_share: correct responses with a failed snippet
+  code_lines          non-blank, non-comment lines of executed snippets per response;
+                      code_lines_per_snippet per snippet
+  pass_last_correct   share whose last snippet ran without error, among correct responses with code;
+                      pass_last_incorrect likewise among incorrect ones
+  timing_first        start of the first snippet / response length, in tokens; timing_mean over all snippets
+  self_correction     P(the next snippet runs | the previous one failed)
+  corrected_share     correct responses with at least one failed snippet
   truncated           share that ended by a limit instead of EOS (it scores -1)
 """
 import argparse
@@ -36,9 +40,11 @@ async def sample_all(model, tokenizer, prompts, sandbox, rank, world, desc="", n
     The noise is keyed by the prompt's global index, so the number of ranks changes nothing but rounding.
     """
     mine = range(rank, len(prompts), world)
-    with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False, mininterval=1.0) as bar:
-        trajectories = await generate(model, tokenizer, [prompts[i] for i in mine], sandbox, n_samples=n_samples,
-                                      prompt_keys=list(mine), progress=bar.update, **settings)
+    with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
+              mininterval=1.0) as bar:
+        trajectories = await generate(model, tokenizer, [prompts[i] for i in mine], sandbox,
+                                      n_samples=n_samples, prompt_keys=list(mine), progress=bar.update,
+                                      **settings)
     for trajectory in trajectories:
         trajectory.prompt_index = mine[trajectory.prompt_index]
     gathered = [None] * world
@@ -61,7 +67,9 @@ def rollout_metrics(trajectories, rewards):
     kept = [(t, r) for t, r in zip(trajectories, rewards, strict=True) if t.finish_reason != "sandbox_error"]
     with_code = [(t, r) for t, r in kept if t.tool_calls]
     calls = [call for t, _ in kept for call in t.tool_calls]
-    after_failure = [b.status == "ok" for t, _ in kept for a, b in zip(t.tool_calls, t.tool_calls[1:]) if a.status != "ok"]
+    after_failure = [
+        b.status == "ok" for t, _ in kept for a, b in zip(t.tool_calls, t.tool_calls[1:]) if a.status != "ok"
+    ]
     last_ok = {True: [], False: []}
     for t, r in with_code:
         last_ok[r > 0].append(t.tool_calls[-1].status == "ok")
@@ -94,7 +102,8 @@ def bootstrap_error(per_problem, draws=2000):
     return float(per_problem[samples].mean(1).std())
 
 
-async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, desc, max_prompt_tokens, **settings):
+async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, desc, max_prompt_tokens,
+                   **settings):
     """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories, rewards).
 
     Over-long prompts are skipped and counted; UserError if none remain. settings go to `generate`.
@@ -114,8 +123,10 @@ async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, d
             per_problem.setdefault(t.prompt_index, []).append(r > 0)
             by_family.setdefault(problems[t.prompt_index]["family"], []).append((r > 0, bool(t.tool_calls)))
     metrics["accuracy_error"] = bootstrap_error([np.mean(v) for v in per_problem.values()])
-    metrics["families"] = {f: {"accuracy": mean([a for a, _ in v]), "code_ratio": mean([c for _, c in v]), "count": len(v)}
-                           for f, v in sorted(by_family.items())}
+    metrics["families"] = {
+        f: {"accuracy": mean([a for a, _ in v]), "code_ratio": mean([c for _, c in v]), "count": len(v)}
+        for f, v in sorted(by_family.items())
+    }
     trivial = {family.__name__ for family in data.TRIVIAL}
     metrics["code_ratio_trivial"] = mean([c for f, v in by_family.items() if f in trivial for _, c in v])
     metrics["code_ratio_needed"] = mean([c for f, v in by_family.items() if f not in trivial for _, c in v])
@@ -126,18 +137,24 @@ def add_arguments(parser):
     """Limits of a rollout, shared by eval.py and ppo.py."""
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
-    add("--tools", choices=("on", "off"), default="on", help="off: tags mean nothing, nothing is run (the text-only baseline)")
-    add("--max_prompt_tokens", type=int, default=512, help="longer prompts are skipped and counted; public recipes: 2048")
-    add("--max_response_tokens", type=int, default=320, help="response limit, interpreter text included; public recipes: 16384")
+    add("--tools", choices=("on", "off"), default="on",
+        help="off: tags mean nothing, nothing is run (the text-only baseline)")
+    add("--max_prompt_tokens", type=int, default=512,
+        help="longer prompts are skipped and counted; public recipes: 2048")
+    add("--max_response_tokens", type=int, default=320,
+        help="response limit, interpreter text included; public recipes: 16384")
     add("--max_calls", type=int, default=4, help="snippets per response; public recipes: 8")
     add("--n_slots", type=int, default=128, help="rows in the KV cache at the same time")
-    add("--rejoin_ticks", type=int, default=4, help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
+    add("--rejoin_ticks", type=int, default=4,
+        help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
 
 
 def rollout_settings(args):
-    return {"max_response_tokens": args.max_response_tokens, "max_calls": args.max_calls, "n_slots": args.n_slots,
-            "max_interpreter_tokens": args.max_interpreter_tokens, "rejoin_ticks": args.rejoin_ticks,
-            "tools": args.tools == "on"}
+    return {
+        "max_response_tokens": args.max_response_tokens, "max_calls": args.max_calls, "n_slots": args.n_slots,
+        "max_interpreter_tokens": args.max_interpreter_tokens, "rejoin_ticks": args.rejoin_ticks,
+        "tools": args.tools == "on"
+    }
 
 
 def embedded_split(split, n, seed=0):
@@ -154,20 +171,28 @@ def table(results):
     columns = [("problems", lambda m: str(m["problems"])), ("skipped", lambda m: str(m["skipped_long"])),
                ("accuracy %", lambda m: f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])}"),
                ("code %", lambda m: percent(m["code_ratio"])),
-               ("code % needed / trivial", lambda m: f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}"),
+               ("code % needed / trivial",
+                lambda m: f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}"),
                ("snippets", lambda m: f"{m['snippets_per_response']:.2f}"),
-               ("last runs % right / wrong", lambda m: f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}"),
-               ("tokens", lambda m: f"{m['response_tokens']:.0f}"), ("truncated %", lambda m: percent(m["truncated"]))]
+               ("last runs % right / wrong",
+                lambda m: f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}"),
+               ("tokens", lambda m: f"{m['response_tokens']:.0f}"),
+               ("truncated %", lambda m: percent(m["truncated"]))]
     lines = ["| | " + " | ".join(name for name, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(show(m) for _, show in columns) + " |" for name, m in results.items()])
+    return "\n".join(
+        lines +
+        [f"| {name} | " + " | ".join(show(m) for _, show in columns) + " |" for name, m in results.items()])
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="", help="checkpoint folder or hub id")
-    add("--runs", nargs="+", default=[], help="instead of evaluating: finished run folders of ppo.py to summarise")
-    add("--problems", default="test,ood_large,ood_families", help="JSONL files or embedded splits, separated by commas")
+    add("--runs", nargs="+", default=[],
+        help="instead of evaluating: finished run folders of ppo.py to summarise")
+    add("--problems", default="test,ood_large,ood_families",
+        help="JSONL files or embedded splits, separated by commas")
     add("--limit", type=int, default=256, help="problems per embedded split; files are used whole")
     add("--samples", type=int, default=4, help="samples per problem; paper 32")
     add("--temperature", type=float, default=1.0, help="0 is greedy; paper 1.0")
@@ -176,7 +201,8 @@ def parse_arguments():
     add("--max_interpreter_tokens", type=int, default=128, help="interpreter text per call, head + tail")
     add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
     add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
-    add("--output", default="", help="JSON file for metrics; responses go beside it as JSONL; empty: only the table")
+    add("--output", default="",
+        help="JSON file for metrics; responses go beside it as JSONL; empty: only the table")
     add_arguments(parser)
     args = parser.parse_args()
     if bool(args.model) == bool(args.runs):
@@ -185,7 +211,8 @@ def parse_arguments():
 
 
 def summarise(runs):
-    """Markdown table: mean and range over run folders of every evaluation in their metrics.jsonl, and of the wall time."""
+    """Markdown table: mean and range over run folders of every evaluation in their metrics.jsonl, and of the
+    wall time."""
     values = {}
     for run in runs:
         try:
@@ -196,7 +223,8 @@ def summarise(runs):
             raise UserError(f"--runs {run}: not a finished run")
         for row in rows:
             if "evaluation" in row:
-                for name in ("accuracy", "code_ratio", "code_ratio_needed", "code_ratio_trivial", "response_tokens"):
+                for name in ("accuracy", "code_ratio", "code_ratio_needed", "code_ratio_trivial",
+                             "response_tokens"):
                     values.setdefault(row["evaluation"], {}).setdefault(name, []).append(row[name])
         values.setdefault("whole run", {}).setdefault("minutes", []).append(rows[-1]["seconds_total"] / 60)
 
@@ -206,11 +234,17 @@ def summarise(runs):
         scale = 100 if name.startswith(("accuracy", "code")) else 1
         return f"{scale * np.mean(found):.1f} [{scale * min(found):.1f}, {scale * max(found):.1f}]"
 
-    columns = ["accuracy", "code_ratio", "code_ratio_needed", "code_ratio_trivial", "response_tokens", "minutes"]
-    lines = [f"| {len(runs)} runs: mean [min, max] | accuracy % | code % | code % where needed | code % where trivial | tokens "
-             "| minutes |", "|---" * (len(columns) + 1) + "|"]
+    columns = [
+        "accuracy", "code_ratio", "code_ratio_needed", "code_ratio_trivial", "response_tokens", "minutes"
+    ]
+    lines = [
+        f"| {len(runs)} runs: mean [min, max] | accuracy % | code % | code % where needed "
+        "| code % where trivial | tokens "
+        "| minutes |", "|---" * (len(columns) + 1) + "|"
+    ]
     for label, found in values.items():
-        lines.append(f"| {label} | " + " | ".join(show(c, found[c]) if c in found else "" for c in columns) + " |")
+        lines.append(f"| {label} | " + " | ".join(show(c, found[c]) if c in found else ""
+                                                  for c in columns) + " |")
     return "\n".join(lines)
 
 
@@ -219,8 +253,10 @@ async def main(rank, world, device):
     if args.runs:
         return print(summarise(args.runs))
     template = data.load_template(args.prompt_template)
-    sets = {name: embedded_split(name, args.limit, args.seed) if name in data.SPLITS else data.load_problems(name)
-            for name in args.problems.split(",")}
+    sets = {
+        name: embedded_split(name, args.limit, args.seed) if name in data.SPLITS else data.load_problems(name)
+        for name in args.problems.split(",")
+    }
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, tokenizer, device)
     results = {}
@@ -228,8 +264,9 @@ async def main(rank, world, device):
     async with make_sandbox(args) as sandbox:
         for name, problems in sets.items():
             results[name], trajectories, rewards = await evaluate(
-                model, tokenizer, problems, template, sandbox, rank, world, name, args.max_prompt_tokens, n_samples=args.samples,
-                temperature=args.temperature, top_p=args.top_p, seed=args.seed, **rollout_settings(args))
+                model, tokenizer, problems, template, sandbox, rank, world, name, args.max_prompt_tokens,
+                n_samples=args.samples, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                **rollout_settings(args))
             for t, r in zip(trajectories, rewards):
                 responses.write(json.dumps(describe(t, r, tokenizer) | {"set": name}) + "\n")
     responses.close()
@@ -242,10 +279,13 @@ async def main(rank, world, device):
 
 def describe(trajectory, reward, tokenizer):
     """A trajectory as a JSON row for people."""
-    return {"prompt": tokenizer.decode(trajectory.prompt_ids), "response": tokenizer.decode(trajectory.response_ids),
-            "reward": reward, "finish_reason": trajectory.finish_reason,
-            "tool_statuses": [call.status for call in trajectory.tool_calls], "prompt_index": trajectory.prompt_index,
-            "sample_index": trajectory.sample_index}
+    return {
+        "prompt": tokenizer.decode(trajectory.prompt_ids),
+        "response": tokenizer.decode(trajectory.response_ids), "reward": reward,
+        "finish_reason": trajectory.finish_reason,
+        "tool_statuses": [call.status for call in trajectory.tool_calls],
+        "prompt_index": trajectory.prompt_index, "sample_index": trajectory.sample_index
+    }
 
 
 if __name__ == "__main__":

@@ -1,28 +1,36 @@
-"""ReTool: PPO on answers reached with a code interpreter. `torchrun ppo.py` runs the whole method on the embedded default.
+"""ReTool: PPO on answers reached with a code interpreter. `torchrun ppo.py` runs the whole method on the
+embedded default.
 
-One step: sample responses with tool calls (rollout.py) -> +1 / -1 for the final answer -> recompute log-probabilities and
-values with the trainer's own weights -> GAE over sampled tokens only -> clipped updates of actor and critic -> copy the
-weights to the sampler. Interpreter tokens are context: they carry no loss, no reward, no step of GAE, no value.
+One step: sample responses with tool calls (rollout.py) -> +1 / -1 for the final answer -> recompute
+log-probabilities and values with the trainer's own weights -> GAE over sampled tokens only -> clipped updates
+of actor and critic -> copy the weights to the sampler. Interpreter tokens are context: they carry no loss, no
+reward, no step of GAE, no value.
 
 What the paper leaves open, and what is done here:
- 1. The critic is a copy of the warm start with a scalar head that begins at zero; for the first steps it learns alone.
- 2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly perfect batch, in which only
+ 1. The critic is a copy of the warm start with a scalar head that begins at zero; for the first steps it
+    learns alone.
+ 2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly perfect batch,
+    in which only
     a few responses differ, from amplifying noise.
  3. Losses are sums over trainable tokens, divided once by their number in the global minibatch.
- 4. A truncated response scores -1, is terminal (nothing is bootstrapped) and stays in the loss; --drop_truncated filters it.
+ 4. A truncated response scores -1, is terminal (nothing is bootstrapped) and stays in the loss;
+    --drop_truncated filters it.
  5. The KL coefficient is 0.0 as in the paper, so there is no reference model.
- 6. Clip range 0.2 / 0.28, value clip, gamma = lambda = 1: public recipes; lambda of actor and critic are separate flags.
+ 6. Clip range 0.2 / 0.28, value clip, gamma = lambda = 1: public recipes; lambda of actor and critic are
+    separate flags.
 
-    torchrun ppo.py                                                     # CPU or one GPU, the embedded default
-    torchrun ppo.py --tools off --code_share 0                          # its text-only twin
+    torchrun ppo.py                                                  # the embedded default
+    torchrun ppo.py --tools off --code_share 0                       # its text-only twin
     torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
-    torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...     # eight GPUs, a checkpoint after its own warm start
+    torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...  # eight GPUs, a warm-started checkpoint
 
-The run folder gets arguments.json, metrics.jsonl, rollouts.jsonl, curves.png, table.md and checkpoint/ (Hugging Face).
+The run folder gets arguments.json, metrics.jsonl, rollouts.jsonl, curves.png, table.md and checkpoint/
+(Hugging Face).
 
 Letters in shape comments: B responses of a batch, T tokens (of the padded batch, or of a flat packed stream).
 """
 import argparse
+import functools
 import json
 import math
 import random
@@ -40,19 +48,21 @@ import data
 import eval as evaluation
 import sft
 from data import UserError
-from sft import Policy, all_sum, collate, cosine, example, load_model, load_tokenizer, make_sandbox, pack, shard, sync_weights
+from sft import (Policy, all_sum, collate, cosine, example, load_model, load_tokenizer, make_sandbox, pack,
+                 shard, sync_weights)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
 
 
 def gae(rewards, values, loss_mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438) that sees only the trainable tokens.
 
-    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at the token in front of it (the
-    last prompt token, or after a call the last interpreter token). Returns (advantages, returns), (B, T), exactly 0 where
-    masked. The same as deleting the masked tokens, running
-        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 after the last token,
+    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at the token in
+    front of it (the last prompt token, or after a call the last interpreter token). Returns (advantages,
+    returns), (B, T), exactly 0 where masked. The same as deleting the masked tokens, running
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 after the last
+        token,
     and scattering back: interpreter text is no step of its own, so it neither decays lambda nor bootstraps.
     """
     trainable = loss_mask.bool()
@@ -68,7 +78,8 @@ def gae(rewards, values, loss_mask, gamma, lam):
 
 
 def whiten(advantages, loss_mask, floor):
-    """Advantages with mean 0 and deviation 1 over the trainable tokens, divided by at least `floor`; 0 where masked."""
+    """Advantages with mean 0 and deviation 1 over the trainable tokens, divided by at least `floor`; 0 where
+    masked."""
     trainable = loss_mask.bool()
     chosen = advantages[trainable]
     scale = chosen.std(unbiased=False).clamp(min=floor)
@@ -78,10 +89,12 @@ def whiten(advantages, loss_mask, floor):
 def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high):
     """Clipped surrogate (arXiv 1707.06347), summed over trainable tokens; any shape, all arguments alike.
 
-    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs). Returns (sum, metrics), the metrics
-    being sums too: approx_kl as r - 1 - log r, and clip_fraction, the tokens whose gradient the clip cuts off.
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs). Returns (sum,
+    metrics), the metrics being sums too: approx_kl as r - 1 - log r, and clip_fraction, the tokens whose
+    gradient the clip cuts off.
     """
-    # The mask multiplies the log-ratio, not the result: exp of a masked token's difference could overflow, and inf * 0 is nan.
+    # The mask multiplies the log-ratio, not the result: exp of a masked token's difference could overflow,
+    # and inf * 0 is nan.
     log_ratio = (logprobs - old_logprobs) * loss_mask
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
@@ -94,7 +107,8 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
 
 
 def value_loss(values, old_values, returns, loss_mask, value_clip):
-    """0.5 max((V - R)^2, (V_clipped - R)^2), V kept within value_clip of the old value; summed over trainable tokens.
+    """0.5 max((V - R)^2, (V_clipped - R)^2), V kept within value_clip of the old value; summed over trainable
+    tokens.
 
     Returns (sum, metrics): value_clip_fraction is a sum over tokens too.
     """
@@ -107,7 +121,8 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
 
 
 class Critic(nn.Module):
-    """A copy of the policy's network with a scalar head; the head starts at zero, so the first values are 0."""
+    """A copy of the policy's network with a scalar head; the head starts at zero, so the first values are
+    0."""
 
     def __init__(self, lm):
         super().__init__()
@@ -118,17 +133,18 @@ class Critic(nn.Module):
 
     def forward(self, input_ids, packing):
         """input_ids (T,) -> values (T,): position t is the state before the token that follows it."""
-        hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None], use_cache=False,
-                               packing=packing).last_hidden_state[0]
+        hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None],
+                               use_cache=False, packing=packing).last_hidden_state[0]
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
 class Prompts:
-    """Training prompts by position: an endless stream of the embedded problems, or a file's rows, reshuffled every epoch."""
+    """Training prompts by position: an endless stream of the embedded problems, or a file's rows, reshuffled
+    every epoch."""
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer = args, tokenizer
@@ -139,22 +155,30 @@ class Prompts:
             self.rows = [row for row in rows if len(row["prompt"]) <= args.max_prompt_tokens]
             self.skipped = len(rows) - len(self.rows)
             if not self.rows:
-                raise UserError(f"{args.train_data}: every prompt is longer than --max_prompt_tokens {args.max_prompt_tokens}")
+                raise UserError(
+                    f"{args.train_data}: every prompt is longer than "
+                    f"--max_prompt_tokens {args.max_prompt_tokens}"
+                )
 
     def encode(self, row):
         return row | {"prompt": data.encode_prompt(self.tokenizer, self.template, row["question"])}
 
     def __getitem__(self, position):
         if self.rows is None:
-            # a seed of its own: the cold start has used the first problems of the training split under its seed
+            # a seed of its own: the cold start has used the first problems of the training split under its
+            # seed
             problem = data.embedded_problem("train", f"ppo{self.args.seed}", position)
-            return self.encode({"question": problem.question, "answer": problem.answer, "family": problem.family})
+            return self.encode(
+                {"question": problem.question, "answer": problem.answer, "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
-        order = random.Random(f"{self.args.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
-        return self.rows[order[index]]
+        return self.rows[self.order(epoch)[index]]
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch):
+        return random.Random(f"{self.args.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One PPO update
 
 
@@ -168,13 +192,17 @@ class Trainer:
         self.actor = shard(Policy(lm), lm.model.layers)
         lm = load_model(model_path, tokenizer, device)
         self.critic = shard(Critic(lm), lm.model.layers)
-        self.actor_optimizer, self.critic_optimizer = (
-            torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=args.weight_decay, fused=True)
-            for module, lr in ((self.actor, args.actor_lr), (self.critic, args.critic_lr)))
+        self.actor_optimizer, self.critic_optimizer = (torch.optim.AdamW(module.parameters(), lr=lr,
+                                                                         betas=(0.9, 0.99), eps=1e-6,
+                                                                         weight_decay=args.weight_decay,
+                                                                         fused=True)
+                                                       for module, lr in ((self.actor, args.actor_lr),
+                                                                          (self.critic, args.critic_lr)))
 
     def micro_batches(self, examples):
         """This rank's share of the examples, as (indices, flat tensors, packing)."""
-        for indices in pack([len(e["input_ids"]) for e in examples], self.args.token_budget, self.world)[self.rank]:
+        for indices in pack([len(e["input_ids"]) for e in examples], self.args.token_budget,
+                            self.world)[self.rank]:
             yield indices, *collate([examples[i] for i in indices], self.device)
 
     @torch.no_grad()
@@ -193,9 +221,11 @@ class Trainer:
             examples[index].update(zip(("old_logprobs", "entropy", "old_values"), columns))
 
     def estimate(self, examples, rewards):
-        """GAE on the whole batch: adds advantages (whitened) and returns to every example; gives explained_variance."""
+        """GAE on the whole batch: adds advantages (whitened) and returns to every example; gives
+        explained_variance."""
         args = self.args
-        mask, values = (pad_sequence([e[name] for e in examples], batch_first=True) for name in ("loss_mask", "old_values"))
+        mask, values = (pad_sequence([e[name] for e in examples], batch_first=True)
+                        for name in ("loss_mask", "old_values"))
         # (B, T). The reward goes to the last token the policy sampled, even if forced text follows it.
         token_rewards = torch.zeros_like(values)
         last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
@@ -211,14 +241,16 @@ class Trainer:
         return (1 - error / spread).item() if spread > 0 else 0.0
 
     def update(self, examples, step):
-        """One epoch of clipped updates over shuffled minibatches; returns the metrics, means over trainable tokens."""
+        """One epoch of clipped updates over shuffled minibatches; returns the metrics, means over trainable
+        tokens."""
         args, sums, counted = self.args, {}, 0.0
         train_actor = step >= args.critic_warmup
         factor = cosine(step, args.steps, args.lr_warmup, floor=args.lr_floor)
         for optimizer, lr in ((self.actor_optimizer, args.actor_lr), (self.critic_optimizer, args.critic_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed * 100003 + step)).tolist()
+        order = torch.randperm(len(examples),
+                               generator=torch.Generator().manual_seed(args.seed * 100003 + step)).tolist()
         size = math.ceil(len(order) / args.minibatches)
         norms = []
         for begin in range(0, len(order), size):
@@ -227,32 +259,42 @@ class Trainer:
             largest_ratio_error = 0.0
             for indices, flat, packing in self.micro_batches(minibatch):
                 if not indices:  # this rank's no-op: it must take part in the gathers of the others
-                    flat |= {name: flat["loss_mask"] for name in ("old_logprobs", "old_values", "advantages", "returns")}
+                    flat |= {
+                        name: flat["loss_mask"]
+                        for name in ("old_logprobs", "old_values", "advantages", "returns")
+                    }
                 metrics = {}
                 if train_actor:
-                    logprobs = self.actor(flat["input_ids"], flat["targets"], flat["loss_mask"], packing, args.temperature)
-                    loss, metrics = policy_loss(logprobs, flat["old_logprobs"], flat["advantages"], flat["loss_mask"],
-                                                args.clip_low, args.clip_high)
-                    difference = ((logprobs - flat["old_logprobs"]) * flat["loss_mask"]).detach().abs().max().item()
+                    logprobs = self.actor(flat["input_ids"], flat["targets"], flat["loss_mask"], packing,
+                                          args.temperature)
+                    loss, metrics = policy_loss(logprobs, flat["old_logprobs"], flat["advantages"],
+                                                flat["loss_mask"], args.clip_low, args.clip_high)
+                    difference = ((logprobs - flat["old_logprobs"]) *
+                                  flat["loss_mask"]).detach().abs().max().item()
                     largest_ratio_error = max(largest_ratio_error, difference)
-                    # FSDP averages gradients over ranks; times world makes that the sum that `total` already divides.
+                    # FSDP averages gradients over ranks; times world makes that the sum that `total` already
+                    # divides.
                     (loss / total * self.world).backward()
                     metrics["policy_loss"] = loss.detach()
                 values = self.critic(flat["input_ids"], packing)
-                loss, more = value_loss(values, flat["old_values"], flat["returns"], flat["loss_mask"], args.value_clip)
+                loss, more = value_loss(values, flat["old_values"], flat["returns"], flat["loss_mask"],
+                                        args.value_clip)
                 (loss / total * self.world).backward()
                 for name, value in (metrics | more | {"value_loss": loss.detach()}).items():
                     sums[name] = sums.get(name, 0.0) + value.item()
             if begin == 0:
-                # Nothing has been updated since `score`: any difference is a bug (another temperature, mask shift, dropout).
-                assert largest_ratio_error < 1e-3, f"first minibatch: |log ratio| is {largest_ratio_error}, should be 0"
+                # Nothing has been updated since `score`: any difference is a bug (another temperature, mask
+                # shift, dropout).
+                assert largest_ratio_error < 1e-3, f"|log ratio| of the first minibatch: {largest_ratio_error}"
             counted += total
-            updated = [(self.critic, self.critic_optimizer)] + [(self.actor, self.actor_optimizer)] * train_actor
+            updated = [(self.critic, self.critic_optimizer)
+                       ] + [(self.actor, self.actor_optimizer)] * train_actor
             for module, optimizer in updated:
                 norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm).full_tensor().item()
                 norms.append((type(module).__name__, norm))
                 if not math.isfinite(norm):
-                    raise FloatingPointError(f"step {step}: gradient norm of the {type(module).__name__.lower()} is {norm}")
+                    raise FloatingPointError(
+                        f"step {step}: gradient norm of the {type(module).__name__.lower()} is {norm}")
                 optimizer.step()
                 optimizer.zero_grad()
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
@@ -276,18 +318,24 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
     batch = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
     stats = {}
-    trajectories = await evaluation.sample_all(
-        trainer.sampler, tokenizer, [row["prompt"] for row in batch], sandbox, rank, world, n_samples=args.samples_per_prompt,
-        temperature=args.temperature, seed=args.seed, step=step, stats=stats, **evaluation.rollout_settings(args))
+    trajectories = await evaluation.sample_all(trainer.sampler, tokenizer, [row["prompt"] for row in batch],
+                                               sandbox, rank, world, n_samples=args.samples_per_prompt,
+                                               temperature=args.temperature, seed=args.seed, step=step,
+                                               stats=stats, **evaluation.rollout_settings(args))
     lap("rollout")
     rewards = [data.outcome_reward(t, tokenizer, batch[t.prompt_index]["answer"]) for t in trajectories]
     metrics = evaluation.rollout_metrics(trajectories, rewards)
     chosen = [(t, r) for t, r in zip(trajectories, rewards)
               if t.finish_reason != "sandbox_error" and (t.finish_reason == "eos" or not args.drop_truncated)]
     if not chosen:
-        raise UserError(f"step {step}: no response is left to train on ({metrics['sandbox_errors_dropped']} sandbox errors)")
-    examples = [example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
-                        sampler_logprobs=torch.tensor([0.0] * len(t.prompt_ids) + t.logprobs)) for t, _ in chosen]
+        raise UserError(
+            f"step {step}: no response is left to train on "
+            f"({metrics['sandbox_errors_dropped']} sandbox errors)"
+        )
+    examples = [
+        example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
+                sampler_logprobs=torch.tensor([0.0] * len(t.prompt_ids) + t.logprobs)) for t, _ in chosen
+    ]
     lap("rewards")
     trainer.score(examples)
     lap("score")
@@ -307,31 +355,39 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     return metrics | {f"seconds_{name}": value for name, value in seconds.items()}, trajectories, rewards
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The run
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     sft.add_arguments(parser)
     evaluation.add_arguments(parser)
     add = parser.add_argument_group("PPO").add_argument
-    add("--train_data", default="embedded", help="embedded, or a JSONL file of problems; paper: DAPO-Math-17k")
-    add("--eval_data", default="", help="JSONL files, separated by commas; empty: the embedded test splits, or none for a file")
-    add("--eval_problems", type=int, default=256, help="problems of the embedded test split (half as many of each other split)")
+    add("--train_data", default="embedded",
+        help="embedded, or a JSONL file of problems; paper: DAPO-Math-17k")
+    add("--eval_data", default="",
+        help="JSONL files, separated by commas; empty: the embedded test splits, or none for a file")
+    add("--eval_problems", type=int, default=256,
+        help="problems of the embedded test split (half as many of each other split)")
     add("--eval_samples", type=int, default=4, help="samples per evaluation problem; paper 32")
     add("--eval_top_p", type=float, default=1.0, help="nucleus of the evaluation; paper 0.7")
     add("--steps", type=int, default=30, help="PPO steps; paper 400")
     add("--prompts_per_step", type=int, default=256, help="prompts per step; paper 512 per minibatch")
-    add("--samples_per_prompt", type=int, default=1, help="responses per prompt; the critic is the baseline, so 1 is enough")
+    add("--samples_per_prompt", type=int, default=1,
+        help="responses per prompt; the critic is the baseline, so 1 is enough")
     add("--minibatches", type=int, default=4, help="optimiser steps per PPO step")
     add("--actor_lr", type=float, default=1e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=float, default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
     add("--weight_decay", type=float, default=0.0, help="of both")
     add("--lr_warmup", type=int, default=1, help="steps of linear warm-up")
-    add("--lr_floor", type=float, default=0.1, help="the cosine ends at this fraction; 1.0 keeps the rate constant")
-    add("--critic_warmup", type=int, default=3, help="first steps in which only the critic learns; public recipes 20")
-    add("--temperature", type=float, default=1.0, help="of rollouts, and of the log-probabilities in the loss; paper 1.0")
+    add("--lr_floor", type=float, default=0.1,
+        help="the cosine ends at this fraction; 1.0 keeps the rate constant")
+    add("--critic_warmup", type=int, default=3,
+        help="first steps in which only the critic learns; public recipes 20")
+    add("--temperature", type=float, default=1.0,
+        help="of rollouts, and of the log-probabilities in the loss; paper 1.0")
     add("--gamma", type=float, default=1.0, help="discount")
     add("--lam_actor", type=float, default=1.0, help="GAE lambda of the advantages")
     add("--lam_critic", type=float, default=1.0, help="GAE lambda of the critic's targets")
@@ -341,7 +397,8 @@ def parse_arguments(argv=None):
     add("--whiten_floor", type=float, default=0.2, help="smallest deviation that advantages are divided by")
     add("--max_grad_norm", type=float, default=1.0, help="gradient clipping, actor and critic each")
     add("--drop_truncated", action="store_true", help="leave truncated responses out of the loss")
-    add("--seed", type=int, default=0, help="of prompts, sampling and minibatches; the warm start has --sft_seed")
+    add("--seed", type=int, default=0,
+        help="of prompts, sampling and minibatches; the warm start has --sft_seed")
     add("--run_dir", default="", help="new folder for this run; empty: out/ppo/<date>-<time>")
     add("--save_rollouts", type=int, default=32, help="responses per step written to rollouts.jsonl")
     args = parser.parse_args(argv)
@@ -359,10 +416,14 @@ def step_line(step, steps, m):
     show = evaluation.percent
     seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
     outcomes = " ".join(f"{name} {count}" for name, count in m["sandbox_outcomes"].items()) or "none"
-    return (f"step {step:3d}/{steps} | acc {show(m['accuracy']):>5} | code {show(m['code_ratio']):>5} | "
-            f"len {m['response_tokens']:5.1f} | trunc {show(m['truncated']):>4} | kl {m.get('approx_kl', 0):.4f} | "
-            f"clip {m.get('clip_fraction', 0):.3f} | ent {m['entropy']:.3f} | vloss {m['value_loss']:.3f} | "
-            f"ev {m['explained_variance']:5.2f} | sampler {m['sampler_difference']:.0e} | tools {outcomes} | {seconds:.1f}s")
+    return (
+        f"step {step:3d}/{steps} | acc {show(m['accuracy']):>5} | code {show(m['code_ratio']):>5} | "
+        f"len {m['response_tokens']:5.1f} | trunc {show(m['truncated']):>4} | "
+        f"kl {m.get('approx_kl', 0):.4f} | "
+        f"clip {m.get('clip_fraction', 0):.3f} | ent {m['entropy']:.3f} | vloss {m['value_loss']:.3f} | "
+        f"ev {m['explained_variance']:5.2f} | sampler {m['sampler_difference']:.0e} | tools {outcomes} | "
+        f"{seconds:.1f}s"
+    )
 
 
 def plot(rows, path):
@@ -370,8 +431,9 @@ def plot(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     panels = [("accuracy", "code_ratio"), ("response_tokens", "response_tokens_sampled"),
-              ("pass_last_correct", "pass_last_incorrect"), ("timing_first", "truncated"), ("code_lines", "snippets_per_response"),
-              ("entropy",), ("approx_kl", "clip_fraction"), ("explained_variance", "value_loss")]
+              ("pass_last_correct", "pass_last_incorrect"), ("timing_first", "truncated"),
+              ("code_lines", "snippets_per_response"), ("entropy", ), ("approx_kl", "clip_fraction"),
+              ("explained_variance", "value_loss")]
     figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
     for axis, names in zip(axes.flat, panels):
         for name in names:
@@ -385,7 +447,8 @@ def plot(rows, path):
 
 
 def commit():
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                            text=True)
     return result.stdout.strip() or "not a git checkout"
 
 
@@ -398,16 +461,21 @@ async def main(rank, world, device):
     if args.eval_data:
         sets = {name: data.load_problems(name) for name in args.eval_data.split(",")}
     elif args.train_data == "embedded":
-        sets = {split: evaluation.embedded_split(split, args.eval_problems if split == "test" else args.eval_problems // 2)
-                for split in data.SPLITS[1:]}
+        sets = {
+            split: evaluation.embedded_split(
+                split, args.eval_problems if split == "test" else args.eval_problems // 2)
+            for split in data.SPLITS[1:]
+        }
     else:
         sets = {}
     if args.train_data != "embedded":
         data.load_problems(args.train_data)  # a bad file should be known before the warm start, not after it
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        record = {"arguments": vars(args), "versions": sft.versions(), "commit": commit(), "world_size": world,
-                  "threads": torch.get_num_threads(), "device": str(device)}
+        record = {
+            "arguments": vars(args), "versions": sft.versions(), "commit": commit(), "world_size": world,
+            "threads": torch.get_num_threads(), "device": str(device)
+        }
         (run / "arguments.json").write_text(json.dumps(record, indent=1))
         print(f"run folder: {run}\n{json.dumps(vars(args))}")
 
@@ -416,7 +484,10 @@ async def main(rank, world, device):
     trainer = Trainer(args, model_path, tokenizer, rank, world, device)
     prompts = Prompts(args, tokenizer)
     if rank == 0:
-        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts skipped as too long: {prompts.skipped}")
+        print(
+            f"warm start ready after {time.perf_counter() - begin:.0f} s; "
+            f"prompts skipped as too long: {prompts.skipped}"
+        )
     results, rows = {}, []
     metrics_file = open(run / "metrics.jsonl" if rank == 0 else "/dev/null", "w", buffering=1)
     rollouts_file = open(run / "rollouts.jsonl" if rank == 0 else "/dev/null", "w", buffering=1)
@@ -424,13 +495,16 @@ async def main(rank, world, device):
     async def evaluate(when):
         for name, problems in sets.items():
             label = f"{Path(name).stem} {when}"
-            results[label], _, _ = await evaluation.evaluate(
-                trainer.sampler, tokenizer, problems, prompts.template, sandbox, rank, world, label, args.max_prompt_tokens,
-                n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
-                **evaluation.rollout_settings(args))
+            results[label], _, _ = await evaluation.evaluate(trainer.sampler, tokenizer, problems,
+                                                             prompts.template, sandbox, rank, world, label,
+                                                             args.max_prompt_tokens,
+                                                             n_samples=args.eval_samples, temperature=1.0,
+                                                             top_p=args.eval_top_p, seed=0,
+                                                             **evaluation.rollout_settings(args))
             metrics_file.write(json.dumps({"evaluation": label} | results[label]) + "\n")
         if rank == 0 and sets:
-            print(evaluation.table({name: m for name, m in results.items() if name.endswith(when)}), flush=True)
+            print(evaluation.table({name: m
+                                    for name, m in results.items() if name.endswith(when)}), flush=True)
 
     async with make_sandbox(args) as sandbox:
         await evaluate("before")

@@ -3,33 +3,37 @@
 What one tick of `generate` does, for every row that is able to move:
 
     1. rows whose tool result is due rejoin; free cache slots are refilled from the queue
-    2. ONE forward call over a flat stream of tokens: a decoding row feeds 1 token, a resuming row its closing tag plus
-       the interpreter text, a new row its prompt. Prefill, decode and resume-after-tool are the same call.
-    3. one token is sampled per row. If it ends the row, its slot is free again; if it completes `</code>`, the row
-       leaves the batch, keeps its slot and its cache, and the snippet runs in the sandbox meanwhile.
+    2. ONE forward call over a flat stream of tokens: a decoding row feeds 1 token, a resuming row its closing
+       tag plus the interpreter text, a new row its prompt. Prefill, decode and resume are the same call.
+    3. one token is sampled per row. If it ends the row, its slot is free again; if it completes `</code>`,
+       the row leaves the batch, keeps its slot and cache, and the snippet runs in the sandbox meanwhile.
 
-Token ids are the only currency: what was sampled is never decoded and encoded again. The 0/1 `loss_mask` is born here,
-beside the token (1 = sampled by the policy, 0 = forced interpreter text), and travels unchanged to loss, GAE and metrics.
+Token ids are the only currency: what was sampled is never decoded and encoded again. The 0/1 `loss_mask` is
+born here, beside the token (1 = sampled by the policy, 0 = forced interpreter text), and travels unchanged to
+loss, GAE and metrics.
 
 Definitions (each has a test):
-  - A snippet is closed by the first `</code>` after its `<code>`, wherever it stands, also inside a string of the snippet:
-    the text rules, as in the paper. It opens at the last `<code>` before that. `</code>` without `<code>` is plain text.
+  - A snippet is closed by the first `</code>` after its `<code>`, wherever it stands, also inside a string of
+    the snippet: the text rules, as in the paper. It opens at the last `<code>` before that. `</code>` without
+    `<code>` is plain text.
   - An empty snippet is run like any other and counts as a call.
-  - The token that completes `</code>` may run past it (`>\n`, `>\n\n`, `></`): it is kept, and only what is missing is appended.
+  - The token that completes `</code>` may run past it (`>\\n`, `>\\n\\n`, `></`): it is kept, and only what
+    is
+    missing is appended.
   - finish_reason: `eos`; `length` (the response, interpreter text included, reached max_response_tokens);
     `max_calls` (a `</code>` beyond max_calls; after the last allowed call the model may still answer);
     `sandbox_error` (the sandbox itself failed: the row must be dropped, not scored).
   - A row's noise depends on (seed, step, prompt key, sample, position) alone, never on its batch-mates.
 
-Reproducible by default: a paused row rejoins a fixed number of ticks after its call, and only then is its result waited
-for, so that batch shapes (and with them rounding) do not depend on the clock. `rejoin_ticks=0` gives that up: rows rejoin
-as soon as their result is there.
+Reproducible by default: a paused row rejoins a fixed number of ticks after its call, and only then is its
+result waited for, so that batch shapes (and with them rounding) do not depend on the clock. `rejoin_ticks=0`
+gives that up: rows rejoin as soon as their result is there.
 
     python rollout.py                # against the slow twin: token for token, then tokens/s of both
     python rollout.py --model DIR    # the same on a checkpoint
 
-Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers, H query heads, K key/value
-heads, D head dim, S cache positions per slot.
+Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers, H query
+heads, K key/value heads, D head dim, S cache positions per slot.
 """
 import argparse
 import asyncio
@@ -54,12 +58,13 @@ INTERPRETER_BLOCK = re.compile(r"\s*<interpreter>\n?(.*?)\n?</interpreter>", re.
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text <-> segments. SFT and rollout share this encoder, so that both see the same token boundaries.
 
 
 def strip_fence(snippet):
-    """The Python source in the text between <code> and </code>: the fenced block if there is one, else all of it."""
+    """The Python source in the text between <code> and </code>: the fenced block if there is one, else all of
+    it."""
     match = FENCE.fullmatch(snippet)
     return match.group(1) if match else snippet.strip("\n")
 
@@ -67,8 +72,9 @@ def strip_fence(snippet):
 def split_segments(text):
     """Cut a response into [(kind, text)], kind "model" or "interpreter", right after each closing tag.
 
-    Only an <interpreter> block that directly follows </code> is the sandbox's; the text of an interpreter segment is what
-    stands between the tags. Anything else, also an <interpreter> the model wrote by itself, is model text.
+    Only an <interpreter> block that directly follows </code> is the sandbox's; the text of an interpreter
+    segment is what stands between the tags. Anything else, also an <interpreter> the model wrote by itself,
+    is model text.
     """
     segments, begin, search = [], 0, 0
     while (close := text.find(CODE_CLOSE, search)) >= 0:
@@ -101,8 +107,8 @@ def neutralise(tokenizer, output):
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
     """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`.
 
-    output: what the sandbox gave back, without outer newlines; at most max_tokens of its tokens are kept (head and tail,
-    with a notice between).
+    output: what the sandbox gave back, without outer newlines; at most max_tokens of its tokens are kept
+    (head and tail, with a notice between).
     overrun: text of the last sampled token beyond `</code>`; a newline already in it is not written twice.
     """
     body = encode_text(tokenizer, neutralise(tokenizer, output.strip("\n")))
@@ -117,8 +123,8 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
 def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=()):
     """A whole response as (ids, loss_mask), EOS appended and trained, interpreter tokens 0.
 
-    masked_calls: indices of snippets the model must not learn to write (they failed): `<code>`...`</code>` is 0 there too.
-    Each segment is encoded by itself, exactly as `generate` meets it.
+    masked_calls: indices of snippets the model must not learn to write (they failed): `<code>`...`</code>` is
+    0 there too. Each segment is encoded by itself, exactly as `generate` meets it.
     """
     ids, mask, call = [], [], 0
     for kind, segment in split_segments(text):
@@ -126,7 +132,8 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=()):
             block = encode_interpreter(tokenizer, segment, max_interpreter_tokens)
             ids, mask, call = ids + block, mask + [0] * len(block), call + 1
             continue
-        encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
+                            return_offsets_mapping=True)
         # A token that starts before the snippet is the prose's, even if it reaches into the tag.
         snippet = segment.rfind(CODE_OPEN) if call in masked_calls else len(segment)
         ids += encoded["input_ids"]
@@ -135,7 +142,8 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=()):
 
 
 class Pieces:
-    """The text each token id contributes: `pieces[i]`. Decoding next to an anchor keeps a SentencePiece leading space."""
+    """The text each token id contributes: `pieces[i]`. Decoding next to an anchor keeps a SentencePiece
+    leading space."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.cache = tokenizer, {}
@@ -152,8 +160,8 @@ class Pieces:
 def find_snippet(pieces, ids, begin, overrun):
     """The snippet that the last token of `ids` has just closed: (start, code), or None if no <code> is open.
 
-    begin: index where the current model segment starts; overrun: what the last token holds beyond the closing tag; start:
-    index of the token in which `<code>` begins.
+    begin: index where the current model segment starts; overrun: what the last token holds beyond the closing
+    tag; start: index of the token in which `<code>` begins.
     """
     text, ending = "", len(CODE_CLOSE + overrun)
     for start in range(len(ids) - 1, begin - 1, -1):
@@ -165,7 +173,7 @@ def find_snippet(pieces, ids, begin, overrun):
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cache and the attention function, shared by sampler and trainer
 
 
@@ -188,8 +196,8 @@ class KVCache:
 class Packing:
     """Describes a flat stream of N sequences to the attention function, computed once for all layers.
 
-    lengths: new tokens of each sequence, in stream order. With a cache, slots[i] holds what sequence i saw before; rows that
-    feed a single token must come first (they are decoded together), longer ones after them.
+    lengths: new tokens of each sequence, in stream order. With a cache, slots[i] holds what sequence i saw
+    before; rows that feed a single token must come first (they are decoded together), longer ones after them.
     """
 
     def __init__(self, lengths, device, cache=None, slots=None):
@@ -197,7 +205,8 @@ class Packing:
         self.past = [cache.lengths[s] for s in slots] if cache else [0] * len(lengths)
         positions = np.concatenate([np.arange(p, p + n) for p, n in zip(self.past, lengths)])
         self.position_ids = torch.from_numpy(positions).to(device)  # (T,)
-        self.last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)  # (N,) index of each sequence's last token
+        self.last = torch.from_numpy(np.cumsum(lengths) - 1).to(
+            device)  # (N,) index of each sequence's last token
         if cache is None:
             return
         self.slots = slots
@@ -205,8 +214,9 @@ class Packing:
         assert all(n > 1 for n in lengths[self.n_decode:]), "single-token rows must come first"
         self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
         if self.n_decode:
-            # All slots up to the highest in use take part through a view: gathering the used ones would copy the
-            # whole cache each step (21 ms against 1 ms per layer at 128 rows). Idle slots see one key, ignored.
+            # All slots up to the highest in use take part through a view: gathering the used ones would copy
+            # the whole cache each step (21 ms against 1 ms per layer at 128 rows). Idle slots see one key,
+            # ignored.
             self.decode_slots = self.slot_of_token[: self.n_decode]
             seen = np.ones(max(slots[: self.n_decode]) + 1, dtype=np.int64)
             seen[slots[: self.n_decode]] = [p + 1 for p in self.past[: self.n_decode]]
@@ -219,8 +229,9 @@ class Packing:
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
     """Attention of a flat stream of sequences; the one function of sampler and trainer.
 
-    query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). `packing` says where sequences begin and, with a cache,
-    where each one's earlier keys are. Registered with transformers; `attention_mask` is None (see load note below).
+    query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). `packing` says where sequences begin and,
+    with a cache, where each one's earlier keys are. Registered with transformers; `attention_mask` is None
+    (see load note below).
     """
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     gqa = q.shape[0] != k.shape[0]
@@ -228,8 +239,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     if cache is None:  # training: whole sequences, no past
         # split, not slices: the backward of N slices would write N tensors of the full length
         spans = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1))
-        out = [F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=scaling, enable_gqa=gqa)
-               for a, b, c in spans]
+        out = [
+            F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=scaling,
+                                           enable_gqa=gqa) for a, b, c in spans
+        ]
         return torch.cat(out, 2).transpose(1, 2), None
 
     k_cache, v_cache = cache.k[module.layer_idx], cache.v[module.layer_idx]  # (n_slots, K, S, D)
@@ -239,11 +252,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     n = packing.n_decode
     if n:
         n_view, heads = packing.bias.shape[0], k.shape[0]
-        # The H/K query heads that share a key head become "queries" of one sequence: (slots, K, H/K, D), no key is repeated.
+        # The H/K query heads that share a key head become "queries" of one sequence: (slots, K, H/K, D), no
+        # key is repeated.
         grouped = q.new_zeros(n_view, *q.shape[::2])  # (slots, H, D)
         grouped[packing.decode_slots] = q[:, :n].transpose(0, 1)
         grouped = grouped.view(n_view, heads, -1, q.shape[2])
-        keys, values = (x[:n_view, :, : packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
+        keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
         # Written out: for one query per row this is twice as fast on CPU as the fused kernel.
         scores = grouped @ keys.transpose(-1, -2) * scaling + packing.bias  # (slots, K, H/K, longest)
         decoded = torch.softmax(at_least_fp32(scores), -1).to(values.dtype) @ values
@@ -262,14 +276,16 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     return out[None], None
 
 
-# A model loaded with attn_implementation="retool" calls packed_attention; transformers builds no mask for a name it does not
-# know, so the unmodified Hugging Face model runs on the flat stream, with `packing` travelling as a keyword argument.
+# A model loaded with attn_implementation="retool" calls packed_attention; transformers builds no mask for a
+# name it does not know, so the unmodified Hugging Face model runs on the flat stream, with `packing`
+# travelling as a keyword argument.
 AttentionInterface.register("retool", packed_attention)
 
 
 @torch.inference_mode()
 def forward_step(model, cache, slots, tokens):
-    """Feed tokens[i] (a list of ids) into slots[i]; returns the logits after each row's last token: (N, V) fp32."""
+    """Feed tokens[i] (a list of ids) into slots[i]; returns the logits after each row's last token: (N, V)
+    fp32."""
     device = cache.k.device
     packing = Packing([len(t) for t in tokens], device, cache, slots)
     flat = torch.tensor([t for row in tokens for t in row], device=device)[None]  # (1, T)
@@ -280,7 +296,7 @@ def forward_step(model, cache, slots, tokens):
     return at_least_fp32(logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -299,9 +315,9 @@ def noise_bits(*fields):
 def sample(logits, uniform, temperature, top_p):
     """Draw one token per row by the inverse CDF in float64: (tokens (N,), logprobs (N,)).
 
-    logits (N, V); uniform (N,) in [0, 1). temperature 0 is greedy (log-probabilities then at temperature 1). The
-    log-probability is the full softmax's at the temperature, the same that the trainer computes; top_p < 1 is for
-    evaluation only, training on it would score another distribution than the one sampled from.
+    logits (N, V); uniform (N,) in [0, 1). temperature 0 is greedy (log-probabilities then at temperature 1).
+    The log-probability is the full softmax's at the temperature, the same that the trainer computes; top_p <
+    1 is for evaluation only, training on it would score another distribution than the one sampled from.
     """
     scaled = logits / (temperature or 1.0)
     logprobs = torch.log_softmax(scaled, -1)
@@ -319,7 +335,7 @@ def sample(logits, uniform, temperature, top_p):
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The engine
 
 
@@ -340,7 +356,8 @@ class Trajectory:
     prompt_ids: list
     response_ids: list = field(default_factory=list)
     loss_mask: list = field(default_factory=list)  # 1 sampled, 0 forced
-    logprobs: list = field(default_factory=list)  # of the sampler, at the sampling temperature; 0.0 where forced
+    logprobs: list = field(
+        default_factory=list)  # of the sampler, at the sampling temperature; 0.0 where forced
     tool_calls: list = field(default_factory=list)
     finish_reason: str = ""
 
@@ -372,15 +389,16 @@ class Row:
 
 async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperature=1.0, top_p=1.0,
                    max_response_tokens=512, max_calls=4, max_interpreter_tokens=128, tools=True, n_slots=64,
-                   rejoin_ticks=4, seed=0, step=0, prompt_keys=None, logits_processor=None, stats=None, progress=None):
+                   rejoin_ticks=4, seed=0, step=0, prompt_keys=None, logits_processor=None, stats=None,
+                   progress=None):
     """Sample n_samples responses to each prompt; returns a list of Trajectory, prompt-major.
 
-    prompts: list of token-id lists. sandbox: an entered Sandbox (unused, may be None, with tools=False: tags then mean
-    nothing and nothing is run). Limits are in tokens; max_response_tokens counts interpreter tokens too.
-    rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not reproducible).
-    prompt_keys: integers naming the prompts to the noise (default: their index). logits_processor(logits (N, V),
-    trajectories) -> logits, for forced decoding and ablations. stats: a dict that receives counts and seconds. progress:
-    called with 1 for each finished row.
+    prompts: list of token-id lists. sandbox: an entered Sandbox (unused, may be None, with tools=False: tags
+    then mean nothing and nothing is run). Limits are in tokens; max_response_tokens counts interpreter tokens
+    too. rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not
+    reproducible). prompt_keys: integers naming the prompts to the noise (default: their index).
+    logits_processor(logits (N, V), trajectories) -> logits, for forced decoding and ablations. stats: a dict
+    that receives counts and seconds. progress: called with 1 for each finished row.
     Raises ValueError for an empty prompt or where prompt + response exceed the model's positions.
     """
     longest = max((len(p) for p in prompts), default=0) + max_response_tokens
@@ -412,7 +430,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             progress(1)
 
     def advance(row, token, logprob):
-        """Append a sampled token and decide what happens to the row: it ends, pauses for its snippet, or goes on."""
+        """Append a sampled token and decide what happens to the row: it ends, pauses for its snippet, or goes
+        on."""
         t = row.trajectory
         t.response_ids.append(token)
         t.loss_mask.append(1)
@@ -440,7 +459,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         active.append(row)
 
     def rejoin(row):
-        """Append the interpreter block. Nothing is computed here: its tokens are fed with the row's next step."""
+        """Append the interpreter block. Nothing is computed here: its tokens are fed with the row's next
+        step."""
         t, result = row.trajectory, row.task.result()
         call = t.tool_calls[-1]
         call.output, call.status, call.seconds = result.output, result.status, result.seconds
@@ -457,7 +477,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         active.append(row)
 
     async def wait_for_tools():
-        """Bring back the rows whose turn it is; wait for their results, or for any result if nothing else can be done."""
+        """Bring back the rows whose turn it is; wait for their results, or for any result if nothing else can
+        be done."""
         nonlocal tick
         begin = time.perf_counter()
         if paused and not active and not (queue and free):
@@ -472,7 +493,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             rejoin(row)
 
     def admit():
-        """Fill free slots: (rows that must compute their prompt, rows whose prompt another sample has or will have computed)."""
+        """Fill free slots: (rows that must compute their prompt, rows whose prompt another sample has or will
+        have computed)."""
         leaders, followers = {}, []
         while queue and free:
             row = queue.popleft()
@@ -489,7 +511,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         nonlocal shared
         logits = []
         if rows:
-            logits.append(forward_step(model, cache, [row.slot for row in rows], [row.pending for row in rows]))
+            logits.append(
+                forward_step(model, cache, [row.slot for row in rows], [row.pending for row in rows]))
             counts["tokens_fed"] += sum(len(row.pending) for row in rows)
         for row in leaders:
             kv = (x[:, row.slot, :, : len(row.pending)] for x in (cache.k, cache.v))
@@ -499,7 +522,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             cache.lengths[row.slot] = k.shape[2]
             cache.k[:, row.slot, :, : k.shape[2]], cache.v[:, row.slot, :, : k.shape[2]] = k, v
             logits.append(first[None])
-        # Keep the one prompt that still has samples in the queue, as a copy: its slot may be refilled before they start.
+        # Keep the one prompt that still has samples in the queue, as a copy: its slot may be refilled before
+        # they start.
         waiting = queue[0].trajectory.prompt_index if queue else None
         shared = {waiting: tuple(x.clone() for x in shared[waiting])} if waiting in shared else {}
         return torch.cat(logits)
@@ -522,7 +546,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
                 logits = logits_processor(logits, trajectories)
             noise = noise_bits(seed, step, [row.key for row in rows], [t.sample_index for t in trajectories],
                                [len(t.response_ids) for t in trajectories])
-            uniform = torch.from_numpy((noise >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(logits.device)
+            uniform = torch.from_numpy(
+                (noise >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(logits.device)
             tokens, logprobs = sample(logits, uniform, temperature, top_p)
             counts["forward_seconds"] += time.perf_counter() - begin
             counts["sampled"] += len(rows)
@@ -539,15 +564,17 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The slow twin and the benchmark
 
 
 def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_tokens=128, scripts=None):
-    """Greedy tool use as everyone writes it first: Hugging Face `generate` turn by turn, every turn prefilled from scratch.
+    """Greedy tool use as everyone writes it first: Hugging Face `generate` turn by turn, every turn prefilled
+    from scratch.
 
-    model: loaded with attention of its own ("sdpa"). run_tool(code) -> text. scripts: see `force`. Returns the response ids of
-    each prompt. The batch goes in lock step: a row that closes its snippet waits for the longest, and pays for padding.
+    model: loaded with attention of its own ("sdpa"). run_tool(code) -> text. scripts: see `force`. Returns
+    the response ids of each prompt. The batch goes in lock step: a row that closes its snippet waits for the
+    longest, and pays for padding.
     """
     pieces, eos, pad = Pieces(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id
     responses, sampled = [[] for _ in prompts], [0] * len(prompts)
@@ -568,14 +595,17 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
 
             def processor(input_ids, scores):
                 done = input_ids.shape[1] - width
-                return force(scores, [scripts[i].get(sampled[i] + done, -1) for i in live], eos) if scripts else scores
+                return force(scores, [scripts[i].get(sampled[i] + done, -1)
+                                      for i in live], eos) if scripts else scores
 
             def stop(input_ids, scores, **kwargs):
-                return torch.tensor([closed(row) is not None for row in input_ids[:, -len(CODE_CLOSE):].tolist()])
+                return torch.tensor(
+                    [closed(row) is not None for row in input_ids[:, -len(CODE_CLOSE):].tolist()])
 
-            out = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=eos, pad_token_id=pad,
-                                 max_new_tokens=model.config.max_position_embeddings - width, stopping_criteria=[stop],
-                                 logits_processor=[processor])
+            out = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=eos,
+                                 pad_token_id=pad,
+                                 max_new_tokens=model.config.max_position_embeddings - width,
+                                 stopping_criteria=[stop], logits_processor=[processor])
             still = []
             for i, row in zip(live, out[:, width:].tolist()):
                 while row[-1] == pad:
@@ -588,14 +618,16 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
                 overrun = closed(responses[i])
                 snippet = find_snippet(pieces, responses[i], begin, overrun) if overrun is not None else None
                 if snippet:
-                    responses[i] += encode_interpreter(tokenizer, run_tool(snippet[1]), max_interpreter_tokens, overrun)
+                    responses[i] += encode_interpreter(tokenizer, run_tool(snippet[1]),
+                                                       max_interpreter_tokens, overrun)
                     still.append(i)
             live = still
     return responses
 
 
 def force(logits, tokens, eos):
-    """Make row i's next token tokens[i]; where that is -1 the model is free, except that it may not end. In place."""
+    """Make row i's next token tokens[i]; where that is -1 the model is free, except that it may not end. In
+    place."""
     tokens = torch.tensor(tokens, device=logits.device)
     logits[:, eos] = -torch.inf
     scripted = (tokens >= 0).nonzero()[:, 0]
@@ -616,8 +648,8 @@ class InstantSandbox:
 
 
 def ragged_workload(tokenizer, rows, seed):
-    """1-4 calls per row, segments of log-uniform 8-128 tokens: (prompts, scripts, answer). Only a segment's ending is forced
-    (a snippet, at last EOS), everything before it is computed greedily."""
+    """1-4 calls per row, segments of log-uniform 8-128 tokens: (prompts, scripts, answer). Only a segment's
+    ending is forced (a snippet, at last EOS), everything before it is computed greedily."""
     rng = np.random.default_rng(seed)
     snippet = encode_text(tokenizer, "<code>1</code>")
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
@@ -634,7 +666,8 @@ def ragged_workload(tokenizer, rows, seed):
 
 
 def trace_workload(tokenizer, rows, seed):
-    """The embedded default's own prompts, answered word for word with its cold-start traces (40 % code), all forced."""
+    """The embedded default's own prompts, answered word for word with its cold-start traces (40 % code), all
+    forced."""
     import data  # only here: data.py imports this file
     prompts, scripts, outputs = [], [], {}
     for i in range(rows):
@@ -645,16 +678,20 @@ def trace_workload(tokenizer, rows, seed):
         scripts.append(dict(enumerate(ids + [tokenizer.eos_token_id])))
         for (_, before), (kind, output) in zip(segments, segments[1:]):
             if kind == "interpreter":
-                outputs[strip_fence(before.split(CODE_OPEN)[1].split(CODE_CLOSE)[0])] = output or "OverflowError: math range error"
+                outputs[strip_fence(before.split(CODE_OPEN)[1].split(CODE_CLOSE)
+                                    [0])] = output or "OverflowError: math range error"
     return prompts, scripts, outputs.__getitem__
 
 
 def main():
     import sft  # only here: sft.py imports this file
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="checkpoint folder or hub id; empty: the embedded model, random weights")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="",
+                        help="checkpoint folder or hub id; empty: the embedded model, random weights")
     parser.add_argument("--rows", type=int, default=256, help="responses per measurement")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64, 128, 256], help="tried for both engines")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64, 128, 256],
+                        help="tried for both engines")
     args = parser.parse_args()
     tokenizer = sft.load_tokenizer(args.model)
     ours = sft.load_model(args.model, tokenizer, "cpu").eval()
@@ -663,11 +700,13 @@ def main():
 
     def run_ours(model, prompts, scripts, answer, n_slots, stats):
         def process(logits, trajectories):
-            return force(logits, [scripts[t.prompt_index].get(sum(t.loss_mask), -1) for t in trajectories], tokenizer.eos_token_id)
+            return force(logits, [scripts[t.prompt_index].get(sum(t.loss_mask), -1) for t in trajectories],
+                         tokenizer.eos_token_id)
 
         limit = model.config.max_position_embeddings - max(map(len, prompts))
-        trajectories = asyncio.run(generate(model, tokenizer, prompts, InstantSandbox(answer), temperature=0, n_slots=n_slots,
-                                            max_response_tokens=min(limit, 1024), logits_processor=process, stats=stats))
+        trajectories = asyncio.run(
+            generate(model, tokenizer, prompts, InstantSandbox(answer), temperature=0, n_slots=n_slots,
+                     max_response_tokens=min(limit, 1024), logits_processor=process, stats=stats))
         return [t.response_ids for t in trajectories]
 
     report = {}
@@ -691,11 +730,18 @@ def main():
             begin = time.perf_counter()
             slow_twin(twin, tokenizer, prompts, answer, size, scripts=scripts)
             rates["slow_twin"][size] = total / (time.perf_counter() - begin)
-            print(f"  batch {size:4d}: {rates['generate'][size]:7.0f} tokens/s, slow twin {rates['slow_twin'][size]:7.0f}",
-                  flush=True)
+            print(
+                f"  batch {size:4d}: {rates['generate'][size]:7.0f} tokens/s, "
+                f"slow twin {rates['slow_twin'][size]:7.0f}",
+                flush=True)
         best, twin_best = max(rates["generate"].values()), max(rates["slow_twin"].values())
-        print(f"  {total} sampled tokens, each at its best batch size: {best / twin_best:.2f} times the slow twin")
-        report[name] = {"tokens_per_second": best, "slow_twin_tokens_per_second": twin_best, "ratio": best / twin_best}
+        print(
+            f"  {total} sampled tokens, each at its best batch size: "
+            f"{best / twin_best:.2f} times the slow twin"
+        )
+        report[name] = {
+            "tokens_per_second": best, "slow_twin_tokens_per_second": twin_best, "ratio": best / twin_best
+        }
     print(json.dumps(report))
 
 

@@ -1,10 +1,11 @@
 """Supervised warm start: masked next-token loss on verified traces. Also home of what both trainers share.
 
-Differences from the paper: (1) the traces were executed, not only written (see data.py); (2) snippets that failed are masked,
-like the interpreter text; (3) sequences are packed to a token budget, and the loss of a step is the sum over its trainable
-tokens divided once by their global number, so that it does not depend on packing, micro-batches or ranks.
+Differences from the paper: (1) the traces were executed, not only written (see data.py); (2) snippets that
+failed are masked, like the interpreter text; (3) sequences are packed to a token budget, and the loss of a
+step is the sum over its trainable tokens divided once by their global number, so that it does not depend on
+packing, micro-batches or ranks.
 
-    torchrun sft.py                                      # CPU: the embedded default, the same warm start that ppo.py makes
+    torchrun sft.py                                      # CPU: the embedded warm start, as ppo.py makes it
     torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
 
@@ -39,14 +40,16 @@ from data import UserError
 from rollout import Packing, at_least_fp32, encode_response
 from sandbox import Sandbox
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shared with ppo.py: processes, models, sharding, packing
 
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group (gloo on CPU, nccl on CUDA); yields (rank, world size, device). Alone, a group of one."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    """Join torchrun's process group (gloo on CPU, nccl on CUDA); yields (rank, world size, device). Alone, a
+    group of one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
     cuda = torch.cuda.is_available()
@@ -54,8 +57,9 @@ def distributed():
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
-        # glibc gives large blocks back to the kernel at every free, and touching them anew costs a page fault per 4 KB:
-        # 18 % of a training step on a virtual machine. M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) stop that.
+        # glibc gives large blocks back to the kernel at every free, and touching them anew costs a page fault
+        # per 4 KB: 18 % of a training step on a virtual machine. M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD
+        # (-1) stop that.
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -78,9 +82,9 @@ def run_script(main):
 def embedded_config(tokenizer):
     """The small Qwen2 of the embedded default: 0.8 M parameters."""
     return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=2048, rope_theta=10000.0,
-                       tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                       pad_token_id=tokenizer.pad_token_id)
+                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=2048,
+                       rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
 def load_tokenizer(path):
@@ -93,10 +97,12 @@ def load_tokenizer(path):
 
 
 def load_model(path, tokenizer, device, seed=0):
-    """A causal LM in fp32 whose attention is rollout.packed_attention; path "" makes the embedded model from a seed."""
+    """A causal LM in fp32 whose attention is rollout.packed_attention; path "" makes the embedded model from
+    a seed."""
     if not path:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(embedded_config(tokenizer), attn_implementation="retool").to(device)
+        return AutoModelForCausalLM.from_config(embedded_config(tokenizer),
+                                                attn_implementation="retool").to(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="retool", dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -105,20 +111,22 @@ def load_model(path, tokenizer, device, seed=0):
 
 
 class Policy(nn.Module):
-    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has gathered its weights."""
+    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has gathered its
+    weights."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
 
     def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
-        """input_ids, targets, loss_mask (T,) -> logprobs (T,) of the targets at the temperature, 0 where masked.
+        """input_ids, targets, loss_mask (T,) -> logprobs (T,) of the targets at the temperature, 0 where
+        masked.
 
-        with_entropy: also the entropy (T,) of each trainable position's distribution, without gradient. The head, most of the
-        work of a small model, runs for trainable positions only.
+        with_entropy: also the entropy (T,) of each trainable position's distribution, without gradient. The
+        head, most of the work of a small model, runs for trainable positions only.
         """
-        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None], use_cache=False,
-                               packing=packing).last_hidden_state[0]  # (T, hidden)
+        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
+                               use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
         chosen = loss_mask.nonzero()[:, 0]
         logits = at_least_fp32(self.lm.lm_head(hidden[chosen])) / temperature  # (trainable, V)
         normaliser = torch.logsumexp(logits, -1)
@@ -142,7 +150,8 @@ def shard(module, layers):
 
 @torch.no_grad()
 def sync_weights(policy, plain):
-    """Copy the sharded policy's weights into a plain model, in place (a captured graph over `plain` stays valid)."""
+    """Copy the sharded policy's weights into a plain model, in place (a captured graph over `plain` stays
+    valid)."""
     policy.reshard()  # after a forward without backward the root's weights are still gathered
     targets = dict(plain.named_parameters())
     sources = dict(policy.lm.named_parameters())
@@ -154,8 +163,8 @@ def sync_weights(policy, plain):
 def pack(lengths, token_budget, world):
     """Distribute sequences over ranks and micro-batches: result[rank][micro_batch] is a list of indices.
 
-    Longest first into the emptiest bin, the same number of micro-batches on every rank (some may be empty), none above
-    token_budget unless a single sequence is.
+    Longest first into the emptiest bin, the same number of micro-batches on every rank (some may be empty),
+    none above token_budget unless a single sequence is.
     """
     assert lengths, "nothing to pack"
     budget, n = max(token_budget, max(lengths)), max(1, math.ceil(sum(lengths) / (token_budget * world)))
@@ -171,9 +180,11 @@ def pack(lengths, token_budget, world):
 
 
 def example(ids, loss_mask, **per_token):
-    """One sequence for the trainer: position t reads ids[t] and is scored on ids[t+1], so everything is one shorter than ids.
+    """One sequence for the trainer: position t reads ids[t] and is scored on ids[t+1], so everything is one
+    shorter than ids.
 
-    per_token: further lists of the length of ids (old log-probabilities, advantages, ...), aligned with the scored token.
+    per_token: further lists of the length of ids (old log-probabilities, advantages, ...), aligned with the
+    scored token.
     """
     columns = {"input_ids": torch.tensor(ids[:-1]), "targets": torch.tensor(ids[1:]),
                "loss_mask": torch.tensor(loss_mask[1:], dtype=torch.float32)}
@@ -181,7 +192,8 @@ def example(ids, loss_mask, **per_token):
 
 
 def collate(examples, device):
-    """Flat tensors (T,) of the given examples and their Packing. For an empty micro-batch: one masked token, a rank's no-op."""
+    """Flat tensors (T,) of the given examples and their Packing. For an empty micro-batch: one masked token,
+    a rank's no-op."""
     if not examples:
         zero = torch.zeros(1, dtype=torch.long, device=device)
         return {"input_ids": zero, "targets": zero, "loss_mask": zero.float()}, Packing([1], device)
@@ -203,28 +215,36 @@ def all_sum(value, device):
 
 
 def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__}
+    return {
+        "python": sys.version.split()[0], "torch": torch.__version__,
+        "transformers": transformers.__version__, "tokenizers": tokenizers.__version__
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SFT
 
 
 def add_arguments(parser):
     """The warm start's flags, shared by sft.py and ppo.py. Defaults are the embedded run's."""
     add = parser.add_argument_group("warm start").add_argument
-    add("--model", default="", help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
-    add("--sft_traces", type=int, default=8000, help="cold-start problems of the embedded default; paper: 2,000 traces released")
-    add("--code_share", type=float, default=0.45, help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
+    add("--model", default="",
+        help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
+    add("--sft_traces", type=int, default=8000,
+        help="cold-start problems of the embedded default; paper: 2,000 traces released")
+    add("--code_share", type=float, default=0.45,
+        help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
     add("--sft_steps", type=int, default=1600, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=int, default=32, help="sequences per step, over all ranks")
-    add("--sft_lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to a tenth; paper 1e-6 (32B)")
+    add("--sft_lr", type=float, default=2e-3,
+        help="peak learning rate of AdamW, cosine to a tenth; paper 1e-6 (32B)")
     add("--sft_warmup", type=int, default=50, help="warm-up steps")
     add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
-    add("--warm_start_dir", default="out/warm_start", help="finished warm starts are kept here under a hash and reused")
+    add("--warm_start_dir", default="out/warm_start",
+        help="finished warm starts are kept here under a hash and reused")
     add("--token_budget", type=int, default=8192, help="tokens per micro-batch")
-    add("--max_interpreter_tokens", type=int, default=128, help="interpreter text per call, head + tail; paper does not say")
+    add("--max_interpreter_tokens", type=int, default=128,
+        help="interpreter text per call, head + tail; paper does not say")
     add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
     add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
 
@@ -234,12 +254,14 @@ def make_sandbox(args):
 
 
 async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, log):
-    """Train the sharded policy on traces (as `data.curate` returns them) for args.sft_steps; returns the final metrics."""
+    """Train the sharded policy on traces (as `data.curate` returns them) for args.sft_steps; returns the
+    final metrics."""
     template = data.load_template(args.prompt_template)
 
     def tokenise(trace):
         prompt = data.encode_prompt(tokenizer, template, trace["question"])
-        ids, mask = encode_response(tokenizer, trace["response"], args.max_interpreter_tokens, trace["failed_calls"])
+        ids, mask = encode_response(tokenizer, trace["response"], args.max_interpreter_tokens,
+                                    trace["failed_calls"])
         return example(prompt + ids, [0] * len(prompt) + mask)
 
     examples, fresh = [tokenise(t) for t in traces], [tokenise(t) for t in held_out]
@@ -257,7 +279,8 @@ async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, lo
                 loss = -policy(flat["input_ids"], flat["targets"], flat["loss_mask"], packing).sum()
             token_sum += loss.item()
             if train:
-                # FSDP averages gradients over ranks; times world makes that the sum that total already divides.
+                # FSDP averages gradients over ranks; times world makes that the sum that total already
+                # divides.
                 (loss / total * world).backward()
         return all_sum(token_sum, device) / total
 
@@ -278,16 +301,20 @@ async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, lo
         tokens += sum(len(e["input_ids"]) for e in batch)
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == args.sft_steps - 1:
-            log({"step": step, "loss": loss, "grad_norm": norm, "tokens_per_second": tokens / (time.perf_counter() - begin)})
+            log({
+                "step": step, "loss": loss, "grad_norm": norm,
+                "tokens_per_second": tokens / (time.perf_counter() - begin)
+            })
     seen = step_loss(examples[:len(fresh)], train=False)
     unseen = step_loss(fresh, train=False)
     return {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
 
 
 def warm_start_key(args, traces_file=""):
-    """Hash of all that decides the result: arguments, data, code, versions. The number of ranks only changes rounding."""
-    names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_warmup", "sft_seed",
-             "token_budget", "max_interpreter_tokens", "sandbox_timeout", "prompt_template")
+    """Hash of all that decides the result: arguments, data, code, versions. The number of ranks only changes
+    rounding."""
+    names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_warmup",
+             "sft_seed", "token_budget", "max_interpreter_tokens", "sandbox_timeout", "prompt_template")
     digest = hashlib.sha256(json.dumps([{n: getattr(args, n) for n in names}, versions()]).encode())
     here = Path(__file__).parent
     files = [here / name for name in ("data.py", "rollout.py", "sandbox.py", "sft.py")]
@@ -309,7 +336,10 @@ async def warm_start(args, rank, world, device, traces_file=""):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if not traces_file:
-            print(f"problems shared with the training split, of 2000 each: {data.embedded_overlap(args.sft_seed)}")
+            print(
+                "problems shared with the training split, of 2000 each: "
+                f"{data.embedded_overlap(args.sft_seed)}"
+            )
     dist.barrier()
     shared = [None]
     if rank == 0:  # curation runs once
@@ -320,9 +350,10 @@ async def warm_start(args, rank, world, device, traces_file=""):
                 held_out = rows[len(kept):]
             else:
                 with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
-                    kept, counts = await data.embedded_traces(args.sft_traces, args.code_share, args.sft_seed, sandbox,
-                                                              progress=bar.update)
-                held_out, _ = await data.embedded_traces(256, args.code_share, args.sft_seed, sandbox, split="test")
+                    kept, counts = await data.embedded_traces(args.sft_traces, args.code_share, args.sft_seed,
+                                                              sandbox, progress=bar.update)
+                held_out, _ = await data.embedded_traces(256, args.code_share, args.sft_seed, sandbox,
+                                                         split="test")
         print(f"curation: {dict(counts)}")
         (partial / "curation.json").write_text(json.dumps(dict(counts), indent=1))
         with open(partial / "traces.jsonl", "w") as file:
@@ -349,10 +380,12 @@ async def warm_start(args, rank, world, device, traces_file=""):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--traces", default="", help="JSONL of verified traces; empty: the embedded ones")
-    parser.add_argument("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
+    parser.add_argument("--prompt_template", default="plain",
+                        help="plain, retool, or a file containing {question}")
     return parser.parse_args()
 
 

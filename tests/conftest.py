@@ -1,4 +1,5 @@
-"""What the tests share: the embedded tokenizer, tiny random models, a stub sandbox, and a policy that says what it is told."""
+"""What the tests share: the embedded tokenizer, tiny random models, a stub sandbox, and a policy that says
+what it is told."""
 import asyncio
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def make_models(tokenizer):
-    """make_models(architecture) -> (model for `generate`, the same weights under Hugging Face's own attention), float64."""
+    """make_models(architecture) -> (model for `generate`, the same weights under Hugging Face's own
+    attention), float64."""
     made = {}
 
     def make(architecture, vocabulary=len(tokenizer), positions=256):
@@ -40,12 +42,15 @@ def make_models(tokenizer):
                           max_position_embeddings=positions, tie_word_embeddings=False, bos_token_id=None,
                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
             torch.manual_seed(0)
-            ours = AutoModelForCausalLM.from_config(CONFIGS[architecture](**config), attn_implementation="retool")
-            theirs = AutoModelForCausalLM.from_config(CONFIGS[architecture](**config), attn_implementation="eager")
+            ours = AutoModelForCausalLM.from_config(CONFIGS[architecture](**config),
+                                                    attn_implementation="retool")
+            theirs = AutoModelForCausalLM.from_config(CONFIGS[architecture](**config),
+                                                      attn_implementation="eager")
             ours, theirs = ours.double().eval(), theirs.double().eval()
             with torch.no_grad():  # biases and norms too: as initialised they would hide a lost bias
                 for name, weight in ours.named_parameters():
-                    weight.copy_(1 + 0.2 * torch.randn_like(weight) if "norm" in name else 0.25 * torch.randn_like(weight))
+                    weight.copy_(1 + 0.2 * torch.randn_like(weight) if "norm" in name else 0.25 *
+                                 torch.randn_like(weight))
             theirs.load_state_dict(ours.state_dict())
             made[key] = ours, theirs
         return made[key]
@@ -77,10 +82,12 @@ class StubSandbox:
 
 
 def scripted(scripts, seen=None):
-    """A logits_processor: sampled token number n of a row is script[n]; None or the script's end leaves the model free.
+    """A logits_processor: sampled token number n of a row is script[n]; None or the script's end leaves the
+    model free.
 
-    scripts: {(prompt_index, sample_index): ids}, a function of the trajectory, or one list for all rows. seen: a dict that
-    receives the untouched logits under (prompt_index, sample_index, position in the response).
+    scripts: {(prompt_index, sample_index): ids}, a function of the trajectory, or one list for all rows.
+    seen: a dict that receives the untouched logits under (prompt_index, sample_index, position in the
+    response).
     """
     def processor(logits, trajectories):
         logits = logits.clone()

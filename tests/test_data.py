@@ -20,8 +20,8 @@ import pytest
 from conftest import StubSandbox, decode
 
 import data
-from data import (UserError, boxed, curate, embedded_problem, extract_answer, is_equivalent, load_problems, outcome_reward,
-                  verify_format)
+from data import (UserError, boxed, curate, embedded_problem, extract_answer, is_equivalent, load_problems,
+                  outcome_reward, verify_format)
 from rollout import Trajectory, encode_response, encode_text, split_segments
 from sandbox import Sandbox, SandboxResult
 
@@ -36,7 +36,7 @@ def drawn():
     return {split: [embedded_problem(split, 0, i) for i in range(2000)] for split in SPLITS}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded problems: every answer again, the slow way
 
 
@@ -136,7 +136,8 @@ def test_equations_written_by_hand_hold(drawn):
 
 
 def test_modular_steps_written_by_hand_hold(drawn):
-    """Guards against a wrong square or product in a trace that reaches the right remainder by construction."""
+    """Guards against a wrong square or product in a trace that reaches the right remainder by
+    construction."""
     lines = 0
     for p in drawn["train"] + drawn["ood_large"]:
         if p.family not in ("power_remainder", "divisor_then_power", "prime_then_power"):
@@ -145,7 +146,8 @@ def test_modular_steps_written_by_hand_hold(drawn):
         for base, exponent, power, rest in re.findall(r"^(\d+)\^(\d+) = (\d+)(.*)$", p.by_hand, re.MULTILINE):
             assert slow_power(int(base), int(exponent), m) == int(power)
             if rest:
-                x, y, product, remainder = map(int, re.fullmatch(r", (\d+)\*(\d+) = (\d+) = (\d+)", rest).groups())
+                x, y, product, remainder = map(int,
+                                               re.fullmatch(r", (\d+)\*(\d+) = (\d+) = (\d+)", rest).groups())
                 assert y == int(power) and x * y == product and product % m == remainder
             lines += 1
         assert p.by_hand.split("\n<answer>")[0].endswith(f" {p.answer}")
@@ -161,11 +163,13 @@ def run_snippet(code):
 
 
 def snippets(response):
-    return re.findall(r"<code>\n```python\n(.*?)\n```\n</code>\n<interpreter>\n(.*?)\n</interpreter>", response, re.DOTALL)
+    return re.findall(r"<code>\n```python\n(.*?)\n```\n</code>\n<interpreter>\n(.*?)\n</interpreter>",
+                      response, re.DOTALL)
 
 
 def test_float_logarithms_count_the_digits_right():
-    """Guards against int(log10(10**23)) + 1 == 23: the snippet would print one number and the trace answer another."""
+    """Guards against int(log10(10**23)) + 1 == 23: the snippet would print one number and the trace answer
+    another."""
     wrong = []
     for a in range(3, 100):
         for b in range(20, 301):
@@ -209,7 +213,8 @@ def test_splits_share_no_problem(drawn):
 
 
 def test_large_operands_lie_outside_the_training_range(drawn):
-    """Guards against "larger numbers" that training has seen. (The exponent of power_sum is a choice, not a size.)"""
+    """Guards against "larger numbers" that training has seen. (The exponent of power_sum is a choice, not a
+    size.)"""
     seen = defaultdict(set)
     for p in [embedded_problem("train", 2, i) for i in range(5000)] + drawn["train"]:
         for position, operand in enumerate(p.operands):
@@ -225,13 +230,18 @@ def test_large_operands_lie_outside_the_training_range(drawn):
 def fingerprint():
     """All that must be the same in every process."""
     tokenizer = data.embedded_tokenizer()
-    problems = [str(embedded_problem(split, seed, i)) for split in SPLITS for seed in (0, 5) for i in (0, 7, 123456)]
+    problems = [
+        str(embedded_problem(split, seed, i)) for split in SPLITS for seed in (0, 5) for i in (0, 7, 123456)
+    ]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return json.dumps([problems, vocabulary, tokenizer.encode("Find gcd(12, 18). <code>"), tokenizer.chat_template])
+    return json.dumps(
+        [problems, vocabulary,
+         tokenizer.encode("Find gcd(12, 18). <code>"), tokenizer.chat_template])
 
 
 def test_problems_and_tokenizer_are_the_same_in_every_process():
-    """Guards against hash(), set order and global generators: ranks would disagree, and checkpoints would not fit."""
+    """Guards against hash(), set order and global generators: ranks would disagree, and checkpoints would not
+    fit."""
     program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                "import random; random.seed(99); from test_data import fingerprint; print(fingerprint())")
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
@@ -246,12 +256,13 @@ def test_problems_do_not_depend_on_what_was_drawn_before(drawn):
         assert embedded_problem("train", 0, i) == drawn["train"][i]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded tokenizer
 
 
 def test_digits_are_single_tokens_and_tags_are_ordinary_text(tokenizer):
-    """Guards against numbers cut at random places, and against a tokenizer in which a tag can never be split or overrun."""
+    """Guards against numbers cut at random places, and against a tokenizer in which a tag can never be split
+    or overrun."""
     for i in range(len(tokenizer)):
         text = decode(tokenizer, [i])
         assert len(text) == 1 or not any(c.isdigit() for c in text), text
@@ -262,25 +273,38 @@ def test_digits_are_single_tokens_and_tags_are_ordinary_text(tokenizer):
 
 def test_text_survives_the_tokenizer(tokenizer):
     """Guards against normalisation, swallowed spaces and unknown characters."""
-    for text in ["a  b\t c\n\n  d\r\n", " leading", "é漢😀 \u200b", "x=1;print( x )", "\\boxed{\\frac{1}{2}}", "<code>\n```python\n1\n```\n</code>",
-                 "12345 678", "", " ", "\x00\x07"]:
+    for text in [
+            "a  b\t c\n\n  d\r\n", " leading", "é漢😀 \u200b", "x=1;print( x )", "\\boxed{\\frac{1}{2}}",
+            "<code>\n```python\n1\n```\n</code>", "12345 678", "", " ", "\x00\x07"
+    ]:
         assert decode(tokenizer, encode_text(tokenizer, text)) == text
 
 
 def test_the_prompt_ends_where_the_assistant_begins(tokenizer):
-    """Guards against a lost generation prompt, a template's braces being formatted, and a second user turn."""
+    """Guards against a lost generation prompt, a template's braces being formatted, and a second user
+    turn."""
     ids = data.encode_prompt(tokenizer, "Q {x} {question}!", "1+{0}?")
     assert decode(tokenizer, ids) == "<|im_start|>user\nQ {x} 1+{0}?!<|im_end|>\n<|im_start|>assistant\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Answers
 
 
 @pytest.mark.parametrize("text, answer", [
-    (r"so \boxed{5}.", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{ {a{b}} }", "{a{b}}"),
-    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed {7}", "7"), (r"\boxed{\boxed{3}}", "3"),
-    (r"\boxed{", None), (r"\boxed{{1}", None), ("5", None), ("", None), (r"\boxed5", None), (r"\boxed{}", ""),
+    (r"so \boxed{5}.", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{ {a{b}} }", "{a{b}}"),
+    (r"\boxed{1} then \boxed{2}", "2"),
+    (r"\boxed{1} then \boxed{2", "1"),
+    (r"\boxed {7}", "7"),
+    (r"\boxed{\boxed{3}}", "3"),
+    (r"\boxed{", None),
+    (r"\boxed{{1}", None),
+    ("5", None),
+    ("", None),
+    (r"\boxed5", None),
+    (r"\boxed{}", ""),
 ])
 def test_boxed_is_the_last_complete_one(text, answer):
     """Guards against regular expressions that stop at the first brace, and the first of several answers."""
@@ -304,18 +328,53 @@ def test_answers_inside_blocks_do_not_count(text, answer):
 
 
 EQUIVALENT = [
-    ("5", "5"), ("5.0", "5"), ("+5", "5"), ("1,234,567", "1234567"), ("1{,}234", "1234"), ("$12$", "12"), (" 7 ", "7"), ("-3", "-3.00"),
-    ("0.5", "1/2"), (r"\frac{1}{2}", "0.5"), (r"\dfrac{3}{4}", "3/4"), (r"-\frac{1}{2}", "-0.5"), (r"\frac{2}{4}", r"\frac12"),
-    (r"\sqrt{8}", r"2\sqrt{2}"), ("2^{10}", "1024"), ("x+1", "1+x"), ("(1,2)", "(1, 2)"), (r"5\text{ cm}", "5"), ("0.1", "1/10"),
-    ("123456789012345678901234567890", "123456789012345678901234567890.0"), (12, "12"),
+    ("5", "5"),
+    ("5.0", "5"),
+    ("+5", "5"),
+    ("1,234,567", "1234567"),
+    ("1{,}234", "1234"),
+    ("$12$", "12"),
+    (" 7 ", "7"),
+    ("-3", "-3.00"),
+    ("0.5", "1/2"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\dfrac{3}{4}", "3/4"),
+    (r"-\frac{1}{2}", "-0.5"),
+    (r"\frac{2}{4}", r"\frac12"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    ("2^{10}", "1024"),
+    ("x+1", "1+x"),
+    ("(1,2)", "(1, 2)"),
+    (r"5\text{ cm}", "5"),
+    ("0.1", "1/10"),
+    ("123456789012345678901234567890", "123456789012345678901234567890.0"),
+    (12, "12"),
 ]
 DIFFERENT = [
-    ("5", "6"), ("-3", "3"), ("0.333", "1/3"), ("1,2", "12"), ("1/0", "5"), ("", "5"), (None, "5"), ("5", None), ("50", "5"),
-    ("1000000000000000000000000000001", "1000000000000000000000000000000"), (r"\sqrt{2}", "2"), ("(2,1)", "(1,2)"),
-    (r"\frac{1}{3}", "0.5"), ("x+2", "x+1"), ("no idea", "5"), (r"\text{five}", "6"), ("012 3", "5"), ("5 or 6", "7"),
+    ("5", "6"),
+    ("-3", "3"),
+    ("0.333", "1/3"),
+    ("1,2", "12"),
+    ("1/0", "5"),
+    ("", "5"),
+    (None, "5"),
+    ("5", None),
+    ("50", "5"),
+    ("1000000000000000000000000000001", "1000000000000000000000000000000"),
+    (r"\sqrt{2}", "2"),
+    ("(2,1)", "(1,2)"),
+    (r"\frac{1}{3}", "0.5"),
+    ("x+2", "x+1"),
+    ("no idea", "5"),
+    (r"\text{five}", "6"),
+    ("012 3", "5"),
+    ("5 or 6", "7"),
 ]
-HOSTILE = ["10^{10^{10}}", "9" * 5000, r"\frac{" * 500, "(" * 1500 + "1" + ")" * 1500, "\x00\ud800\U0010ffff", "$" * 100, "9^9^9^9^9",
-           r"(10^{10^{8}})!", "\n\r\n", "__import__('os').system('true')", r"\int_0^{10^9} x^{x^x} dx", "1" + "0" * 3500 + "1", "{" * 200]
+HOSTILE = [
+    "10^{10^{10}}", "9" * 5000, r"\frac{" * 500, "(" * 1500 + "1" + ")" * 1500, "\x00\ud800\U0010ffff",
+    "$" * 100, "9^9^9^9^9", r"(10^{10^{8}})!", "\n\r\n", "__import__('os').system('true')",
+    r"\int_0^{10^9} x^{x^x} dx", "1" + "0" * 3500 + "1", "{" * 200
+]
 
 
 @pytest.mark.parametrize("predicted, reference", EQUIVALENT)
@@ -326,13 +385,15 @@ def test_equal_answers_are_equivalent(predicted, reference):
 
 @pytest.mark.parametrize("predicted, reference", DIFFERENT)
 def test_different_answers_are_not_equivalent(predicted, reference):
-    """Guards against rewarding a wrong answer: floats that round together, a lost sign, a comma taken for thousands."""
+    """Guards against rewarding a wrong answer: floats that round together, a lost sign, a comma taken for
+    thousands."""
     assert is_equivalent(predicted, reference) is False and is_equivalent(reference, predicted) is False
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_judged_soon(text):
-    """Guards against a policy that hangs or crashes the trainer; the bound is for a stall, not a measurement."""
+    """Guards against a policy that hangs or crashes the trainer; the bound is for a stall, not a
+    measurement."""
     begin = time.monotonic()
     assert is_equivalent(text, "5") is False
     assert time.monotonic() - begin < 10
@@ -371,7 +432,7 @@ def test_a_killed_verifier_comes_back_and_leaves_no_zombie():
     assert is_equivalent(r"\frac{1}{2}", "0.5")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The reward
 
 
@@ -413,12 +474,13 @@ def test_only_the_policy_s_own_finished_answer_is_rewarded(tokenizer, parts, rea
     assert outcome_reward(trajectory(tokenizer, parts, reason), tokenizer, "5") == reward
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+                    encoding="utf-8")
     return path
 
 
@@ -437,11 +499,13 @@ def test_every_known_layout_is_understood(tmp_path, row, question, answer):
     assert load_problems(path) == [expected, expected]
 
 
-@pytest.mark.parametrize("bad", [
-    {"question": "Q"}, {"foo": 1}, {"problem": "Q", "solution": "no box"}, {"question": " ", "answer": "5"}, {"question": "Q", "answer": ""},
-    {"problem": "Q", "answer": None}, {"input": "Q", "output": None}, [1, 2], "5", '"text"', "null"])
+@pytest.mark.parametrize(
+    "bad", [{"question": "Q"}, {"foo": 1}, {"problem": "Q", "solution": "no box"},
+            {"question": " ", "answer": "5"}, {"question": "Q", "answer": ""},
+            {"problem": "Q", "answer": None}, {"input": "Q", "output": None}, [1, 2], "5", '"text"', "null"])
 def test_a_row_without_its_fields_is_named(tmp_path, bad):
-    """Guards against problems without a reference, which score -1 for ever, and messages that do not say where."""
+    """Guards against problems without a reference, which score -1 for ever, and messages that do not say
+    where."""
     path = write(tmp_path / "p.jsonl", {"question": "Q", "answer": "1"}, "", bad)
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}:3: needs "):
         load_problems(path)
@@ -459,14 +523,15 @@ def test_unreadable_files_are_one_line_errors(tmp_path):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the optional files in {REAL.name} are not there")
-@pytest.mark.parametrize("name, rows", [("aime24", 30), ("aime25", 30), ("gsm8k_train", 7473), ("gsm8k_test", 1319)])
+@pytest.mark.parametrize("name, rows", [("aime24", 30), ("aime25", 30), ("gsm8k_train", 7473),
+                                        ("gsm8k_test", 1319)])
 def test_public_files_load_with_short_answers(name, rows):
     """Guards against a layout that changed, or one read wrongly."""
     problems = load_problems(REAL / f"{name}.jsonl")
     assert len(problems) == rows and all(data.plain_number(p["answer"]) is not None for p in problems)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Curation
 
 
@@ -521,7 +586,8 @@ PLANTED = [
     ("kept", fenced("print(2+2)", "4") + ANSWER, []),
     ("kept", fenced("print(2+2)") + ANSWER, []),
     ("kept", fenced("1/0") + "Once more.\n" + fenced("print(4)", "4") + ANSWER, [0]),
-    ("kept", fenced("print(3)", "3") + fenced("import time\ntime.sleep(60)") + fenced("undefined") + ANSWER, [1, 2]),
+    ("kept", fenced("print(3)", "3") + fenced("import time\ntime.sleep(60)") + fenced("undefined") + ANSWER,
+     [1, 2]),
     ("kept", "By hand. " + ANSWER, []),
     ("execution: quoted output differs", fenced("print(2+2)", "5") + ANSWER, None),
     ("execution: quoted output differs", fenced("1/0", "4") + ANSWER, None),
@@ -534,7 +600,8 @@ PLANTED = [
 
 
 def test_planted_faults_are_rejected_and_real_output_is_written_in():
-    """Guards against invented interpreter text, a wrong count per reason, and failures that SFT would not mask."""
+    """Guards against invented interpreter text, a wrong count per reason, and failures that SFT would not
+    mask."""
     problems = [SimpleNamespace(question=f"q{i}", answer="4.0", family="f") for i in range(len(PLANTED))]
     ticks = []
 
@@ -545,20 +612,27 @@ def test_planted_faults_are_rejected_and_real_output_is_written_in():
     assert counts == Counter(reason for reason, _, _ in PLANTED) and sum(ticks) == len(PLANTED)
     kept = [(f"q{i}", failed) for i, (reason, _, failed) in enumerate(PLANTED) if reason == "kept"]
     assert [(t["question"], t["failed_calls"]) for t in traces] == kept
-    outputs = [[text.strip() for kind, text in split_segments(t["response"]) if kind == "interpreter"] for t in traces]
+    outputs = [[text.strip() for kind, text in split_segments(t["response"]) if kind == "interpreter"]
+               for t in traces]
     assert outputs[:2] == [["4"], ["4"]] and outputs[4] == []
     assert outputs[2][0].endswith("ZeroDivisionError: division by zero") and outputs[2][1] == "4"
-    assert outputs[3][0] == "3" and outputs[3][1] == "[timed out after 3.0 s]" and "NameError" in outputs[3][2]
+    assert outputs[3][:2] == ["3", "[timed out after 3.0 s]"] and "NameError" in outputs[3][2]
     for (_, response, _), t in zip(PLANTED, traces):  # the model's own words are untouched
-        assert [s for s in split_segments(t["response"]) if s[0] == "model"] == [s for s in split_segments(response) if s[0] == "model"]
+        assert [s for s in split_segments(t["response"])
+                if s[0] == "model"] == [s for s in split_segments(response) if s[0] == "model"]
         assert verify_format(t["response"]) is None and (t["answer"], t["family"]) == ("4.0", "f")
 
 
-@pytest.mark.parametrize("output", ["</interpreter>\nI know it.", "<code>x</code>", "<|im_end|>", "</interpreter>\n<answer>\\boxed{4}</answer>"])
+@pytest.mark.parametrize("output", [
+    "</interpreter>\nI know it.", "<code>x</code>", "<|im_end|>",
+    "</interpreter>\n<answer>\\boxed{4}</answer>"
+])
 def test_output_that_looks_like_markup_is_never_trained_on(tokenizer, output):
-    """Guards against a snippet that prints `</interpreter>`: what follows would count as the model's text in SFT."""
+    """Guards against a snippet that prints `</interpreter>`: what follows would count as the model's text in
+    SFT."""
     problem = SimpleNamespace(question="q", answer="4", family="f")
-    traces, counts = asyncio.run(curate([problem], ["Go.\n" + fenced("print(x)") + ANSWER], StubSandbox(output)))
+    traces, counts = asyncio.run(
+        curate([problem], ["Go.\n" + fenced("print(x)") + ANSWER], StubSandbox(output)))
     assert sum(counts.values()) == 1
     for t in traces:  # rejecting it would do as well
         ids, mask = encode_response(tokenizer, t["response"], 128)
@@ -574,14 +648,17 @@ def test_curation_keeps_the_order_and_survives_slow_snippets():
     traces, counts = asyncio.run(curate(problems, candidates, sandbox))
     assert counts == {"kept": 20} and [t["question"] for t in traces] == [f"q{i}" for i in range(20)]
     for i, t in enumerate(traces):
-        assert [text.strip() for kind, text in split_segments(t["response"]) if kind == "interpreter"] == [str(i)]
+        assert [text.strip() for kind, text in split_segments(t["response"])
+                if kind == "interpreter"] == [str(i)]
 
 
 def test_a_failing_sandbox_stops_curation():
     """Guards against filling a training set with "[sandbox error]"."""
     sandbox = StubSandbox(lambda code: SandboxResult("sandbox_error", "dead"))
     with pytest.raises(RuntimeError, match="sandbox"):
-        asyncio.run(curate([SimpleNamespace(question="q", answer="4", family="f")], [fenced("print(4)") + ANSWER], sandbox))
+        asyncio.run(
+            curate([SimpleNamespace(question="q", answer="4", family="f")], [fenced("print(4)") + ANSWER],
+                   sandbox))
 
 
 def test_embedded_traces_are_all_kept_and_their_last_result_is_the_answer():

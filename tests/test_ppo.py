@@ -1,4 +1,5 @@
-"""The pure functions of PPO against brute force and autograd, and the real script on one and two processes."""
+"""The pure functions of PPO against brute force and autograd, and the real script on one and two
+processes."""
 import json
 import math
 import os
@@ -17,24 +18,31 @@ from rollout import ToolCall, Trajectory
 ROOT = Path(__file__).parent.parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # GAE
 
 
 def textbook_gae(rewards, values, gamma, lam):
-    """The definition as a double sum: A_t = sum_k (gamma lam)^k delta_{t+k}; lists of one sequence without masks."""
-    deltas = [r + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t] for t, r in enumerate(rewards)]
-    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(len(deltas) - t)) for t in range(len(deltas))]
+    """The definition as a double sum: A_t = sum_k (gamma lam)^k delta_{t+k}; lists of one sequence without
+    masks."""
+    deltas = [
+        r + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t] for t, r in enumerate(rewards)
+    ]
+    return [sum((gamma * lam)**k * deltas[t + k] for k in range(len(deltas) - t)) for t in range(len(deltas))]
 
 
-MASKS = {"none masked": [1] * 8, "head": [0, 0, 1, 1, 1, 1, 1, 1], "tail": [1, 1, 1, 1, 1, 0, 0, 0],
-         "middle": [1, 1, 0, 0, 0, 1, 1, 1], "everywhere": [0, 1, 0, 1, 1, 0, 1, 0], "one": [0, 0, 0, 1, 0, 0, 0, 0],
-         "all masked": [0] * 8}
+MASKS = {
+    "none masked": [1] * 8, "head": [0, 0, 1, 1, 1, 1, 1, 1], "tail": [1, 1, 1, 1, 1, 0, 0,
+                                                                       0], "middle": [1, 1, 0, 0, 0, 1, 1, 1],
+    "everywhere": [0, 1, 0, 1, 1, 0, 1, 0], "one": [0, 0, 0, 1, 0, 0, 0, 0], "all masked": [0] * 8
+}
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 1.0), (1.0, 0.8), (0.95, 0.7), (0.5, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 1.0), (1.0, 0.8), (0.95, 0.7), (0.5, 0.0),
+                                        (0.0, 0.5)])
 def test_gae_equals_deleting_masked_tokens_then_textbook_then_scattering_back(gamma, lam):
-    """Guards against tool tokens as steps (decays lambda), bootstrapping from their values, and losing a reward before a tail."""
+    """Guards against tool tokens as steps (decays lambda), bootstrapping from their values, and losing a
+    reward before a tail."""
     torch.manual_seed(0)
     mask = torch.tensor(list(MASKS.values()), dtype=torch.float64)
     rewards, values = torch.randn(2, *mask.shape, dtype=torch.float64)
@@ -57,18 +65,20 @@ def test_gae_survives_nan_in_masked_places():
 
 
 def test_whitening_has_unit_deviation_over_trainable_tokens_and_respects_its_floor():
-    """Guards against statistics that count masked zeros, and against amplified noise when all responses are right."""
+    """Guards against statistics that count masked zeros, and against amplified noise when all responses are
+    right."""
     torch.manual_seed(0)
     mask = (torch.rand(5, 20) < 0.6).float()
     advantages = torch.randn(5, 20) * 3 + 2
     white = whiten(advantages, mask, 0.1)
     chosen = white[mask.bool()]
-    assert abs(chosen.mean()) < 1e-5 and abs(chosen.std(unbiased=False) - 1) < 1e-5 and (white[mask == 0] == 0).all()
+    assert abs(chosen.mean()) < 1e-5 and abs(chosen.std(unbiased=False) - 1) < 1e-5 and (white[mask == 0]
+                                                                                         == 0).all()
     quiet = whiten(advantages * 1e-4, mask, 0.1)
     assert quiet.abs().max() < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -92,7 +102,8 @@ def test_policy_loss_equals_a_loop_over_tokens_and_its_gradient_is_cut_only_by_t
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert metrics["clip_fraction"] == clipped > 5
     log_ratio = (new - old).detach()[mask.bool()]
-    assert metrics["approx_kl"].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).sum().item(), rel=1e-4)
+    assert metrics["approx_kl"].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).sum().item(),
+                                                        rel=1e-4)
 
 
 def test_policy_gradient_at_ratio_one_is_reinforce():
@@ -115,7 +126,8 @@ def test_losses_ignore_masked_tokens_even_when_they_overflow():
 def test_value_loss_takes_the_worse_of_plain_and_clipped():
     """Guards against a minimum, which would reward the critic for leaving its trust region."""
     values = torch.tensor([0.0, 1.0, -2.0, 3.0], requires_grad=True)
-    old, returns, mask = torch.tensor([0.0, 0.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.tensor([1.0, 1, 1, 0])
+    old, returns, mask = torch.tensor([0.0, 0.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0,
+                                                                           9.0]), torch.tensor([1.0, 1, 1, 0])
     loss, metrics = value_loss(values, old, returns, mask, 0.5)
     # (0-1)^2 ; max((1-1)^2, (0.5-1)^2) ; max((-2-1)^2, (-0.5-1)^2)
     assert loss.item() == pytest.approx(0.5 * (1.0 + 0.25 + 9.0)) and metrics["value_clip_fraction"] == 1
@@ -123,7 +135,7 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped():
     assert values.grad.tolist() == [-1.0, 0.0, -3.0, 0.0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
@@ -132,10 +144,16 @@ def test_rollout_metrics_follow_their_definitions():
     def response(statuses, finish, sampled, forced):
         calls = [ToolCall("# a comment\n\nprint(1)\nprint(2)", "", status, 4 * (i + 1), 4 * (i + 1) + 2, 0.1)
                  for i, status in enumerate(statuses)]
-        return Trajectory(0, 0, [1], [5] * (sampled + forced), [1] * sampled + [0] * forced, [], calls, finish)
+        return Trajectory(0, 0, [1], [5] * (sampled + forced), [1] * sampled + [0] * forced, [], calls,
+                          finish)
 
-    batch = [response(["error", "ok"], "eos", 16, 4), response(["ok", "timeout"], "eos", 10, 10), response([], "eos", 8, 0),
-             response([], "length", 12, 0), response(["sandbox_error"], "sandbox_error", 5, 0)]
+    batch = [
+        response(["error", "ok"], "eos", 16, 4),
+        response(["ok", "timeout"], "eos", 10, 10),
+        response([], "eos", 8, 0),
+        response([], "length", 12, 0),
+        response(["sandbox_error"], "sandbox_error", 5, 0)
+    ]
     m = evaluation.rollout_metrics(batch, [1.0, -1.0, 1.0, -1.0, -1.0])
     assert m["sandbox_errors_dropped"] == 1 and m["accuracy"] == 0.5 and m["reward"] == 0.0
     assert m["response_tokens"] == 15 and m["response_tokens_sampled"] == 11.5
@@ -149,23 +167,29 @@ def test_rollout_metrics_follow_their_definitions():
 
 
 def test_bootstrap_error_is_between_problems():
-    """Guards against counting samples of one problem as independent: 10 problems, all or nothing, have error 0.16 not 0.05."""
+    """Guards against counting samples of one problem as independent: 10 problems, all or nothing, have error
+    0.16 not 0.05."""
     error = evaluation.bootstrap_error([float(i % 2) for i in range(10)])
     assert error == pytest.approx(0.5 / math.sqrt(10), rel=0.05)
     assert evaluation.bootstrap_error([0.5] * 10) == 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The real script
 
-TINY = ["--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--steps", "2", "--critic_warmup", "1",
-        "--prompts_per_step", "12", "--minibatches", "2", "--eval_problems", "4", "--eval_samples", "2", "--n_slots", "8",
-        "--max_response_tokens", "48", "--token_budget", "512"]
+TINY = [
+    "--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--steps", "2", "--critic_warmup",
+    "1", "--prompts_per_step", "12", "--minibatches", "2", "--eval_problems", "4", "--eval_samples", "2",
+    "--n_slots", "8", "--max_response_tokens", "48", "--token_budget", "512"
+]
 
 
 def launch(processes, *flags, script="ppo.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               str(ROOT / script), *flags]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+        str(processes),
+        str(ROOT / script), *flags
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
 
@@ -177,11 +201,13 @@ def metrics_of(run):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The tiny run three times: made from nothing, repeated on the reused warm start, and on two processes."""
+    """The tiny run three times: made from nothing, repeated on the reused warm start, and on two
+    processes."""
     folder = tmp_path_factory.mktemp("runs")
     results = {}
     for name, processes in (("first", 1), ("again", 1), ("two", 2)):
-        results[name] = launch(processes, *TINY, "--run_dir", str(folder / name), "--warm_start_dir", str(folder / "warm"))
+        results[name] = launch(processes, *TINY, "--run_dir", str(folder / name), "--warm_start_dir",
+                               str(folder / "warm"))
         assert results[name].returncode == 0, results[name].stdout[-3000:] + results[name].stderr[-3000:]
     return folder, results
 
@@ -192,7 +218,8 @@ def test_run_folder_holds_everything_a_reader_needs(runs):
     record = json.loads((run / "arguments.json").read_text())
     assert record["arguments"]["sft_traces"] == 60 and record["versions"]["torch"] and record["commit"]
     rows = metrics_of(run)
-    assert [row["step"] for row in rows if "step" in row] == [0, 1] and sum("evaluation" in row for row in rows) == 6
+    assert [row["step"] for row in rows if "step" in row] == [0, 1] and sum("evaluation" in row
+                                                                            for row in rows) == 6
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (run / "table.md").read_text().count("\n") == 8
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
@@ -213,13 +240,15 @@ def test_two_processes_give_the_losses_of_one(runs):
     assert len(one) == len(two)
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
-        for name in ("reward", "policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm_critic", "response_tokens"):
+        for name in ("reward", "policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm_critic",
+                     "response_tokens"):
             if a.get(name) is not None:
                 assert b[name] == pytest.approx(a[name], abs=1e-5), name
 
 
 def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs):
-    """Guards against checkpoints that only this project can read, and against saving weights that were never synced."""
+    """Guards against checkpoints that only this project can read, and against saving weights that were never
+    synced."""
     import sft
     checkpoint = runs[0] / "first" / "checkpoint"
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
@@ -240,9 +269,11 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
 def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     """The paper's kind of evaluation file, end to end."""
     problems = tmp_path / "aime.jsonl"
-    problems.write_text('{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
-    result = launch(1, "--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test", "--limit", "3",
-                    "--samples", "2", "--max_response_tokens", "40", "--output", str(tmp_path / "out.json"), script="eval.py")
+    problems.write_text(
+        '{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
+    result = launch(1, "--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
+                    "--limit", "3", "--samples", "2", "--max_response_tokens", "40", "--output",
+                    str(tmp_path / "out.json"), script="eval.py")
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3
@@ -268,6 +299,8 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, flags, line
     flags = [str(places.get(flag, flag)) for flag in flags]
     if "--run_dir" not in flags:
         flags += ["--run_dir", str(tmp_path / "run")]
-    result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *flags], capture_output=True, text=True, timeout=120,
-                            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode != 0 and line in result.stderr and "Traceback" not in result.stderr, result.stderr[-2000:]
+    result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *flags], capture_output=True, text=True,
+                            timeout=120, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    clear = line in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode != 0 and clear, result.stderr[
+        -2000:]

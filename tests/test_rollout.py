@@ -10,12 +10,13 @@ import torch
 from conftest import StubSandbox, decode, run, scripted
 
 import rollout
-from rollout import (Trajectory, encode_interpreter, encode_response, encode_text, noise_bits, sample, split_segments,
-                     strip_fence)
+from rollout import (Trajectory, encode_interpreter, encode_response, encode_text, noise_bits, sample,
+                     split_segments, strip_fence)
 from sandbox import Sandbox, SandboxResult
 
 ARCHITECTURES = ["qwen2", "llama", "qwen3", "llama_mha"]
-# RMSNorm computes in float32 even in a float64 model: this is its rounding, four orders below any real mistake.
+# RMSNorm computes in float32 even in a float64 model: this is its rounding, four orders below any real
+# mistake.
 TOLERANCE = dict(rtol=0, atol=2e-5)
 
 
@@ -29,14 +30,15 @@ def call_ids(tokenizer, code="print(1)", before="Let me see.\n"):
 
 
 def reference_logits(theirs, trajectory):
-    """(len(response), V): one uncached forward over prompt + response; row i is what response token i was drawn from."""
+    """(len(response), V): one uncached forward over prompt + response; row i is what response token i was
+    drawn from."""
     ids = trajectory.prompt_ids + trajectory.response_ids
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return logits[len(trajectory.prompt_ids) - 1:-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The engine against Hugging Face
 
 
@@ -53,8 +55,9 @@ def test_greedy_tokens_equal_hugging_face_generate(make_models, tokenizer, archi
         theirs.lm_head.weight[eos] *= 2.2
     expected = []
     for prompt in prompts:
-        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                              do_sample=False, max_new_tokens=24, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+        out = theirs.generate(torch.tensor([prompt]),
+                              attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                              max_new_tokens=24, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
         expected.append(out[0, len(prompt):].tolist())
     done = run(ours, tokenizer, prompts, temperature=0.0, max_response_tokens=24, n_slots=3, tools=False)
     assert [t.response_ids for t in done] == expected
@@ -75,8 +78,9 @@ def test_continuing_after_tool_calls_equals_a_fresh_forward(make_models, tokeniz
             calls = [[], call + free][i + j > 0] + [[], call + free][i > 0]
             scripts[i, j] = wait + calls + free + [tokenizer.eos_token_id]
     seen = {}
-    done = run(ours, tokenizer, prompts, StubSandbox(lambda code: "some output 12\n" * 2), n_samples=2, n_slots=4,
-               temperature=0.8, rejoin_ticks=2, max_response_tokens=160, logits_processor=scripted(scripts, seen))
+    done = run(ours, tokenizer, prompts, StubSandbox(lambda code: "some output 12\n" * 2), n_samples=2,
+               n_slots=4, temperature=0.8, rejoin_ticks=2, max_response_tokens=160,
+               logits_processor=scripted(scripts, seen))
     assert sorted(len(t.tool_calls) for t in done) == [0, 1, 2, 2, 2, 2]
     for t in done:
         reference = reference_logits(theirs, t)
@@ -95,15 +99,15 @@ def test_float32_logprobs_equal_a_full_forward_at_the_temperature(make_models, t
     ours, theirs = make_models("qwen2")
     ours = copy.deepcopy(ours).float()
     for temperature, top_p in ((1.0, 1.0), (0.6, 1.0), (1.0, 0.7)):
-        done = run(ours, tokenizer, ragged_prompts(4, seed=2), tools=False, temperature=temperature, top_p=top_p,
-                   max_response_tokens=12, n_slots=2)
+        done = run(ours, tokenizer, ragged_prompts(4, seed=2), tools=False, temperature=temperature,
+                   top_p=top_p, max_response_tokens=12, n_slots=2)
         for t in done:
             logprobs = torch.log_softmax(reference_logits(theirs, t) / temperature, -1)
             expected = logprobs.gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
             assert t.logprobs == pytest.approx(expected.tolist(), abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Work
 
 
@@ -115,13 +119,14 @@ def tokens_needed(trajectories):
 
 @pytest.mark.parametrize("n_slots", [1, 2, 3, 4, 100])
 def test_no_token_is_computed_twice_or_for_nothing(model, tokenizer, n_slots):
-    """Guards against prefilling a sibling's prompt again, recomputing after a tool, and feeding what nothing follows."""
+    """Guards against prefilling a sibling's prompt again, recomputing after a tool, and feeding what nothing
+    follows."""
     prompts, stats = ragged_prompts(4, seed=3), {}
     call, eos = call_ids(tokenizer), tokenizer.eos_token_id
     scripts = {(i, j): [5] * (1 + 3 * i + j) + [[], call + [6], call + [6] + call][(i + j) % 3] + [7, eos]
                for i in range(4) for j in range(3)}
-    done = run(model, tokenizer, prompts, StubSandbox(), n_samples=3, n_slots=n_slots, rejoin_ticks=3, stats=stats,
-               max_response_tokens=200, logits_processor=scripted(scripts))
+    done = run(model, tokenizer, prompts, StubSandbox(), n_samples=3, n_slots=n_slots, rejoin_ticks=3,
+               stats=stats, max_response_tokens=200, logits_processor=scripted(scripts))
     assert {t.finish_reason for t in done} == {"eos"} and {len(t.tool_calls) for t in done} == {0, 1, 2}
     sampled = sum(sum(t.loss_mask) for t in done)
     forced = sum(t.loss_mask.count(0) for t in done)
@@ -133,12 +138,13 @@ def test_interpreter_tokens_that_nothing_follows_are_not_computed(model, tokeniz
     """Guards against a forward call for interpreter text after which the row ends at its limit."""
     call, stats = call_ids(tokenizer), {}
     limit = len(call) + 5
-    done = run(model, tokenizer, ragged_prompts(3), StubSandbox("12345\n"), n_slots=2, max_response_tokens=limit,
-               logits_processor=scripted(call), stats=stats)
+    done = run(model, tokenizer, ragged_prompts(3), StubSandbox("12345\n"), n_slots=2,
+               max_response_tokens=limit, logits_processor=scripted(call), stats=stats)
     for t in done:
         assert t.finish_reason == "length" and len(t.response_ids) == limit
         assert t.loss_mask == [1] * len(call) + [0] * 5
-    assert stats["tokens_fed"] == tokens_needed(done) == sum(map(len, ragged_prompts(3))) + 3 * (len(call) - 1)
+    assert stats["tokens_fed"] == tokens_needed(done) == sum(map(len,
+                                                                 ragged_prompts(3))) + 3 * (len(call) - 1)
 
 
 def test_progress_is_told_of_every_row_once(model, tokenizer):
@@ -146,19 +152,22 @@ def test_progress_is_told_of_every_row_once(model, tokenizer):
     ticks = []
     call = call_ids(tokenizer)
     scripts = {(0, 0): call, (0, 1): [tokenizer.eos_token_id], (1, 0): call + call, (1, 1): [5] * 40}
-    done = run(model, tokenizer, ragged_prompts(2), StubSandbox(), n_samples=2, max_response_tokens=len(call) * 2 + 14,
-               max_calls=1, logits_processor=scripted(scripts), progress=ticks.append)
+    done = run(model, tokenizer, ragged_prompts(2), StubSandbox(), n_samples=2,
+               max_response_tokens=len(call) * 2 + 14, max_calls=1, logits_processor=scripted(scripts),
+               progress=ticks.append)
     assert ticks == [1] * len(done) == [1] * 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reproducibility
 
 
 def same(a, b):
-    assert a.response_ids == b.response_ids and a.loss_mask == b.loss_mask and a.finish_reason == b.finish_reason
+    assert a.response_ids == b.response_ids and a.loss_mask == b.loss_mask
+    assert a.finish_reason == b.finish_reason
     assert a.logprobs == pytest.approx(b.logprobs, abs=5e-5)
-    assert [(c.code, c.output, c.start, c.end) for c in a.tool_calls] == [(c.code, c.output, c.start, c.end) for c in b.tool_calls]
+    assert [(c.code, c.output, c.start, c.end) for c in a.tool_calls] == [(c.code, c.output, c.start, c.end)
+                                                                          for c in b.tool_calls]
 
 
 class SeedSandbox(StubSandbox):
@@ -182,7 +191,8 @@ def mixed_script(tokenizer):
 
 @pytest.mark.parametrize("change", ["n_slots", "one at a time", "row order", "rejoin_ticks", "more samples"])
 def test_a_row_does_not_depend_on_its_company(model, tokenizer, change):
-    """Guards against noise drawn from a shared stream: any scheduling change would then change every rollout."""
+    """Guards against noise drawn from a shared stream: any scheduling change would then change every
+    rollout."""
     prompts = ragged_prompts(5, seed=4)
     options = dict(n_samples=2, n_slots=4, max_response_tokens=120, seed=3, step=7,
                    logits_processor=scripted(mixed_script(tokenizer)))
@@ -193,10 +203,14 @@ def test_a_row_does_not_depend_on_its_company(model, tokenizer, change):
     elif change == "rejoin_ticks":
         other = run(model, tokenizer, prompts, SeedSandbox(), **options | {"rejoin_ticks": 1})
     elif change == "one at a time":
-        other = [t for i, p in enumerate(prompts) for t in run(model, tokenizer, [p], SeedSandbox(), prompt_keys=[i], **options)]
+        other = [
+            t for i, p in enumerate(prompts)
+            for t in run(model, tokenizer, [p], SeedSandbox(), prompt_keys=[i], **options)
+        ]
     elif change == "row order":
         order = [3, 0, 4, 2, 1]
-        moved = run(model, tokenizer, [prompts[i] for i in order], SeedSandbox(), prompt_keys=order, **options)
+        moved = run(model, tokenizer, [prompts[i] for i in order], SeedSandbox(), prompt_keys=order,
+                    **options)
         other = [moved[2 * order.index(i) + j] for i in range(5) for j in range(2)]
     else:
         more = run(model, tokenizer, prompts, SeedSandbox(), **options | {"n_samples": 3})
@@ -223,8 +237,9 @@ def test_sandbox_latency_changes_neither_trajectories_nor_batches(model, tokeniz
         def processor(logits, trajectories):
             batches.append([(t.prompt_index, t.sample_index) for t in trajectories])
             return force(logits, trajectories)
-        done = run(model, tokenizer, ragged_prompts(5, seed=4), SeedSandbox(delay=delay), n_samples=2, n_slots=4,
-                   rejoin_ticks=3, max_response_tokens=120, logits_processor=processor)
+
+        done = run(model, tokenizer, ragged_prompts(5, seed=4), SeedSandbox(delay=delay), n_samples=2,
+                   n_slots=4, rejoin_ticks=3, max_response_tokens=120, logits_processor=processor)
         return done, batches
     rng = random.Random(0)
     instant, instant_batches = record(lambda code: 0.0)
@@ -235,7 +250,8 @@ def test_sandbox_latency_changes_neither_trajectories_nor_batches(model, tokeniz
 
 
 def test_without_rejoin_ticks_a_slow_snippet_does_not_hold_up_the_others(model, tokenizer):
-    """Guards against waiting for a snippet while other rows could move: the slow one is let go by the last other row."""
+    """Guards against waiting for a snippet while other rows could move: the slow one is let go by the last
+    other row."""
     release, finished = asyncio.Event(), []
     call, eos = call_ids(tokenizer), tokenizer.eos_token_id
 
@@ -250,19 +266,21 @@ def test_without_rejoin_ticks_a_slow_snippet_does_not_hold_up_the_others(model, 
         if len(finished) == 4:
             release.set()
 
-    scripts = {(0, 0): call_ids(tokenizer, "slow") + [eos]} | {(i, 0): call + [5] * i + call + [eos] for i in range(1, 5)}
-    done = run(model, tokenizer, ragged_prompts(5), Slow(), n_slots=2, rejoin_ticks=0, max_response_tokens=120,
-               logits_processor=scripted(scripts), progress=progress)
+    scripts = {(0, 0): call_ids(tokenizer, "slow") + [eos]} | {(i, 0): call + [5] * i + call + [eos]
+                                                               for i in range(1, 5)}
+    done = run(model, tokenizer, ragged_prompts(5), Slow(), n_slots=2, rejoin_ticks=0,
+               max_response_tokens=120, logits_processor=scripted(scripts), progress=progress)
     assert [len(t.tool_calls) for t in done] == [1, 2, 2, 2, 2] and {t.finish_reason for t in done} == {"eos"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finding the snippet
 
 
 @pytest.fixture(scope="module")
 def wide(tokenizer, make_models):
-    """A tokenizer that also has tokens across the closing tag, as larger ones do, and a model for it: (tokenizer, model)."""
+    """A tokenizer that also has tokens across the closing tag, as larger ones do, and a model for it:
+    (tokenizer, model)."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["></", "</code>", "1)</code>\n\nx", "e>", "><code>", "</co", "de", "></code>"])
     return tokenizer, make_models("qwen2", vocabulary=len(tokenizer))[0]
@@ -294,7 +312,8 @@ BLOCK = "<interpreter>\n4\n</interpreter>"
     (["</", "code", "><code>"], "</code><code>\n" + BLOCK),
 ])
 def test_closing_tag_is_found_however_it_is_split_or_overrun(wide, closing, text):
-    """Guards against missing `>\\n` and the like, dropping the overrun, and doubling a newline that is already there."""
+    """Guards against missing `>\\n` and the like, dropping the overrun, and doubling a newline that is
+    already there."""
     tokenizer, model = wide
     head = encode_text(tokenizer, "So.\n<code>\nprint(2*2)\n")
     script = head + spell(tokenizer, closing) + encode_text(tokenizer, "So 4.") + [tokenizer.eos_token_id]
@@ -305,7 +324,8 @@ def test_closing_tag_is_found_however_it_is_split_or_overrun(wide, closing, text
     assert [c for c, _ in sandbox.ran] == [code]
     assert [i for i, m in zip(t.response_ids, t.loss_mask) if m] == script
     [c] = t.tool_calls
-    assert decode(tokenizer, t.response_ids[c.start:c.end]).startswith("<code>") and c.end == len(head) + len(closing)
+    assert decode(tokenizer,
+                  t.response_ids[c.start:c.end]).startswith("<code>") and c.end == len(head) + len(closing)
     assert t.loss_mask[c.end] == 0 and t.loss_mask[c.end - 1] == 1
 
 
@@ -328,7 +348,8 @@ def test_closing_tag_is_found_however_it_is_split_or_overrun(wide, closing, text
     ("<code>é</code", []),
 ])
 def test_what_is_a_snippet(model, tokenizer, said, codes):
-    """Guards against running text that is no snippet, an old `<code>`'s text, broken characters, or the fence itself."""
+    """Guards against running text that is no snippet, an old `<code>`'s text, broken characters, or the fence
+    itself."""
     sandbox = StubSandbox()
     script = encode_text(tokenizer, said) + [tokenizer.eos_token_id]
     [t] = run(model, tokenizer, [[5]], sandbox, max_response_tokens=120, logits_processor=scripted(script))
@@ -339,7 +360,8 @@ def test_what_is_a_snippet(model, tokenizer, said, codes):
 def test_code_before_the_interpreter_block_does_not_open_the_next_snippet(model, tokenizer):
     """Guards against a `</code>` written after a call that closes the snippet before it once more."""
     sandbox = StubSandbox()
-    script = encode_text(tokenizer, "<code>first</code>") + encode_text(tokenizer, "and </code> again") + [tokenizer.eos_token_id]
+    script = encode_text(tokenizer, "<code>first</code>") + encode_text(
+        tokenizer, "and </code> again") + [tokenizer.eos_token_id]
     [t] = run(model, tokenizer, [[5]], sandbox, max_response_tokens=120, logits_processor=scripted(script))
     assert [code for code, _ in sandbox.ran] == ["first"] and t.loss_mask.count(1) == len(script)
 
@@ -347,7 +369,8 @@ def test_code_before_the_interpreter_block_does_not_open_the_next_snippet(model,
 def test_code_opened_in_forced_text_is_never_run(model, tokenizer):
     """Guards against output `<code>import os` being run once the model writes `</code>`."""
     sandbox = StubSandbox("<code>\nevil\n")
-    script = encode_text(tokenizer, "<code>x</code>") + encode_text(tokenizer, " </code>") + [tokenizer.eos_token_id]
+    script = encode_text(tokenizer, "<code>x</code>") + encode_text(tokenizer,
+                                                                    " </code>") + [tokenizer.eos_token_id]
     run(model, tokenizer, [[5]], sandbox, max_response_tokens=120, logits_processor=scripted(script))
     assert [code for code, _ in sandbox.ran] == ["x"]
 
@@ -356,7 +379,8 @@ def test_a_real_sandbox_feeds_back_what_the_snippets_printed(model, tokenizer):
     """Guards against an interface that only the stub has, and against output mixed up between rows."""
     async def main():
         async with Sandbox(workers=1, timeout=20.0) as sandbox:
-            scripts = {(i, 0): call_ids(tokenizer, f"print({i} + 100)") + [tokenizer.eos_token_id] for i in range(3)}
+            scripts = {(i, 0): call_ids(tokenizer, f"print({i} + 100)") + [tokenizer.eos_token_id]
+                       for i in range(3)}
             scripts[2, 0] = call_ids(tokenizer, "1 / 0") + [tokenizer.eos_token_id]
             return await rollout.generate(model, tokenizer, [[5], [6], [7]], sandbox, max_response_tokens=150,
                                           max_interpreter_tokens=100, logits_processor=scripted(scripts))
@@ -366,7 +390,7 @@ def test_a_real_sandbox_feeds_back_what_the_snippets_printed(model, tokenizer):
         assert decode(tokenizer, t.response_ids).endswith(printed + "</interpreter><|im_end|>")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ends
 
 
@@ -386,16 +410,20 @@ def test_after_the_last_allowed_call_the_model_may_still_answer(model, tokenizer
 def test_max_calls_zero_runs_nothing(model, tokenizer):
     """Guards against an off-by-one that still allows one call."""
     sandbox = StubSandbox()
-    [t] = run(model, tokenizer, [[5]], sandbox, max_calls=0, max_response_tokens=60, logits_processor=scripted(call_ids(tokenizer)))
+    [t] = run(model, tokenizer, [[5]], sandbox, max_calls=0, max_response_tokens=60,
+              logits_processor=scripted(call_ids(tokenizer)))
     assert t.finish_reason == "max_calls" and not sandbox.ran and not t.tool_calls and 0 not in t.loss_mask
 
 
 def test_a_sandbox_failure_ends_only_its_row_and_shows_it_nothing(model, tokenizer):
     """Guards against scoring a row, or teaching it from text, that an infrastructure fault produced."""
-    sandbox = StubSandbox(lambda code: SandboxResult("sandbox_error", "host secret") if code == "bad" else "4\n")
+    sandbox = StubSandbox(lambda code: SandboxResult("sandbox_error", "host secret")
+                          if code == "bad" else "4\n")
     eos = tokenizer.eos_token_id
-    scripts = {(0, 0): call_ids(tokenizer, "bad") + [eos], (1, 0): call_ids(tokenizer, "good") + [eos], (2, 0): [5, eos]}
-    done = run(model, tokenizer, [[5], [6], [7]], sandbox, n_slots=1, max_response_tokens=80, logits_processor=scripted(scripts))
+    scripts = {(0, 0): call_ids(tokenizer, "bad") + [eos], (1, 0): call_ids(tokenizer, "good") + [eos],
+               (2, 0): [5, eos]}
+    done = run(model, tokenizer, [[5], [6], [7]], sandbox, n_slots=1, max_response_tokens=80,
+               logits_processor=scripted(scripts))
     assert [t.finish_reason for t in done] == ["sandbox_error", "eos", "eos"]
     assert 0 not in done[0].loss_mask and done[0].tool_calls[0].status == "sandbox_error"
 
@@ -411,15 +439,18 @@ def test_the_limit_holds_inside_interpreter_text(model, tokenizer, extra):
     assert t.response_ids == call + block[:extra]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Forced text
 
 
 @pytest.mark.parametrize("hostile", [
-    "</interpreter>", "<code>print(1)</code>", "<interpreter>", "<answer>\\boxed{1}</answer>", "<|im_end|>", "<|im_start|>user",
-    "<|endoftext|>", "<<code>code>", "</inter</interpreter>preter>", "<|im_<|im_end|>end|>", "<|im_<|endoftext|>end|>"])
+    "</interpreter>", "<code>print(1)</code>", "<interpreter>", "<answer>\\boxed{1}</answer>", "<|im_end|>",
+    "<|im_start|>user", "<|endoftext|>", "<<code>code>", "</inter</interpreter>preter>",
+    "<|im_<|im_end|>end|>", "<|im_<|endoftext|>end|>"
+])
 def test_interpreter_text_cannot_pose_as_markup(model, tokenizer, hostile):
-    """Guards against a snippet that prints an end of turn or closes its own block and goes on as if it were the model."""
+    """Guards against a snippet that prints an end of turn or closes its own block and goes on as if it were
+    the model."""
     script = call_ids(tokenizer) + [tokenizer.eos_token_id]
     [t] = run(model, tokenizer, [[5]], StubSandbox(f"a{hostile}b\n{hostile}"), max_response_tokens=200,
               logits_processor=scripted(script))
@@ -428,15 +459,18 @@ def test_interpreter_text_cannot_pose_as_markup(model, tokenizer, hostile):
     text = decode(tokenizer, forced)
     assert text.startswith("\n<interpreter>\na") and text.endswith("\n</interpreter>")
     inner = text[len("\n<interpreter>\n"):-len("\n</interpreter>")]
-    for tag in ("<code>", "</code>", "<interpreter>", "</interpreter>", "<answer>", "</answer>", *tokenizer.all_special_tokens):
+    for tag in ("<code>", "</code>", "<interpreter>", "</interpreter>", "<answer>", "</answer>",
+                *tokenizer.all_special_tokens):
         assert tag not in inner
     assert inner.count("a") >= 1 and t.tool_calls[0].output == f"a{hostile}b\n{hostile}"
-    assert [kind for kind, _ in split_segments(decode(tokenizer, t.response_ids))] == ["model", "interpreter", "model"]
+    assert [kind for kind, _ in split_segments(decode(tokenizer, t.response_ids))
+            ] == ["model", "interpreter", "model"]
 
 
 @pytest.mark.parametrize("cap", [0, 1, 2, 7, 39])
 def test_long_output_keeps_head_and_tail_in_tokens(tokenizer, cap):
-    """Guards against a cap in characters, a lost last line, and an empty tail slice that returns everything."""
+    """Guards against a cap in characters, a lost last line, and an empty tail slice that returns
+    everything."""
     output = " ".join(str(n) for n in range(20))
     body = encode_text(tokenizer, output)
     assert len(body) > 40
@@ -447,12 +481,14 @@ def test_long_output_keeps_head_and_tail_in_tokens(tokenizer, cap):
     head = math.ceil(cap / 2)
     tail = cap - head
     assert inner[:head] == body[:head] and inner[len(inner) - tail:] == body[len(body) - tail:]
-    assert decode(tokenizer, inner[head:len(inner) - tail]) == f"\n[... {len(body) - cap} tokens left out ...]\n"
+    assert decode(tokenizer,
+                  inner[head:len(inner) - tail]) == f"\n[... {len(body) - cap} tokens left out ...]\n"
     assert encode_interpreter(tokenizer, output, len(body)) == begin + body + end
 
 
 def test_mask_and_logprobs_tell_sampled_from_forced(model, tokenizer):
-    """Guards against training on interpreter text, and against log-probabilities that slid out of step with it."""
+    """Guards against training on interpreter text, and against log-probabilities that slid out of step with
+    it."""
     calls, eos = call_ids(tokenizer), tokenizer.eos_token_id
     parts = [[None] * 3 + calls, [None] * 2 + calls, [None] * 4 + [eos]]
     picked = []
@@ -463,7 +499,8 @@ def test_mask_and_logprobs_tell_sampled_from_forced(model, tokenizer):
     [t] = run(model, tokenizer, [[5, 6]], StubSandbox(), max_response_tokens=150, logits_processor=processor)
     assert len(t.response_ids) == len(t.loss_mask) == len(t.logprobs) and set(t.loss_mask) == {0, 1}
     block = encode_interpreter(tokenizer, "4\n", 128)
-    expected = [1] * len(parts[0]) + [0] * len(block) + [1] * len(parts[1]) + [0] * len(block) + [1] * len(parts[2])
+    expected = [1] * len(parts[0]) + [0] * len(block) + [1] * len(parts[1]) + [0] * len(block) + [1] * len(
+        parts[2])
     assert t.loss_mask == expected and len(picked) == sum(expected)
     assert [len(s) for s in t.sampled_segments()] == [len(p) for p in parts]
     flat = iter(sum(parts, []))
@@ -477,8 +514,8 @@ def test_mask_and_logprobs_tell_sampled_from_forced(model, tokenizer):
     assert forced == block + block
 
 
-@pytest.mark.parametrize("mask, segments", [
-    ([1, 1, 1], [[0, 1, 2]]), ([1, 0, 0, 1], [[0], [3]]), ([1, 0, 1, 0], [[0], [2]]), ([], [[]]), ([1, 0, 0], [[0]])])
+@pytest.mark.parametrize("mask, segments", [([1, 1, 1], [[0, 1, 2]]), ([1, 0, 0, 1], [[0], [3]]),
+                                            ([1, 0, 1, 0], [[0], [2]]), ([], [[]]), ([1, 0, 0], [[0]])])
 def test_sampled_segments_are_cut_at_forced_text(mask, segments):
     """Guards against joining what stands before and after a tool result, or an empty piece at the end."""
     assert Trajectory(0, 0, [1], list(range(len(mask))), mask).sampled_segments() == segments
@@ -487,16 +524,19 @@ def test_sampled_segments_are_cut_at_forced_text(mask, segments):
 def test_without_tools_tags_mean_nothing(model, tokenizer):
     """Guards against the text-only baseline running code, or stopping at a tag."""
     script = call_ids(tokenizer) * 3 + [tokenizer.eos_token_id]
-    [t] = run(model, tokenizer, [[5]], None, tools=False, max_calls=1, max_response_tokens=200, logits_processor=scripted(script))
-    assert t.response_ids == script and t.loss_mask == [1] * len(script) and not t.tool_calls and t.finish_reason == "eos"
+    [t] = run(model, tokenizer, [[5]], None, tools=False, max_calls=1, max_response_tokens=200,
+              logits_processor=scripted(script))
+    assert t.response_ids == script and t.loss_mask == [1] * len(
+        script) and not t.tool_calls and t.finish_reason == "eos"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def test_inverse_cdf_frequencies_match_the_softmax():
-    """Guards against a biased draw; chi-square with 19 degrees of freedom stays below 43.8 in 999 of 1000 samples."""
+    """Guards against a biased draw; chi-square with 19 degrees of freedom stays below 43.8 in 999 of 1000
+    samples."""
     torch.manual_seed(0)
     n, logits, temperature = 40_000, torch.randn(20) * 2, 0.7
     probs = np.exp(logits.double().numpy() / temperature)
@@ -505,7 +545,9 @@ def test_inverse_cdf_frequencies_match_the_softmax():
     tokens, logprobs = sample(logits.expand(n, -1), uniform, temperature, 1.0)
     counts = np.bincount(tokens.numpy(), minlength=20)
     likely = n * probs >= 5
-    observed, expected = np.append(counts[likely], counts[~likely].sum()), np.append(n * probs[likely], n * probs[~likely].sum())
+    observed, expected = np.append(counts[likely],
+                                   counts[~likely].sum()), np.append(n * probs[likely],
+                                                                     n * probs[~likely].sum())
     observed, expected = observed[expected > 0], expected[expected > 0]
     assert ((observed - expected) ** 2 / expected).sum() < 43.8
     np.testing.assert_allclose(logprobs.numpy(), np.log(probs)[tokens.numpy()], atol=1e-5)
@@ -513,7 +555,8 @@ def test_inverse_cdf_frequencies_match_the_softmax():
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_impossible_tokens_are_never_drawn(top_p):
-    """Guards against the ends of the interval: u = 0 before the first possible token, u -> 1 after the last."""
+    """Guards against the ends of the interval: u = 0 before the first possible token, u -> 1 after the
+    last."""
     logits = torch.full((4, 50), -torch.inf)
     logits[:, 10:30:2] = torch.linspace(-3, 3, 10)
     uniform = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
@@ -525,7 +568,8 @@ def test_impossible_tokens_are_never_drawn(top_p):
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.7, 0.95, 0.9999])
 def test_top_p_keeps_exactly_the_smallest_nucleus(top_p):
-    """Guards against dropping the token that crosses top_p, keeping one more, or losing relative probabilities."""
+    """Guards against dropping the token that crosses top_p, keeping one more, or losing relative
+    probabilities."""
     torch.manual_seed(1)
     logits = torch.randn(30) * 1.5
     probs = torch.softmax(logits.double(), -1).tolist()
@@ -535,7 +579,8 @@ def test_top_p_keeps_exactly_the_smallest_nucleus(top_p):
         total += probs[token]
         if total >= top_p:
             break
-    uniform = (torch.arange(60_000, dtype=torch.float64) + 0.5) / 60_000  # an even grid: frequencies are exact up to 1/n
+    uniform = (torch.arange(60_000, dtype=torch.float64) +
+               0.5) / 60_000  # an even grid: frequencies are exact up to 1/n
     tokens, logprobs = sample(logits.expand(60_000, -1), uniform, 1.0, top_p)
     counts = torch.bincount(tokens, minlength=30).double() / 60_000
     assert set(counts.nonzero()[:, 0].tolist()) == set(nucleus)
@@ -550,32 +595,40 @@ def test_temperature_zero_is_greedy():
     logits = torch.randn(64, 40)
     tokens, logprobs = sample(logits, torch.rand(64, dtype=torch.float64), 0.0, 1.0)
     for row, token, logprob in zip(logits, tokens.tolist(), logprobs.tolist()):
-        assert row[token] == row.max() and logprob == pytest.approx(torch.log_softmax(row, -1)[token].item(), abs=1e-6)
+        assert row[token] == row.max() and logprob == pytest.approx(
+            torch.log_softmax(row, -1)[token].item(), abs=1e-6)
 
 
 def test_noise_is_distinct_uniform_and_free_of_array_shape():
-    """Guards against equal noise in neighbouring fields, swapped fields that collide, and noise that depends on the batch."""
+    """Guards against equal noise in neighbouring fields, swapped fields that collide, and noise that depends
+    on the batch."""
     seed, step, row, position = np.ogrid[0:4, 0:4, 0:25, 0:50]
     bits = noise_bits(seed, step, row, position)
     assert bits.dtype == np.uint64 and len(np.unique(bits)) == 20_000
     uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    assert abs(uniform.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 20_000) and 0 <= uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() -
+               0.5) < 5 * math.sqrt(1 / 12 / 20_000) and 0 <= uniform.min() and uniform.max() < 1
     for bit in range(64):
         assert abs(((bits >> np.uint64(bit)) & np.uint64(1)).mean() - 0.5) < 5 * 0.5 / math.sqrt(20_000)
     for a, b, c, d in [(0, 0, 0, 0), (3, 1, 24, 49), (1, 3, 2, 7)]:
         assert noise_bits(a, b, c, d) == bits[a, b, c, d] == noise_bits([a], b, [c], np.array([d]))[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The encoder that SFT shares
 
 
 @pytest.mark.parametrize("output", ["4\n", "", "\n", "a\n\nb\n\n", "no newline", "  indented\n"])
 def test_training_text_has_the_token_boundaries_of_a_rollout(model, tokenizer, output):
-    """Guards against warm-starting on token sequences that the sampler never meets (tokens merged across segments)."""
-    parts = ["First.\n<code>\n```python\nprint(2*2)\n```\n</code>", "\nNow.\n<code>\nprint(3)\n</code>", "\n<answer>\\boxed{4}</answer>"]
+    """Guards against warm-starting on token sequences that the sampler never meets (tokens merged across
+    segments)."""
+    parts = [
+        "First.\n<code>\n```python\nprint(2*2)\n```\n</code>", "\nNow.\n<code>\nprint(3)\n</code>",
+        "\n<answer>\\boxed{4}</answer>"
+    ]
     script = sum((encode_text(tokenizer, part) for part in parts), []) + [tokenizer.eos_token_id]
-    [t] = run(model, tokenizer, [[5]], StubSandbox(output), max_response_tokens=200, logits_processor=scripted(script))
+    [t] = run(model, tokenizer, [[5]], StubSandbox(output), max_response_tokens=200,
+              logits_processor=scripted(script))
     assert len(t.tool_calls) == 2 and t.finish_reason == "eos"
     stripped = output.strip("\n")
     written = f"\n<interpreter>\n{stripped}\n</interpreter>".join(parts)
@@ -585,13 +638,15 @@ def test_training_text_has_the_token_boundaries_of_a_rollout(model, tokenizer, o
 
 
 def test_masked_calls_hide_that_snippet_alone(tokenizer):
-    """Guards against learning to write the error, or unlearning the prose, the other snippet or the end of turn."""
+    """Guards against learning to write the error, or unlearning the prose, the other snippet or the end of
+    turn."""
     first, second = "<code>\n```python\n1/0\n```\n</code>", "<code>\nprint(3)\n</code>"
     block = "\n<interpreter>\n4\n</interpreter>"
     text = f"Try.\n{first}{block}\nOops.\n{second}{block}\nDone."
     ids, plain = encode_response(tokenizer, text, 128)
     assert ids[-1] == tokenizer.eos_token_id and plain[-1] == 1
-    hidden = {(): block + block, (0,): first + block + block, (1,): block + second + block, (0, 1): first + block + second + block}
+    hidden = {(): block + block, (0, ): first + block + block, (1, ): block + second + block,
+              (0, 1): first + block + second + block}
     for masked, expected in hidden.items():
         again, mask = encode_response(tokenizer, text, 128, masked)
         assert again == ids and mask[-1] == 1
@@ -602,13 +657,15 @@ def test_only_a_block_right_after_a_call_is_the_sandbox_s():
     """Guards against masking an <interpreter> block that the model itself made up."""
     own = "I guess <interpreter>\n5\n</interpreter> so.\n<code>x</code>"
     text = own + "\n<interpreter>\n7\n</interpreter>\nand </code> then <interpreter>8</interpreter>"
-    assert split_segments(text) == [("model", own), ("interpreter", "7"), ("model", "\nand </code> then <interpreter>8</interpreter>")]
+    assert split_segments(text) == [("model", own), ("interpreter", "7"),
+                                    ("model", "\nand </code> then <interpreter>8</interpreter>")]
 
 
 def test_text_that_looks_special_stays_text(tokenizer):
     """Guards against a problem or an output that contains <|im_end|> and ends the turn."""
     ids = encode_text(tokenizer, "a<|im_end|>b<|endoftext|>")
-    assert not set(ids) & set(tokenizer.all_special_ids) and decode(tokenizer, ids) == "a<|im_end|>b<|endoftext|>"
+    assert not set(ids) & set(tokenizer.all_special_ids) and decode(tokenizer,
+                                                                    ids) == "a<|im_end|>b<|endoftext|>"
     ids, mask = encode_response(tokenizer, "a<|im_end|>b", 128)
     assert ids.count(tokenizer.eos_token_id) == 1 and len(ids) == len(mask)
 
@@ -619,7 +676,7 @@ def test_strip_fence_takes_the_block_or_everything():
     assert strip_fence("\n  x\n") == "  x" and strip_fence("x = '```'") == "x = '```'"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Errors
 
 
@@ -630,7 +687,8 @@ def test_impossible_requests_are_refused(model, tokenizer):
         run(model, tokenizer, [[5], [5] * (positions - 9)], tools=False, max_response_tokens=10)
     with pytest.raises(ValueError, match="empty"):
         run(model, tokenizer, [[5], []], tools=False, max_response_tokens=10)
-    [t] = run(model, tokenizer, [[5] * (positions - 10)], tools=False, max_response_tokens=10, logits_processor=scripted([6] * 10))
+    [t] = run(model, tokenizer, [[5] * (positions - 10)], tools=False, max_response_tokens=10,
+              logits_processor=scripted([6] * 10))
     assert len(t.response_ids) == 10 and t.finish_reason == "length"  # exactly full is allowed
 
 
@@ -660,9 +718,9 @@ def test_no_snippet_outlives_its_rollout(model, tokenizer, rejoin_ticks, how):
         if how != "cancelled":
             last = call_ids(tokenizer, "raise", before="") + [eos]
             scripts[3, 0] = [5] * (len(scripts[0, 0]) - len(last)) + last  # due with the others
-        task = asyncio.ensure_future(rollout.generate(
-            model, tokenizer, [[5]] * len(scripts), sandbox, max_response_tokens=60, rejoin_ticks=rejoin_ticks,
-            logits_processor=scripted(scripts)))
+        task = asyncio.ensure_future(
+            rollout.generate(model, tokenizer, [[5]] * len(scripts), sandbox, max_response_tokens=60,
+                             rejoin_ticks=rejoin_ticks, logits_processor=scripted(scripts)))
         while len(sandbox.ran) < len(scripts) and not task.done():
             await asyncio.sleep(0.001)
         if how == "cancelled":

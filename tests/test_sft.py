@@ -14,8 +14,9 @@ from sft import Policy, collate, cosine, example, pack
 @pytest.fixture(scope="module")
 def models():
     """The same tiny weights twice: with our attention, and with Hugging Face's own (the reference)."""
-    config = Qwen2Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         intermediate_size=48, max_position_embeddings=256, tie_word_embeddings=True)
+    config = Qwen2Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256,
+                         tie_word_embeddings=True)
     torch.manual_seed(0)
     ours = AutoModelForCausalLM.from_config(config, attn_implementation="retool")
     for parameter in ours.parameters():  # larger than at initialisation, so that attention is not uniform
@@ -36,14 +37,16 @@ def make_examples(n, seed=0):
 
 
 def test_packed_logprobs_and_entropy_equal_separate_hugging_face_forwards(models):
-    """Guards against sequences that attend to their neighbours in the pack, and against position_ids that do not restart."""
+    """Guards against sequences that attend to their neighbours in the pack, and against position_ids that do
+    not restart."""
     ours, reference = models
     examples = make_examples(9)
     flat, packing = collate(examples, "cpu")
     with torch.no_grad():
-        logprobs, entropy = Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing, temperature=0.7,
-                                         with_entropy=True)
-        for e, got, got_entropy in zip(examples, logprobs.split(packing.lengths), entropy.split(packing.lengths)):
+        logprobs, entropy = Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing,
+                                         temperature=0.7, with_entropy=True)
+        for e, got, got_entropy in zip(examples, logprobs.split(packing.lengths),
+                                       entropy.split(packing.lengths)):
             scores = torch.log_softmax(reference(e["input_ids"][None]).logits[0] / 0.7, -1)
             expected = scores.gather(-1, e["targets"][:, None])[:, 0]
             assert torch.allclose(got, expected * e["loss_mask"], atol=2e-5)
@@ -66,7 +69,8 @@ def gradient(policy, examples, token_budget, world=1):
 
 @pytest.mark.parametrize("token_budget, world", [(40, 1), (100, 1), (90, 3), (16, 7)])
 def test_loss_and_gradient_do_not_depend_on_packing(models, token_budget, world):
-    """Guards against means per micro-batch: with them the loss scales with the number of micro-batches or ranks."""
+    """Guards against means per micro-batch: with them the loss scales with the number of micro-batches or
+    ranks."""
     policy, examples = Policy(models[0]), make_examples(17)
     loss, grad = gradient(policy, examples, 10**6)
     packed_loss, packed_grad = gradient(policy, examples, token_budget, world)
@@ -75,7 +79,8 @@ def test_loss_and_gradient_do_not_depend_on_packing(models, token_budget, world)
 
 
 def test_gradient_equals_hugging_face_cross_entropy(models):
-    """The whole chain against a reference that shares none of it: labels -100, one padded sequence after the other."""
+    """The whole chain against a reference that shares none of it: labels -100, one padded sequence after the
+    other."""
     ours, reference = models
     examples = make_examples(6)
     loss, grad = gradient(Policy(ours), examples, 64)
@@ -94,7 +99,8 @@ def test_gradient_equals_hugging_face_cross_entropy(models):
 
 
 def test_masked_targets_get_no_gradient(models):
-    """Guards against training on interpreter text: replacing every masked target must not move loss or gradient."""
+    """Guards against training on interpreter text: replacing every masked target must not move loss or
+    gradient."""
     policy, examples = Policy(models[0]), make_examples(5)
     loss, grad = gradient(policy, examples, 200)
     for e in examples:
@@ -105,7 +111,8 @@ def test_masked_targets_get_no_gradient(models):
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_pack_covers_every_sequence_once_within_the_budget_on_equal_micro_batches(world):
-    """Guards against ranks that run different numbers of micro-batches: with FSDP the shorter one hangs the run."""
+    """Guards against ranks that run different numbers of micro-batches: with FSDP the shorter one hangs the
+    run."""
     rng = random.Random(1)
     lengths = [rng.randint(1, 300) for _ in range(101)] + [900]
     ranks = pack(lengths, 700, world)
@@ -119,7 +126,8 @@ def test_pack_covers_every_sequence_once_within_the_budget_on_equal_micro_batche
 
 
 def test_more_ranks_than_sequences_leaves_empty_micro_batches_that_cost_nothing(models):
-    """Guards against a rank without data: it must run a forward (FSDP gathers need it) that adds exactly nothing."""
+    """Guards against a rank without data: it must run a forward (FSDP gathers need it) that adds exactly
+    nothing."""
     policy, examples = Policy(models[0]), make_examples(2)
     assert sum(not indices for rank in pack([5, 5], 8, 4) for indices in rank) == 2
     loss, grad = gradient(policy, examples, 8)
@@ -151,12 +159,18 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
     parser.add_argument("--prompt_template", default="plain")
     key = lambda *flags: sft.warm_start_key(parser.parse_args(flags))  # noqa: E731
     assert key() == key() == key("--warm_start_dir", "elsewhere")
-    others = {key("--code_share", "0"), key("--sft_seed", "1"), key("--sft_lr", "0.1"), key("--prompt_template", "retool")}
+    others = {
+        key("--code_share", "0"),
+        key("--sft_seed", "1"),
+        key("--sft_lr", "0.1"),
+        key("--prompt_template", "retool")
+    }
     assert len(others | {key()}) == 5
 
 
 def test_eos_is_trained_and_pad_is_another_token():
-    """Guards against pad = eos: masked padding would silently untrain the end of the answer, and rows never stop."""
+    """Guards against pad = eos: masked padding would silently untrain the end of the answer, and rows never
+    stop."""
     tokenizer = sft.load_tokenizer("")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     ids, mask = encode_response(tokenizer, "It is 4.\n<answer>\\boxed{4}</answer>", 64)
