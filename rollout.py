@@ -506,6 +506,18 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
                 leaders[index] = row
         return list(leaders.values()), followers
 
+    def compact():
+        """Move rows from the highest slots into free lower ones: the decode step's view shrinks with its rows."""
+        for row in sorted(active + paused, key=lambda row: -row.slot):
+            if not free or free[0] > row.slot:
+                return
+            slot, length = heapq.heappop(free), cache.lengths[row.slot]
+            cache.k[:, slot, :, :length] = cache.k[:, row.slot, :, :length]
+            cache.v[:, slot, :, :length] = cache.v[:, row.slot, :, :length]
+            cache.lengths[slot], cache.lengths[row.slot] = length, 0
+            heapq.heappush(free, row.slot)
+            row.slot = slot
+
     def next_logits(rows, leaders, followers):
         """Feed the pending tokens of `rows` (leaders among them); logits (N, V) for rows, then followers."""
         nonlocal shared
@@ -533,6 +545,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             await asyncio.sleep(0)  # let the sandbox's own callbacks run
             await wait_for_tools()
             leaders, followers = admit()
+            if not queue:  # as long as rows wait, a free slot is refilled instead
+                compact()
             # Stable: decoding rows first, as Packing wants them.
             rows = sorted(active + leaders, key=lambda row: len(row.pending) > 1)
             active = []
