@@ -14,8 +14,8 @@ rewritings, whoever wrote them, through the paper's two checks, and through one 
 A snippet that failed stays in its trace, because the text after it corrects it, but the trace says so
 (`failed_calls`), and SFT masks it: the model learns to recover from errors, not to make them.
 
-    python data.py                   # prints sample problems, traces and the counts of each stage and
-    rejection python data.py --file FILE       # loads a JSONL file of problems, prints how it was understood
+    python data.py                   # sample problems and traces, counts of each stage and rejection
+    python data.py --file FILE       # loads a JSONL file of problems, prints how it was understood
 """
 import argparse
 import ast
@@ -46,7 +46,7 @@ from sandbox import Sandbox
 
 
 class UserError(Exception):
-    """Bad input: scripts print its one line and exit with status 2."""
+    """Bad input: scripts print its one line and exit with a non-zero status."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,6 +114,14 @@ def extract_answer(response):
     For files. Rewards use `outcome_reward`, which knows which tokens the policy sampled itself.
     """
     return boxed(BLOCKS.sub("\n", response))
+
+
+# The forms of a number that math-verify may compare with a plain one. Anything that still has to be computed
+# (37*99, 7^5, \gcd(12, 18)) is not an answer: the verifier's parser evaluates, and a policy that boxes the
+# question back would be rewarded for it.
+WRITTEN_NUMBER = re.compile(r"[+-]?(\d[\d,.]*)?(\\[dt]?frac\{?-?\d+\}?\{?-?\d+\}?)?")
+DRESSING = re.compile(r"\\text\{[^{}]*\}|\\[%$,!;: ]|\^\{?\\circ\}?|%"
+                      r"|^\s*[A-Za-z]\s*=|[A-Za-z ]+$")
 
 
 def plain_number(text):
@@ -218,7 +226,7 @@ VERIFIER = Verifier()
 
 def is_equivalent(predicted, reference):
     """Whether two final answers mean the same. Exact for plain numbers; math-verify for the rest, at most 1 s
-    per pair.
+    per pair. Where the reference is a plain number, an expression that still has to be computed is wrong.
 
     Never raises and never hangs, from any thread: what cannot be read or judged in time is not equivalent.
     """
@@ -232,6 +240,8 @@ def is_equivalent(predicted, reference):
     a, b = plain_number(predicted), plain_number(reference)
     if a is not None and b is not None:
         return a == b
+    if b is not None and not WRITTEN_NUMBER.fullmatch(DRESSING.sub("", predicted.strip("$")).strip()):
+        return False
     return VERIFIER(predicted, reference)
 
 
@@ -239,13 +249,15 @@ def outcome_reward(trajectory, tokenizer, reference):
     r"""+1.0 if the policy's own final answer is right, else -1.0 (equation 1's R; there is no reward for code
     that runs).
 
-    Only sampled tokens (loss_mask 1) outside code blocks count: a \boxed{} that a snippet printed, or that
-    stands in an <interpreter> block the policy wrote itself, is no answer. A truncated response (anything but
-    EOS) scores -1.
+    Only sampled tokens (loss_mask 1) outside executed snippets count, and of their text only what is outside
+    <code> and <interpreter>: a \boxed{} in a script, printed by one, or in an interpreter block that the
+    policy wrote itself is no answer. A truncated response (anything but EOS) scores -1.
     """
     if trajectory.finish_reason != "eos":
         return -1.0
-    text = "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in trajectory.sampled_segments())
+    # Not by the tags alone: the engine knows which tokens it ran as code, however oddly tags were nested.
+    segments = trajectory.sampled_segments(with_code=False)
+    text = "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments)
     return 1.0 if is_equivalent(extract_answer(text), reference) else -1.0
 
 
@@ -255,8 +267,7 @@ def outcome_reward(trajectory, tokenizer, reference):
 
 def read_problem(row):
     """(question, answer) of one row in a known layout, or None. Answers are text."""
-    if isinstance(row.get("question"), str) and isinstance(row.get("answer"),
-                                                           str):  # GSM8K, or a plain answer
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):  # GSM8K, or plain
         return row["question"], row["answer"].rsplit("####", 1)[-1].strip()
     if isinstance(row.get("input"), str) and row.get("output") is not None:  # the authors' AIME files
         return row["input"], str(row["output"]).strip()
@@ -397,7 +408,7 @@ def power_remainder(draw):
 def count_multiples(draw):
     n, a, b = draw(200, 9999), *sorted((draw(3, 40), draw(3, 40)))
     if draw(0, 9) % 6 == 0:
-        n = (5000 + n % 5000) * 10000  # the natural loop now takes 3 s and more
+        n = draw(5000, 9999) * 10000  # the natural loop now takes 3 s and more
     phrasings = [
         "How many integers from 1 to {0} are divisible by {1} or {2}?",
         "Count the multiples of {1} or of {2} among the first {0} positive integers.",
@@ -495,7 +506,7 @@ def power_sum(draw):
 def recurrence(draw):
     a, k, n = draw(2, 99), draw(2, 30), draw(20, 900)
     if draw(0, 9) % 3 == 0:
-        n += 3000  # beyond Python's recursion limit
+        n = draw(3000, 3900)  # beyond Python's recursion limit
     phrasings = ["A sequence has u(1) = {0} and u(n) = u(n-1) + {1}*n. Find u({2}).",
                  "Let u(1) = {0} and let u(n) exceed u(n-1) by {1}*n. What is u({2})?",
                  "Start with u(1) = {0}; step n adds {1}*n to the value before. Give u({2})."]

@@ -34,10 +34,14 @@ from rollout import generate
 from sft import load_model, load_tokenizer, make_sandbox, run_script
 
 
-async def sample_all(model, tokenizer, prompts, sandbox, rank, world, desc="", n_samples=1, **settings):
-    """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories, prompt-major.
+async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
+                     **settings):
+    """`generate` with the prompts dealt out over the ranks; every rank gets all (trajectories, rewards),
+    prompt-major.
 
-    The noise is keyed by the prompt's global index, so the number of ranks changes nothing but rounding.
+    The noise is keyed by the prompt's global index, so the number of ranks changes nothing but rounding. Each
+    response is judged once, on the rank that sampled it: verdicts of math-verify depend on a clock, and ranks
+    must not disagree.
     """
     mine = range(rank, len(prompts), world)
     with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
@@ -47,9 +51,12 @@ async def sample_all(model, tokenizer, prompts, sandbox, rank, world, desc="", n
                                       **settings)
     for trajectory in trajectories:
         trajectory.prompt_index = mine[trajectory.prompt_index]
+    judged = [(t, data.outcome_reward(t, tokenizer, answers[t.prompt_index])) for t in trajectories]
     gathered = [None] * world
-    dist.all_gather_object(gathered, trajectories)
-    return sorted((t for part in gathered for t in part), key=lambda t: (t.prompt_index, t.sample_index))
+    dist.all_gather_object(gathered, judged)
+    judged = sorted((pair for part in gathered for pair in part),
+                    key=lambda pair: (pair[0].prompt_index, pair[0].sample_index))
+    return [t for t, _ in judged], [reward for _, reward in judged]
 
 
 def code_lines(code):
@@ -114,8 +121,10 @@ async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, d
         raise UserError(f"{desc}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
     skipped = len(problems) - len(fits)
     problems, prompts = [problems[i] for i in fits], [prompts[i] for i in fits]
-    trajectories = await sample_all(model, tokenizer, prompts, sandbox, rank, world, desc, **settings)
-    rewards = [data.outcome_reward(t, tokenizer, problems[t.prompt_index]["answer"]) for t in trajectories]
+    # step -1: noise of its own, the same before and after training
+    answers = [p["answer"] for p in problems]
+    trajectories, rewards = await sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc,
+                                             step=-1, **settings)
     metrics = rollout_metrics(trajectories, rewards) | {"problems": len(problems), "skipped_long": skipped}
     per_problem, by_family = {}, {}
     for t, r in zip(trajectories, rewards):
@@ -155,6 +164,25 @@ def rollout_settings(args):
         "max_interpreter_tokens": args.max_interpreter_tokens, "rejoin_ticks": args.rejoin_ticks,
         "tools": args.tools == "on"
     }
+
+
+def check_limits(parser, args):
+    """The parser's error (one line, exit status 2) for a limit that cannot be meant."""
+    for name, low in (("max_prompt_tokens", 1), ("max_response_tokens", 1), ("max_calls", 0), ("n_slots", 1),
+                      ("rejoin_ticks", 0), ("max_interpreter_tokens", 1), ("sandbox_workers", 1)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name} must be at least {low}")
+    if args.sandbox_timeout <= 0:
+        parser.error("--sandbox_timeout must be positive")
+
+
+def check_positions(model, args):
+    """UserError where prompt + response could exceed the model's positions."""
+    wanted = args.max_prompt_tokens + args.max_response_tokens
+    positions = model.config.max_position_embeddings
+    if wanted > positions:
+        raise UserError(f"--max_prompt_tokens + --max_response_tokens is {wanted}, the model has {positions} "
+                        "positions")
 
 
 def embedded_split(split, n, seed=0):
@@ -207,6 +235,9 @@ def parse_arguments():
     args = parser.parse_args()
     if bool(args.model) == bool(args.runs):
         parser.error("give either --model or --runs")
+    check_limits(parser, args)
+    if args.samples < 1 or args.limit < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("needs --samples and --limit of at least 1, --temperature >= 0 and 0 < --top_p <= 1")
     return args
 
 
@@ -259,6 +290,7 @@ async def main(rank, world, device):
     }
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, tokenizer, device)
+    check_positions(model, args)
     results = {}
     responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")
     async with make_sandbox(args) as sandbox:

@@ -10,8 +10,7 @@ What the paper leaves open, and what is done here:
  1. The critic is a copy of the warm start with a scalar head that begins at zero; for the first steps it
     learns alone.
  2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly perfect batch,
-    in which only
-    a few responses differ, from amplifying noise.
+    in which only a few responses differ, from amplifying noise.
  3. Losses are sums over trainable tokens, divided once by their number in the global minibatch.
  4. A truncated response scores -1, is terminal (nothing is bootstrapped) and stays in the loss;
     --drop_truncated filters it.
@@ -188,16 +187,15 @@ class Trainer:
     def __init__(self, args, model_path, tokenizer, rank, world, device):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.sampler = load_model(model_path, tokenizer, device).eval()
+        evaluation.check_positions(self.sampler, args)
         lm = load_model(model_path, tokenizer, device)
         self.actor = shard(Policy(lm), lm.model.layers)
         lm = load_model(model_path, tokenizer, device)
         self.critic = shard(Critic(lm), lm.model.layers)
-        self.actor_optimizer, self.critic_optimizer = (torch.optim.AdamW(module.parameters(), lr=lr,
-                                                                         betas=(0.9, 0.99), eps=1e-6,
-                                                                         weight_decay=args.weight_decay,
-                                                                         fused=True)
-                                                       for module, lr in ((self.actor, args.actor_lr),
-                                                                          (self.critic, args.critic_lr)))
+        adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=1e-6, fused=True,
+                                  weight_decay=args.weight_decay)
+        self.actor_optimizer = adamw(self.actor.parameters(), lr=args.actor_lr)
+        self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
 
     def micro_batches(self, examples):
         """This rank's share of the examples, as (indices, flat tensors, packing)."""
@@ -214,7 +212,9 @@ class Trainer:
                                            self.args.temperature, with_entropy=True)
             values = self.critic(flat["input_ids"], packing)
             if indices:
-                mine += zip(indices, *(x.cpu().split(packing.lengths) for x in (logprobs, entropy, values)))
+                # clone: a view would travel (be pickled) and stay alive with the whole micro-batch behind it
+                mine += zip(indices, *([part.clone() for part in x.cpu().split(packing.lengths)]
+                                       for x in (logprobs, entropy, values)))
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
         for index, *columns in (row for part in gathered for row in part):
@@ -238,7 +238,7 @@ class Trainer:
         for i, e in enumerate(examples):
             n = len(e["input_ids"])
             e["advantages"], e["returns"] = advantages[i, :n], returns[i, :n]
-        return (1 - error / spread).item() if spread > 0 else 0.0
+        return (1 - error / spread).item() if spread > 1e-6 else 0.0  # all returns alike: nothing to explain
 
     def update(self, examples, step):
         """One epoch of clipped updates over shuffled minibatches; returns the metrics, means over trainable
@@ -256,7 +256,6 @@ class Trainer:
         for begin in range(0, len(order), size):
             minibatch = [examples[i] for i in order[begin:begin + size]]
             total = sum(e["loss_mask"].sum().item() for e in minibatch)  # global: every rank has all examples
-            largest_ratio_error = 0.0
             for indices, flat, packing in self.micro_batches(minibatch):
                 if not indices:  # this rank's no-op: it must take part in the gathers of the others
                     flat |= {
@@ -269,9 +268,11 @@ class Trainer:
                                           args.temperature)
                     loss, metrics = policy_loss(logprobs, flat["old_logprobs"], flat["advantages"],
                                                 flat["loss_mask"], args.clip_low, args.clip_high)
-                    difference = ((logprobs - flat["old_logprobs"]) *
-                                  flat["loss_mask"]).detach().abs().max().item()
-                    largest_ratio_error = max(largest_ratio_error, difference)
+                    if begin == 0:
+                        # Nothing has been updated since `score`: any difference is a bug (another
+                        # temperature, a mask off by one, dropout).
+                        log_ratio = ((logprobs - flat["old_logprobs"]) * flat["loss_mask"]).abs().max()
+                        assert log_ratio < 1e-3, f"first minibatch: |log ratio| {log_ratio}, should be 0"
                     # FSDP averages gradients over ranks; times world makes that the sum that `total` already
                     # divides.
                     (loss / total * self.world).backward()
@@ -282,13 +283,10 @@ class Trainer:
                 (loss / total * self.world).backward()
                 for name, value in (metrics | more | {"value_loss": loss.detach()}).items():
                     sums[name] = sums.get(name, 0.0) + value.item()
-            if begin == 0:
-                # Nothing has been updated since `score`: any difference is a bug (another temperature, mask
-                # shift, dropout).
-                assert largest_ratio_error < 1e-3, f"|log ratio| of the first minibatch: {largest_ratio_error}"
             counted += total
-            updated = [(self.critic, self.critic_optimizer)
-                       ] + [(self.actor, self.actor_optimizer)] * train_actor
+            updated = [(self.critic, self.critic_optimizer)]
+            if train_actor:
+                updated.append((self.actor, self.actor_optimizer))
             for module, optimizer in updated:
                 norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm).full_tensor().item()
                 norms.append((type(module).__name__, norm))
@@ -318,12 +316,11 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
     batch = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
     stats = {}
-    trajectories = await evaluation.sample_all(trainer.sampler, tokenizer, [row["prompt"] for row in batch],
-                                               sandbox, rank, world, n_samples=args.samples_per_prompt,
-                                               temperature=args.temperature, seed=args.seed, step=step,
-                                               stats=stats, **evaluation.rollout_settings(args))
+    trajectories, rewards = await evaluation.sample_all(
+        trainer.sampler, tokenizer, [row["prompt"] for row in batch], [row["answer"] for row in batch],
+        sandbox, rank, world, n_samples=args.samples_per_prompt, temperature=args.temperature, seed=args.seed,
+        step=step, stats=stats, **evaluation.rollout_settings(args))
     lap("rollout")
-    rewards = [data.outcome_reward(t, tokenizer, batch[t.prompt_index]["answer"]) for t in trajectories]
     metrics = evaluation.rollout_metrics(trajectories, rewards)
     chosen = [(t, r) for t, r in zip(trajectories, rewards)
               if t.finish_reason != "sandbox_error" and (t.finish_reason == "eos" or not args.drop_truncated)]
@@ -336,7 +333,6 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
         example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
                 sampler_logprobs=torch.tensor([0.0] * len(t.prompt_ids) + t.logprobs)) for t, _ in chosen
     ]
-    lap("rewards")
     trainer.score(examples)
     lap("score")
     mask, entropy, difference = (torch.cat(columns) for columns in zip(*(
@@ -381,7 +377,7 @@ def parse_arguments(argv=None):
     add("--actor_lr", type=float, default=1e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=float, default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
     add("--weight_decay", type=float, default=0.0, help="of both")
-    add("--lr_warmup", type=int, default=1, help="steps of linear warm-up")
+    add("--lr_warmup", type=int, default=1, help="steps of linear warm-up; 1: none")
     add("--lr_floor", type=float, default=0.1,
         help="the cosine ends at this fraction; 1.0 keeps the rate constant")
     add("--critic_warmup", type=int, default=3,
@@ -402,9 +398,12 @@ def parse_arguments(argv=None):
     add("--run_dir", default="", help="new folder for this run; empty: out/ppo/<date>-<time>")
     add("--save_rollouts", type=int, default=32, help="responses per step written to rollouts.jsonl")
     args = parser.parse_args(argv)
-    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "n_slots"):
+    evaluation.check_limits(parser, args)
+    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "eval_samples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if args.eval_problems < 2 or not 0 < args.eval_top_p <= 1:
+        parser.error("needs --eval_problems of at least 2 and 0 < --eval_top_p <= 1")
     if args.prompts_per_step * args.samples_per_prompt < args.minibatches:
         parser.error("--minibatches exceeds the responses per step")
     if not 0 < args.temperature:
@@ -455,11 +454,13 @@ def commit():
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
     run = Path(args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.run_dir and run.exists() and any(run.iterdir()):
+    if rank == 0 and run.exists() and any(run.iterdir()):  # rank 0 alone: it is the one that will write there
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten")
     data.load_template(args.prompt_template)
     if args.eval_data:
-        sets = {name: data.load_problems(name) for name in args.eval_data.split(",")}
+        sets = {Path(name).stem: data.load_problems(name) for name in args.eval_data.split(",")}
+        if len(sets) < len(args.eval_data.split(",")):
+            raise UserError(f"--eval_data {args.eval_data}: two files of the same name")
     elif args.train_data == "embedded":
         sets = {
             split: evaluation.embedded_split(
@@ -494,7 +495,7 @@ async def main(rank, world, device):
 
     async def evaluate(when):
         for name, problems in sets.items():
-            label = f"{Path(name).stem} {when}"
+            label = f"{name} {when}"
             results[label], _, _ = await evaluation.evaluate(trainer.sampler, tokenizer, problems,
                                                              prompts.template, sandbox, rank, world, label,
                                                              args.max_prompt_tokens,

@@ -17,9 +17,8 @@ Definitions (each has a test):
     the snippet: the text rules, as in the paper. It opens at the last `<code>` before that. `</code>` without
     `<code>` is plain text.
   - An empty snippet is run like any other and counts as a call.
-  - The token that completes `</code>` may run past it (`>\\n`, `>\\n\\n`, `></`): it is kept, and only what
-    is
-    missing is appended.
+  - The token that completes `</code>` may run past it (`>\\n`, `>\\n\\n`, `></`): it is kept, and only
+    what is missing is appended.
   - finish_reason: `eos`; `length` (the response, interpreter text included, reached max_response_tokens);
     `max_calls` (a `</code>` beyond max_calls; after the last allowed call the model may still answer);
     `sandbox_error` (the sandbox itself failed: the row must be dropped, not scored).
@@ -231,7 +230,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 
     query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). `packing` says where sequences begin and,
     with a cache, where each one's earlier keys are. Registered with transformers; `attention_mask` is None
-    (see load note below).
+    (see the registration below).
     """
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     gqa = q.shape[0] != k.shape[0]
@@ -361,10 +360,14 @@ class Trajectory:
     tool_calls: list = field(default_factory=list)
     finish_reason: str = ""
 
-    def sampled_segments(self):
-        """Runs of sampled token ids, in order; forced text lies between them."""
+    def sampled_segments(self, with_code=True):
+        """Runs of sampled token ids; forced text (and executed code, if left out) lies between them."""
+        chosen = list(self.loss_mask)
+        if not with_code:
+            for call in self.tool_calls:
+                chosen[call.start:call.end] = [0] * (call.end - call.start)
         segments, previous = [[]], 1
-        for token, sampled in zip(self.response_ids, self.loss_mask):
+        for token, sampled in zip(self.response_ids, chosen):
             if sampled and not previous:
                 segments.append([])
             if sampled:
@@ -407,6 +410,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
                          f"{model.config.max_position_embeddings} positions")
+    if n_slots < 1 or not 0 < top_p <= 1 or temperature < 0:
+        raise ValueError("needs n_slots >= 1, 0 < top_p <= 1 and temperature >= 0")
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
     prompt_keys = list(range(len(prompts))) if prompt_keys is None else prompt_keys
@@ -419,7 +424,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     free = list(range(n_slots))  # a heap: low slots first keeps the view of the decode step short
     pieces = Pieces(tokenizer)
     shared = {}  # prompt index -> (logits after it, its k, its v), for its other samples
-    counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "tool_wait_seconds": 0.0, "forward_seconds": 0.0}
+    counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "tool_wait_seconds": 0.0}
     tick = 0
 
     def finish(row, reason):
@@ -449,8 +454,9 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
                     return finish(row, "max_calls")
                 start, code = snippet
                 t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
-                # numpy and random inside the snippet are seeded by the row, not by the order of arrival
-                bits = noise_bits(seed, step, row.key, t.sample_index, len(t.tool_calls))
+                # Generators inside the snippet are seeded by the row, not by the order of arrival; the
+                # position is negative so that no sampled token shares these bits.
+                bits = noise_bits(seed, step, row.key, t.sample_index, -len(t.tool_calls))
                 row.task = asyncio.ensure_future(sandbox.run(code, seed=int(bits >> np.uint64(33))))
                 row.due = tick + rejoin_ticks
                 return paused.append(row)
@@ -507,7 +513,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         return list(leaders.values()), followers
 
     def compact():
-        """Move rows from the highest slots into free lower ones: the decode step's view shrinks with its rows."""
+        """Move rows from the highest slots into free lower ones: the decode view shrinks with its rows."""
         for row in sorted(active + paused, key=lambda row: -row.slot):
             if not free or free[0] > row.slot:
                 return
@@ -552,7 +558,6 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             active = []
             if not rows and not followers:
                 continue
-            begin = time.perf_counter()
             logits = next_logits(rows, leaders, followers)
             rows += followers
             trajectories = [row.trajectory for row in rows]
@@ -563,7 +568,6 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             uniform = torch.from_numpy(
                 (noise >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(logits.device)
             tokens, logprobs = sample(logits, uniform, temperature, top_p)
-            counts["forward_seconds"] += time.perf_counter() - begin
             counts["sampled"] += len(rows)
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
                 advance(row, token, logprob)

@@ -23,6 +23,7 @@ import random
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import tokenizers
@@ -63,7 +64,9 @@ def distributed():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    # Long: the other ranks wait in a collective while rank 0 curates, and for the longest rollout.
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(hours=2))
     try:
         yield rank, world, device
     finally:
@@ -76,7 +79,7 @@ def run_script(main):
         with distributed() as (rank, world, device):
             asyncio.run(main(rank, world, device))
     except (UserError, FloatingPointError) as error:  # the latter: a loss or gradient that is not finite
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 2)
+        sys.exit(f"error: {error}")
 
 
 def embedded_config(tokenizer):
@@ -91,9 +94,13 @@ def load_tokenizer(path):
     if not path:
         return data.embedded_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: no usable tokenizer there ({str(error).splitlines()[0]})") from None
+    # A folder with a config but no tokenizer files yields an empty tokenizer, not an error.
+    if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        raise UserError(f"--model {path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
+    return tokenizer
 
 
 def load_model(path, tokenizer, device, seed=0):
@@ -314,8 +321,12 @@ def warm_start_key(args, traces_file=""):
     """Hash of all that decides the result: arguments, data, code, versions. The number of ranks only changes
     rounding."""
     names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_warmup",
-             "sft_seed", "token_budget", "max_interpreter_tokens", "sandbox_timeout", "prompt_template")
-    digest = hashlib.sha256(json.dumps([{n: getattr(args, n) for n in names}, versions()]).encode())
+             "sft_seed", "token_budget", "max_interpreter_tokens", "sandbox_timeout")
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
+               for file in sorted(Path(args.model).glob("*"))] if args.model else []
+    template = data.load_template(args.prompt_template)
+    record = [{n: getattr(args, n) for n in names}, versions(), weights, template]
+    digest = hashlib.sha256(json.dumps(record).encode())
     here = Path(__file__).parent
     files = [here / name for name in ("data.py", "rollout.py", "sandbox.py", "sft.py")]
     for file in files + ([Path(traces_file)] if traces_file else []):
@@ -325,27 +336,27 @@ def warm_start_key(args, traces_file=""):
 
 async def warm_start(args, rank, world, device, traces_file=""):
     """The folder of the warm-started checkpoint for these arguments, made now or reused."""
-    folder = Path(args.warm_start_dir) / warm_start_key(args, traces_file)
-    if folder.is_dir():
+    rows = data.load_traces(traces_file) if traces_file else None
+    found = [None]
+    if rank == 0:  # one rank looks, for another run may be about to finish the same folder
+        folder = Path(args.warm_start_dir) / warm_start_key(args, traces_file)
+        found = [(folder, folder.is_dir())]
+    dist.broadcast_object_list(found)
+    folder, exists = found[0]
+    if exists:
         if rank == 0:
             print(f"warm start: reusing {folder}")
         return folder
     tokenizer = load_tokenizer(args.model)
-    partial = folder.with_name(folder.name + ".partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if not traces_file:
-            print(
-                "problems shared with the training split, of 2000 each: "
-                f"{data.embedded_overlap(args.sft_seed)}"
-            )
-    dist.barrier()
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shared = [None]
     if rank == 0:  # curation runs once
+        partial.mkdir(parents=True)
+        if not traces_file:
+            overlap = data.embedded_overlap(args.sft_seed)
+            print(f"problems shared with the training split, of 2000 each: {overlap}")
         async with make_sandbox(args) as sandbox:
             if traces_file:
-                rows = data.load_traces(traces_file)
                 kept, counts = rows[:-max(1, len(rows) // 50)], {"loaded": len(rows)}
                 held_out = rows[len(kept):]
             else:
@@ -374,7 +385,10 @@ async def warm_start(args, rank, world, device, traces_file=""):
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "arguments.json").write_text(json.dumps(vars(args) | {"versions": versions()}, indent=1))
-        partial.rename(folder)  # only a finished warm start is ever found under its name
+        if folder.is_dir():  # another run with the same arguments was faster
+            shutil.rmtree(partial)
+        else:
+            partial.rename(folder)  # only a finished warm start is ever found under its name
     dist.barrier()
     return folder
 

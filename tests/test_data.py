@@ -22,7 +22,7 @@ from conftest import StubSandbox, decode
 import data
 from data import (UserError, boxed, curate, embedded_problem, extract_answer, is_equivalent, load_problems,
                   outcome_reward, verify_format)
-from rollout import Trajectory, encode_response, encode_text, split_segments
+from rollout import ToolCall, Trajectory, encode_response, encode_text, split_segments
 from sandbox import Sandbox, SandboxResult
 
 ROOT = Path(data.__file__).parent
@@ -342,7 +342,7 @@ EQUIVALENT = [
     (r"-\frac{1}{2}", "-0.5"),
     (r"\frac{2}{4}", r"\frac12"),
     (r"\sqrt{8}", r"2\sqrt{2}"),
-    ("2^{10}", "1024"),
+    ("\\frac{10}{2}", "5"), ("x = 5", "5"), ("5 \\text{ apples}", "5"),
     ("x+1", "1+x"),
     ("(1,2)", "(1, 2)"),
     (r"5\text{ cm}", "5"),
@@ -388,6 +388,28 @@ def test_different_answers_are_not_equivalent(predicted, reference):
     """Guards against rewarding a wrong answer: floats that round together, a lost sign, a comma taken for
     thousands."""
     assert is_equivalent(predicted, reference) is False and is_equivalent(reference, predicted) is False
+
+
+@pytest.mark.parametrize("predicted, reference", [
+    (r"\gcd(12,18)", "6"), (r"7^{5} \mod 13", "11"), ("37*99", "3663"), ("12+30", "42"), ("2^{10}", "1024"),
+    (r"\sum_{n=1}^{10} n^2", "385"), (r"\lfloor 17/5 \rfloor", "3"), (r"\max(3,9)", "9"), ("4=5", "5"),
+    (r"37 \cdot 99", "3663"), ("5!", "120"), (r"\sqrt{9}", "3"), ("4$ $5", "5"),
+    ("(4)(5)", "20"), ("4 5", "20")])
+def test_an_expression_that_still_has_to_be_computed_is_no_answer(predicted, reference):
+    """Guards against the policy that boxes the question and lets the verifier do the arithmetic."""
+    assert is_equivalent(predicted, reference) is False
+
+
+def test_a_boxed_answer_inside_an_executed_snippet_is_no_answer(tokenizer):
+    """Guards against nested tags: the engine runs from the last <code>, a text filter would start at the
+    first."""
+    ids = encode_text(tokenizer, "<interpreter><code></interpreter>\\boxed{5}</code>")
+    answer = encode_text(tokenizer, "\nSo it is.") + [tokenizer.eos_token_id]
+    call = ToolCall("", "", "error", len(encode_text(tokenizer, "<interpreter>")), len(ids), 0.0)
+    t = Trajectory(0, 0, [1], ids + answer, [1] * len(ids + answer), [], [call], "eos")
+    assert outcome_reward(t, tokenizer, "5") == -1.0
+    t.tool_calls = []  # the same text, had the engine not run it: the tags alone would have let it pass
+    assert outcome_reward(t, tokenizer, "5") == 1.0
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

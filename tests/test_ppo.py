@@ -240,8 +240,8 @@ def test_two_processes_give_the_losses_of_one(runs):
     assert len(one) == len(two)
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
-        for name in ("reward", "policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm_critic",
-                     "response_tokens"):
+        for name in ("reward", "policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm_actor",
+                     "grad_norm_critic", "response_tokens"):
             if a.get(name) is not None:
                 assert b[name] == pytest.approx(a[name], abs=1e-5), name
 
@@ -284,6 +284,7 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
     (["--model", "EMPTY"], "no usable tokenizer"),
+    (["--n_slots", "0"], "--n_slots must be at least 1"),
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
