@@ -280,6 +280,25 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     assert len((tmp_path / "out.json.responses.jsonl").read_text().splitlines()) == 10
 
 
+def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path):
+    """Guards against a baseline that still runs code, and an epoch's end or a long prompt that stops the run."""
+    problems = tmp_path / "problems.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(5)]
+    rows.append({"question": "What is 1 + 1? " * 200, "answer": "2"})
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = str(runs[0] / "first" / "checkpoint")
+    result = launch(1, *TINY, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
+                    "--eval_data", str(problems), "--run_dir", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "prompts skipped as too long: 1" in result.stdout
+    rows = metrics_of(tmp_path / "run")
+    steps, evaluations = [r for r in rows if "step" in r], [r for r in rows if "evaluation" in r]
+    assert len(steps) == 2 and all(r["code_ratio"] == 0 and not r["sandbox_outcomes"] for r in steps)
+    assert all(r["problems"] == 5 and r["skipped_long"] == 1 for r in evaluations) and len(evaluations) == 2
+    # Only the critic learns in the first step; the policy is frozen.
+    assert "policy_loss" not in steps[0] and "policy_loss" in steps[1]
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
