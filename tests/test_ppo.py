@@ -281,7 +281,7 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
 
 
 def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path):
-    """Guards against a baseline that still runs code, and an epoch's end or a long prompt that stops the run."""
+    """Guards against a baseline that runs code, and an epoch's end or a long prompt that stops the run."""
     problems = tmp_path / "problems.jsonl"
     rows = [{"question": f"What is {i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(5)]
     rows.append({"question": "What is 1 + 1? " * 200, "answer": "2"})
