@@ -279,27 +279,30 @@ def read_problem(row):
     return None
 
 
+def read_jsonl(path):
+    """Yields (line number, row) of the non-blank lines; UserError names file and line of what is not JSON."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
+
+
 def load_problems(path):
     """JSONL -> [{"question", "answer", "family"}]; UserError names file and line of a row without the needed
     fields."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
     problems = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from None
-            found = read_problem(row) if isinstance(row, dict) else None
-            if not found or not found[0].strip() or not found[1]:
-                fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(
-                    f"{path}:{number}: needs question + answer, input + output, or problem + solution "
-                    f"(with a \\boxed answer); found {fields}")
-            problems.append({"question": found[0], "answer": found[1], "family": Path(path).stem})
+    for number, row in read_jsonl(path):
+        found = read_problem(row) if isinstance(row, dict) else None
+        if not found or not found[0].strip() or not found[1]:
+            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{path}:{number}: needs question + answer, input + output, or problem + "
+                            f"solution (with a \\boxed answer); found {fields}")
+        problems.append({"question": found[0], "answer": found[1], "family": Path(path).stem})
     if not problems:
         raise UserError(f"{path}: no rows")
     return problems
@@ -308,19 +311,12 @@ def load_problems(path):
 def load_traces(path):
     """JSONL of verified traces as `curate` returns them; "failed_calls" may be absent (no snippet is masked
     then)."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
     traces = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict) or not all(
-                    isinstance(row.get(name), str) for name in ("question", "response")):
-                raise UserError(f"{path}:{number}: a trace needs question and response as text")
-            traces.append({"failed_calls": []} | row)
+    for number, row in read_jsonl(path):
+        if not isinstance(row, dict) or not all(
+                isinstance(row.get(name), str) for name in ("question", "response")):
+            raise UserError(f"{path}:{number}: a trace needs question and response as text")
+        traces.append({"failed_calls": []} | row)
     if len(traces) < 2:
         raise UserError(f"{path}: needs at least two traces, one is held out")
     return traces

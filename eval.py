@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from rollout import generate
-from sft import load_model, load_tokenizer, make_sandbox, run_script
+from sft import add_tool_arguments, load_model, load_tokenizer, make_sandbox, run_script
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
@@ -226,12 +226,10 @@ def parse_arguments():
     add("--temperature", type=float, default=1.0, help="0 is greedy; paper 1.0")
     add("--top_p", type=float, default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="seed of the sampling noise and of the embedded problems")
-    add("--max_interpreter_tokens", type=int, default=128, help="interpreter text per call, head + tail")
-    add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
-    add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
     add("--output", default="",
         help="JSON file for metrics; responses go beside it as JSONL; empty: only the table")
     add_arguments(parser)
+    add_tool_arguments(parser)
     args = parser.parse_args()
     if bool(args.model) == bool(args.runs):
         parser.error("give either --model or --runs")

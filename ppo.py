@@ -145,12 +145,11 @@ class Prompts:
     """Training prompts by position: an endless stream of the embedded problems, or a file's rows, reshuffled
     every epoch."""
 
-    def __init__(self, args, tokenizer):
-        self.args, self.tokenizer = args, tokenizer
-        self.template = data.load_template(args.prompt_template)
+    def __init__(self, args, tokenizer, template, problems):
+        self.args, self.tokenizer, self.template = args, tokenizer, template
         self.skipped, self.rows = 0, None
-        if args.train_data != "embedded":
-            rows = [self.encode(row) for row in data.load_problems(args.train_data)]
+        if problems is not None:
+            rows = [self.encode(row) for row in problems]
             self.rows = [row for row in rows if len(row["prompt"]) <= args.max_prompt_tokens]
             self.skipped = len(rows) - len(self.rows)
             if not self.rows:
@@ -456,7 +455,9 @@ async def main(rank, world, device):
     run = Path(args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}")
     if rank == 0 and run.exists() and any(run.iterdir()):  # rank 0 alone: it is the one that will write there
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten")
-    data.load_template(args.prompt_template)
+    # Read everything before the warm start: a bad file should not be found out minutes later.
+    template = data.load_template(args.prompt_template)
+    train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
     if args.eval_data:
         sets = {Path(name).stem: data.load_problems(name) for name in args.eval_data.split(",")}
         if len(sets) < len(args.eval_data.split(",")):
@@ -469,8 +470,6 @@ async def main(rank, world, device):
         }
     else:
         sets = {}
-    if args.train_data != "embedded":
-        data.load_problems(args.train_data)  # a bad file should be known before the warm start, not after it
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         record = {
@@ -483,7 +482,7 @@ async def main(rank, world, device):
     model_path = args.model or await sft.warm_start(args, rank, world, device)
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, tokenizer, rank, world, device)
-    prompts = Prompts(args, tokenizer)
+    prompts = Prompts(args, tokenizer, template, train_problems)
     if rank == 0:
         print(
             f"warm start ready after {time.perf_counter() - begin:.0f} s; "
@@ -497,7 +496,7 @@ async def main(rank, world, device):
         for name, problems in sets.items():
             label = f"{name} {when}"
             results[label], _, _ = await evaluation.evaluate(trainer.sampler, tokenizer, problems,
-                                                             prompts.template, sandbox, rank, world, label,
+                                                             template, sandbox, rank, world, label,
                                                              args.max_prompt_tokens,
                                                              n_samples=args.eval_samples, temperature=1.0,
                                                              top_p=args.eval_top_p, seed=0,

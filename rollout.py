@@ -540,10 +540,12 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             cache.lengths[row.slot] = k.shape[2]
             cache.k[:, row.slot, :, : k.shape[2]], cache.v[:, row.slot, :, : k.shape[2]] = k, v
             logits.append(first[None])
-        # Keep the one prompt that still has samples in the queue, as a copy: its slot may be refilled before
-        # they start.
+        # Keep the one prompt that still has samples in the queue; as a copy when it is new, for its slot may
+        # be refilled before they start.
         waiting = queue[0].trajectory.prompt_index if queue else None
-        shared = {waiting: tuple(x.clone() for x in shared[waiting])} if waiting in shared else {}
+        shared = {waiting: shared[waiting]} if waiting in shared else {}
+        if any(row.trajectory.prompt_index == waiting for row in leaders):
+            shared[waiting] = tuple(x.clone() for x in shared[waiting])
         return torch.cat(logits)
 
     try:

@@ -34,7 +34,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import data
 from data import UserError
@@ -232,6 +232,15 @@ def versions():
 # SFT
 
 
+def add_tool_arguments(parser):
+    """The flags of tool calls, shared by all three scripts."""
+    add = parser.add_argument_group("tool calls").add_argument
+    add("--max_interpreter_tokens", type=int, default=128,
+        help="interpreter text per call, head + tail; paper does not say")
+    add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
+    add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
+
+
 def add_arguments(parser):
     """The warm start's flags, shared by sft.py and ppo.py. Defaults are the embedded run's."""
     add = parser.add_argument_group("warm start").add_argument
@@ -250,10 +259,7 @@ def add_arguments(parser):
     add("--warm_start_dir", default="out/warm_start",
         help="finished warm starts are kept here under a hash and reused")
     add("--token_budget", type=int, default=8192, help="tokens per micro-batch")
-    add("--max_interpreter_tokens", type=int, default=128,
-        help="interpreter text per call, head + tail; paper does not say")
-    add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
-    add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
+    add_tool_arguments(parser)
 
 
 def make_sandbox(args):
