@@ -162,14 +162,17 @@ def find_snippet(pieces, ids, begin, overrun):
     begin: index where the current model segment starts; overrun: what the last token holds beyond the closing
     tag; start: index of the token in which `<code>` begins.
     """
-    text, ending = "", len(CODE_CLOSE + overrun)
-    for start in range(len(ids) - 1, begin - 1, -1):
-        text = pieces[ids[start]] + text
-        if CODE_OPEN in text[:-ending]:
-            # Decode the span as a whole: a character may be spread over several byte-level tokens.
-            text = pieces.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-            return start, strip_fence(text[:-ending].rpartition(CODE_OPEN)[2])
-    return None
+    ending, text = len(CODE_CLOSE + overrun), "".join(pieces[token] for token in ids[begin:])
+    opening = text[:-ending].rfind(CODE_OPEN)
+    if opening < 0:
+        return None
+    start, position = begin, len(pieces[ids[begin]])
+    while position <= opening:
+        start += 1
+        position += len(pieces[ids[start]])
+    # Decode the span as a whole: a character may be spread over several byte-level tokens.
+    text = pieces.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
+    return start, strip_fence(text[:-ending].rpartition(CODE_OPEN)[2])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,7 +387,8 @@ class Row:
     pending: list  # tokens to feed in the next step
     slot: int = -1
     segment_begin: int = 0
-    tail: str = ""  # the last characters sampled: could be the beginning of a closing tag
+    tail: str = ""  # the last characters sampled: could be the beginning of a tag
+    opened: bool = False  # <code> has been seen since segment_begin
     overrun: str = ""
     task: object = None  # the running snippet
     due: int = 0  # tick at which the row rejoins
@@ -447,8 +451,11 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         if tools:
             window = row.tail + pieces[token]
             row.tail = window[1 - len(CODE_CLOSE):]
+            row.opened |= CODE_OPEN in window
             _, closed, row.overrun = window.partition(CODE_CLOSE)
-            snippet = find_snippet(pieces, t.response_ids, row.segment_begin, row.overrun) if closed else None
+            snippet = None
+            if closed and row.opened:  # the search is linear in the segment: not for every stray </code>
+                snippet = find_snippet(pieces, t.response_ids, row.segment_begin, row.overrun)
             if snippet:
                 if len(t.tool_calls) == max_calls:
                     return finish(row, "max_calls")
@@ -477,7 +484,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         t.response_ids += block
         t.loss_mask += [0] * len(block)
         t.logprobs += [0.0] * len(block)
-        row.pending, row.tail, row.segment_begin = row.pending + block, "", len(t.response_ids)
+        row.pending, row.segment_begin = row.pending + block, len(t.response_ids)
+        row.tail, row.opened = "", False
         if len(t.response_ids) >= max_response_tokens:
             return finish(row, "length")
         active.append(row)
