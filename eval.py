@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from rollout import generate
-from sft import add_tool_arguments, load_model, load_tokenizer, make_sandbox, run_script
+from sft import add_format_arguments, load_model, load_tokenizer, make_sandbox, run_script
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
@@ -145,7 +145,6 @@ async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, d
 def add_arguments(parser):
     """Limits of a rollout, shared by eval.py and ppo.py."""
     add = parser.add_argument_group("rollouts").add_argument
-    add("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
     add("--tools", choices=("on", "off"), default="on",
         help="off: tags mean nothing, nothing is run (the text-only baseline)")
     add("--max_prompt_tokens", type=int, default=512,
@@ -176,10 +175,9 @@ def check_limits(parser, args):
         parser.error("--sandbox_timeout must be positive")
 
 
-def check_positions(model, args):
+def check_positions(positions, args):
     """UserError where prompt + response could exceed the model's positions."""
     wanted = args.max_prompt_tokens + args.max_response_tokens
-    positions = model.config.max_position_embeddings
     if wanted > positions:
         raise UserError(f"--max_prompt_tokens + --max_response_tokens is {wanted}, the model has {positions} "
                         "positions")
@@ -229,7 +227,7 @@ def parse_arguments():
     add("--output", default="",
         help="JSON file for metrics; responses go beside it as JSONL; empty: only the table")
     add_arguments(parser)
-    add_tool_arguments(parser)
+    add_format_arguments(parser)
     args = parser.parse_args()
     if bool(args.model) == bool(args.runs):
         parser.error("give either --model or --runs")
@@ -288,7 +286,7 @@ async def main(rank, world, device):
     }
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, tokenizer, device)
-    check_positions(model, args)
+    check_positions(model.config.max_position_embeddings, args)
     results = {}
     responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")
     async with make_sandbox(args) as sandbox:

@@ -186,7 +186,6 @@ class Trainer:
     def __init__(self, args, model_path, tokenizer, rank, world, device):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.sampler = load_model(model_path, tokenizer, device).eval()
-        evaluation.check_positions(self.sampler, args)
         lm = load_model(model_path, tokenizer, device)
         self.actor = shard(Policy(lm), lm.model.layers)
         lm = load_model(model_path, tokenizer, device)
@@ -376,7 +375,7 @@ def parse_arguments(argv=None):
     add("--actor_lr", type=float, default=1e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=float, default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
     add("--weight_decay", type=float, default=0.0, help="of both")
-    add("--lr_warmup", type=int, default=1, help="steps of linear warm-up; 1: none")
+    add("--lr_warmup", type=int, default=0, help="steps of linear warm-up; 0: none")
     add("--lr_floor", type=float, default=0.1,
         help="the cosine ends at this fraction; 1.0 keeps the rate constant")
     add("--critic_warmup", type=int, default=3,
@@ -456,6 +455,7 @@ async def main(rank, world, device):
     if rank == 0 and run.exists() and any(run.iterdir()):  # rank 0 alone: it is the one that will write there
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten")
     # Read everything before the warm start: a bad file should not be found out minutes later.
+    evaluation.check_positions(sft.max_positions(args.model), args)
     template = data.load_template(args.prompt_template)
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
     if args.eval_data:

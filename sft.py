@@ -34,7 +34,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import data
 from data import UserError
@@ -82,10 +82,13 @@ def run_script(main):
         sys.exit(f"error: {error}")
 
 
+POSITIONS = 2048  # of the embedded model
+
+
 def embedded_config(tokenizer):
     """The small Qwen2 of the embedded default: 0.8 M parameters."""
     return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=2048,
+                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=POSITIONS,
                        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
@@ -101,6 +104,16 @@ def load_tokenizer(path):
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"--model {path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
     return tokenizer
+
+
+def max_positions(path):
+    """The longest sequence the model at `path` can read, found without loading its weights."""
+    if not path:
+        return POSITIONS
+    try:
+        return AutoConfig.from_pretrained(path).max_position_embeddings
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
 def load_model(path, tokenizer, device, seed=0):
@@ -232,9 +245,10 @@ def versions():
 # SFT
 
 
-def add_tool_arguments(parser):
-    """The flags of tool calls, shared by all three scripts."""
-    add = parser.add_argument_group("tool calls").add_argument
+def add_format_arguments(parser):
+    """The flags of prompts and tool calls, shared by all three scripts."""
+    add = parser.add_argument_group("prompts and tool calls").add_argument
+    add("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
     add("--max_interpreter_tokens", type=int, default=128,
         help="interpreter text per call, head + tail; paper does not say")
     add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
@@ -259,7 +273,7 @@ def add_arguments(parser):
     add("--warm_start_dir", default="out/warm_start",
         help="finished warm starts are kept here under a hash and reused")
     add("--token_budget", type=int, default=8192, help="tokens per micro-batch")
-    add_tool_arguments(parser)
+    add_format_arguments(parser)
 
 
 def make_sandbox(args):
@@ -404,8 +418,6 @@ def parse_arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--traces", default="", help="JSONL of verified traces; empty: the embedded ones")
-    parser.add_argument("--prompt_template", default="plain",
-                        help="plain, retool, or a file containing {question}")
     return parser.parse_args()
 
 
