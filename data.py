@@ -388,7 +388,7 @@ def last_digit(draw):
 
 
 def power_remainder(draw):
-    a, b, m = draw(3, 999), draw(5, 15), draw(11, 999)
+    a, b, m = draw(3, 999), draw(4, 9), draw(11, 999)
     phrasings = [
         "Find the remainder when {0}^{1} is divided by {2}.", "What is {0} to the power {1} modulo {2}?",
         "Divide {0}^{1} by {2}. What remains?"
@@ -560,7 +560,7 @@ def digit_count(draw):
 
 def divisor_then_power(draw):
     g = draw(2, 40)
-    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 12), draw(11, 999)
+    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 9), draw(11, 999)
     phrasings = [
         "Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.",
         "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
@@ -574,7 +574,7 @@ def divisor_then_power(draw):
 
 
 def prime_then_power(draw):
-    n, k, m = draw(20, 999), draw(4, 12), draw(11, 999)
+    n, k, m = draw(20, 999), draw(4, 9), draw(11, 999)
     phrasings = ["Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
                  "Take the first prime p after {0}. What is p^{1} modulo {2}?",
                  "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]
@@ -685,14 +685,15 @@ CHAT_TEMPLATE = (
 
 
 def embedded_tokenizer(vocabulary=896, documents=3000):
-    """A byte-level BPE tokenizer trained on the embedded problems, with Qwen's pre-tokenisation, except that
-    digits go in pairs, not one by one: a model this small learns to copy operands in half the steps.
+    """A byte-level BPE tokenizer trained on the embedded problems, with Qwen's pre-tokenisation (digits one
+    by one).
 
     The tags are ordinary text to it, split and overrun as in the big tokenizers. End of turn is <|im_end|>,
-    pad another token.
+    pad another token. Digits in pairs would halve the steps after which operands are copied right (measured),
+    but transformers gives every qwen2 checkpoint Qwen's pre-tokenisation again when it loads one.
     """
     tokenizer = Tokenizer(models.BPE())
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
