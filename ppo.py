@@ -250,7 +250,7 @@ class Trainer:
         order = torch.randperm(len(examples),
                                generator=torch.Generator().manual_seed(args.seed * 100003 + step)).tolist()
         size = math.ceil(len(order) / args.minibatches)
-        norms = []
+        norms = {"actor": [], "critic": []}
         for begin in range(0, len(order), size):
             minibatch = [examples[i] for i in order[begin:begin + size]]
             total = sum(e["loss_mask"].sum().item() for e in minibatch)  # global: every rank has all examples
@@ -282,23 +282,21 @@ class Trainer:
                 for name, value in (metrics | more | {"value_loss": loss.detach()}).items():
                     sums[name] = sums.get(name, 0.0) + value.item()
             counted += total
-            updated = [(self.critic, self.critic_optimizer)]
+            updated = [("critic", self.critic, self.critic_optimizer)]
             if train_actor:
-                updated.append((self.actor, self.actor_optimizer))
-            for module, optimizer in updated:
+                updated.append(("actor", self.actor, self.actor_optimizer))
+            for name, module, optimizer in updated:
                 norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm).full_tensor().item()
-                norms.append((type(module).__name__, norm))
+                norms[name].append(norm)
                 if not math.isfinite(norm):
-                    raise FloatingPointError(
-                        f"step {step}: gradient norm of the {type(module).__name__.lower()} is {norm}")
+                    raise FloatingPointError(f"step {step}: gradient norm of the {name} is {norm}")
                 optimizer.step()
                 optimizer.zero_grad()
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"step {step}: {name} is {value}")
-        for name, key in (("Policy", "grad_norm_actor"), ("Critic", "grad_norm_critic")):
-            metrics[key] = evaluation.mean([norm for module, norm in norms if module == name])
+        metrics |= {f"grad_norm_{name}": evaluation.mean(found) for name, found in norms.items()}
         return metrics | {"lr_factor": factor}
 
 
@@ -455,6 +453,8 @@ async def main(rank, world, device):
     if rank == 0 and run.exists() and any(run.iterdir()):  # rank 0 alone: it is the one that will write there
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten")
     # Read everything before the warm start: a bad file should not be found out minutes later.
+    if args.model:
+        load_tokenizer(args.model)
     evaluation.check_positions(sft.max_positions(args.model), args)
     template = data.load_template(args.prompt_template)
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)

@@ -177,10 +177,10 @@ def test_bootstrap_error_is_between_problems():
 # ------------------------------------------------------------------------------------------------------------
 # The real script
 
-TINY = [
-    "--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--steps", "2", "--critic_warmup",
-    "1", "--prompts_per_step", "12", "--minibatches", "2", "--eval_problems", "4", "--eval_samples", "2",
-    "--n_slots", "8", "--max_response_tokens", "48", "--token_budget", "512"
+SFT = ["--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--token_budget", "512"]
+TINY = SFT + [
+    "--steps", "2", "--critic_warmup", "1", "--prompts_per_step", "12", "--minibatches", "2",
+    "--eval_problems", "4", "--eval_samples", "2", "--n_slots", "8", "--max_response_tokens", "48"
 ]
 
 
@@ -246,6 +246,18 @@ def test_two_processes_give_the_losses_of_one(runs):
                 assert b[name] == pytest.approx(a[name], abs=1e-5), name
 
 
+def test_two_processes_warm_start_like_one(runs):
+    """Guards against a gradient that is averaged once too often, and against ranks that curate on their
+    own."""
+    folder, _ = runs
+    result = launch(2, *SFT, "--warm_start_dir", str(folder / "two_warm"), script="sft.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (metrics_of(next((folder / name).iterdir())) for name in ("warm", "two_warm"))
+    assert len(one) == len(two) == 3  # the first step, the last one, the evaluation
+    for a, b in zip(one, two):
+        assert b == pytest.approx(a, abs=1e-5)
+
+
 def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs):
     """Guards against checkpoints that only this project can read, and against saving weights that were never
     synced."""
@@ -296,10 +308,81 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     assert len(steps) == 2 and all(r["code_ratio"] == 0 and not r["sandbox_outcomes"] for r in steps)
     assert all(r["problems"] == 5 and r["skipped_long"] == 1 for r in evaluations) and len(evaluations) == 2
     # Only the critic learns in the first step; the policy is frozen.
+    assert steps[0]["grad_norm_actor"] is None and steps[1]["grad_norm_actor"] > 0
+    assert all(step["grad_norm_critic"] > 0 for step in steps)
     assert "policy_loss" not in steps[0] and "policy_loss" in steps[1]
 
 
+def test_dropping_truncated_responses_leaves_them_out_and_says_when_none_remain(runs, tmp_path):
+    """Guards against a flag that filters nothing: with one token per response every row is truncated."""
+    checkpoint = str(runs[0] / "first" / "checkpoint")
+    for number, (flags, status, line) in enumerate((
+            ([], 0, "done in"),
+            (["--drop_truncated"], 1, "error: step 0: no response is left to train on"))):
+        result = launch(1, *TINY, *flags, "--model", checkpoint, "--max_response_tokens", "1", "--tools",
+                        "off", "--run_dir", str(tmp_path / f"run{number}"))
+        assert result.returncode == status and line in result.stdout + result.stderr, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def trainer_and_examples(runs):
+    """A Trainer on the tiny checkpoint in a process group of this process alone, and a scored batch."""
+    import ppo
+    import sft
+    checkpoint = str(runs[0] / "first" / "checkpoint")
+    tokenizer = sft.load_tokenizer(checkpoint)
+    with sft.distributed() as (rank, world, device):
+        trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, tokenizer, rank, world, device)
+        ids = tokenizer.encode("What is 12 + 30? It is 42, what else could it be?")
+        examples = [sft.example(ids[:n], [0] * 4 + [1] * (n - 4)) for n in range(8, len(ids))]
+        trainer.score(examples)
+        trainer.estimate(examples, [(-1.0)**i for i in range(len(examples))])
+        yield trainer, examples
+
+
+def weights(module):
+    module.reshard()  # after a forward without backward the root's weights are still gathered
+    return torch.cat([p.full_tensor().detach().flatten() for p in module.parameters()])
+
+
+def test_only_the_critic_moves_during_its_warm_up(trainer_and_examples):
+    """Guards against a policy that follows the advantages of an untrained critic."""
+    trainer, examples = trainer_and_examples
+    actor, critic = weights(trainer.actor), weights(trainer.critic)
+    metrics = trainer.update(examples, step=0)  # TINY: one step of critic warm-up
+    assert torch.equal(weights(trainer.actor), actor) and not torch.equal(weights(trainer.critic), critic)
+    assert "policy_loss" not in metrics and metrics["value_loss"] > 0
+
+
+def test_a_ratio_that_does_not_start_at_one_stops_the_run(trainer_and_examples):
+    """Guards against scoring with another temperature, mask or dropout than the update uses."""
+    trainer, examples = trainer_and_examples
+    shifted = [e | {"old_logprobs": e["old_logprobs"] + 0.01} for e in examples]
+    with pytest.raises(AssertionError, match="should be 0"):
+        trainer.update(shifted, step=1)
+
+
+def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(trainer_and_examples):
+    """Guards against a checkpoint full of nan after a night."""
+    trainer, examples = trainer_and_examples
+    before = weights(trainer.critic)
+    broken = [e | {"returns": e["returns"] * math.inf} for e in examples]
+    with pytest.raises(FloatingPointError, match="gradient norm of the critic is"):
+        trainer.update(broken, step=0)
+    assert torch.equal(weights(trainer.critic), before)
+
+
+def test_the_other_scripts_run(tmp_path):
+    """One real run of what has no run above: each prints what its docstring promises."""
+    for script, flags, line in (("rollout.py", ["--rows", "6", "--batch_sizes", "3"], '"ratio"'),
+                                ("data.py", ["--n", "12"], "curated 12 code-augmented candidates")):
+        result = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True,
+                                timeout=200, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0 and line in result.stdout, result.stderr[-2000:]
+
+
 @pytest.mark.parametrize("flags, line", [
+    (["--max_response_tokens", "1600"], "the model has 2048 positions"),
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
     (["--model", "EMPTY"], "no usable tokenizer"),
