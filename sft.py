@@ -86,8 +86,8 @@ POSITIONS = 2048  # of the embedded model
 
 
 def embedded_config(tokenizer):
-    """The small Qwen2 of the embedded default: 0.8 M parameters."""
-    return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+    """The small Qwen2 of the embedded default: 0.6 M parameters."""
+    return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
                        num_key_value_heads=2, intermediate_size=320, max_position_embeddings=POSITIONS,
                        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -264,7 +264,7 @@ def add_arguments(parser):
         help="cold-start problems of the embedded default; paper: 2,000 traces released")
     add("--code_share", type=float, default=0.45,
         help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
-    add("--sft_steps", type=int, default=1600, help="optimiser steps; paper: 2 epochs")
+    add("--sft_steps", type=int, default=1200, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=int, default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=float, default=2e-3,
         help="peak learning rate of AdamW, cosine to a tenth; paper 1e-6 (32B)")
