@@ -388,7 +388,7 @@ def last_digit(draw):
 
 
 def power_remainder(draw):
-    a, b, m = draw(3, 999), draw(4, 9), draw(11, 999)
+    a, b, m = draw(3, 999), draw(4, 10), draw(11, 999)
     phrasings = [
         "Find the remainder when {0}^{1} is divided by {2}.", "What is {0} to the power {1} modulo {2}?",
         "Divide {0}^{1} by {2}. What remains?"
@@ -399,26 +399,24 @@ def power_remainder(draw):
                                                                            answer), answer
 
 
-def count_multiples(draw):
-    n, a, b = draw(200, 9999), *sorted((draw(3, 40), draw(3, 40)))
-    if draw(0, 9) % 6 == 0:
-        n = draw(30_000_000, 99_999_999)  # the natural loop now takes 2 s and more
-    phrasings = [
-        "How many integers from 1 to {0} are divisible by {1} or {2}?",
-        "Count the multiples of {1} or of {2} among the first {0} positive integers.",
-        "Tickets are numbered 1 to {0}. A ticket wins if its number is divisible by {1} or by {2}. "
-        "How many win?"
-    ]
-    both = math.lcm(a, b)
-    answer = n // a + n // b - n // both
-    text = (
-        f"Multiples of {a}: {n // a}\nMultiples of {b}: {n // b}\nOf both, that is of {both}: {n // both}\n"
-        f"{n // a} + {n // b} - {n // both} = {answer}")
-    code = call(f"print(sum(x%{a}==0 or x%{b}==0 for x in range(1,{n}+1)))")
-    if n > 10**7:
-        code += "Too slow. Count without a loop.\n" + call(
-            f"from math import lcm\nprint({n}//{a}+{n}//{b}-{n}//lcm({a},{b}))", answer)
-    return (n, a, b), phrasings, text, code, answer
+def count_pairs(draw):
+    n, m = draw(100, 1200), draw(3, 9)
+    if draw(0, 9) == 0:
+        n = draw(6000, 9999)  # the natural loop now takes a second and more
+    phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
+                 "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
+                 "Two dice have {0} sides each, numbered from 1. For how many rolls is the sum divisible by {1}?"]
+    counts = [(n - r) // m + (r > 0) for r in range(m)]
+    products = [counts[r] * counts[-r] for r in range(m)]
+    answer = sum(products)
+    found = ", ".join(f"{count} times {r}" for r, count in enumerate(counts))
+    text = (f"Remainders modulo {m} of the numbers up to {n}: {found}\n"
+            f"{' + '.join(f'{counts[r]}*{counts[-r]}' for r in range(m))} = {answer}")
+    code = call(f"r=range(1,{n}+1)\nprint(sum((x+y)%{m}==0 for x in r for y in r))")
+    if n > 1200:
+        code += "Too slow. Count the remainders.\n" + call(
+            f"c=[({n}-r)//{m}+(r>0) for r in range({m})]\nprint(sum(c[r]*c[-r] for r in range({m})))", answer)
+    return (n, m), phrasings, text, code, answer
 
 
 def common_divisor(draw):
@@ -506,19 +504,21 @@ def power_sum(draw):
 
 
 def recurrence(draw):
-    a, k, n = draw(2, 99), draw(2, 30), draw(20, 900)
+    a, first, steps = draw(2, 99), draw(100, 899), draw(20, 900)
     if draw(0, 9) % 3 == 0:
-        n = draw(3000, 3900)  # beyond Python's recursion limit
-    phrasings = ["A sequence has u(1) = {0} and u(n) = u(n-1) + {1}*n. Find u({2}).",
-                 "Let u(1) = {0} and let u(n) exceed u(n-1) by {1}*n. What is u({2})?",
-                 "Start with u(1) = {0}; step n adds {1}*n to the value before. Give u({2})."]
-    answer = a + k * (n * (n + 1) // 2 - 1)
-    text = f"2 + ... + {n} = {n * (n + 1) // 2 - 1}\n{a} + {k}*{n * (n + 1) // 2 - 1} = {answer}"
-    code = call(f"def u(n):\n    return {a} if n==1 else u(n-1)+{k}*n\nprint(u({n}))")
-    if n > 950:
-        code += "Too deep. Use a loop.\n" + call(f"u={a}\nfor n in range(2,{n}+1):\n    u+={k}*n\nprint(u)",
-                                                 answer)
-    return (a, k, n), phrasings, text, code, answer
+        steps = draw(1100, 1900)  # beyond Python's recursion limit
+    n = first + steps
+    phrasings = ["A sequence has u({0}) = {1} and u(n) = u(n-1) + n. Find u({2}).",
+                 "Let u({0}) = {1} and let u(n) exceed u(n-1) by n. What is u({2})?",
+                 "Start with u({0}) = {1}; step n adds n to the value before. Give u({2})."]
+    added = steps * (first + 1 + n) // 2
+    answer = a + added
+    text = f"{first + 1} + ... + {n} = {steps}*{first + 1 + n}/2 = {added}\n{a} + {added} = {answer}"
+    code = call(f"def u(n):\n    return {a} if n=={first} else u(n-1)+n\nprint(u({n}))")
+    if steps > 1000:
+        code += "Too deep. Use a loop.\n" + call(
+            f"u={a}\nfor n in range({first}+1,{n}+1):\n    u+=n\nprint(u)", answer)
+    return (first, a, n), phrasings, text, code, answer
 
 
 def inverse(draw):
@@ -560,7 +560,7 @@ def digit_count(draw):
 
 def divisor_then_power(draw):
     g = draw(2, 40)
-    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 9), draw(11, 999)
+    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 10), draw(11, 999)
     phrasings = [
         "Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.",
         "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
@@ -574,7 +574,7 @@ def divisor_then_power(draw):
 
 
 def prime_then_power(draw):
-    n, k, m = draw(20, 999), draw(4, 9), draw(11, 999)
+    n, k, m = draw(20, 999), draw(4, 10), draw(11, 999)
     phrasings = ["Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
                  "Take the first prime p after {0}. What is p^{1} modulo {2}?",
                  "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]
@@ -608,7 +608,7 @@ def sum_of_digit_sums(draw):
 
 TRIVIAL = [addition, larger, last_digit]  # no tool is needed
 FAMILIES = TRIVIAL + [
-    power_remainder, count_multiples, common_divisor, common_multiple, digit_sum, divisor_count, prime_count,
+    power_remainder, count_pairs, common_divisor, common_multiple, digit_sum, divisor_count, prime_count,
     power_sum, recurrence, inverse, digit_count, divisor_then_power, prime_then_power
 ]
 HELD_OUT = [product_remainder, sum_of_digit_sums]  # never trained on
@@ -668,7 +668,7 @@ ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
     print(u(2500))
   File "snippet.py", line 2, in u
-    return 7 if n==1 else u(n-1)+5*n
+    return 7 if n==500 else u(n-1)+n
   [Previous line repeated 3 more times]
 RecursionError: maximum recursion depth exceeded
 ValueError: base is not invertible for the given modulus
