@@ -375,28 +375,24 @@ def larger(draw):
     a, b = draw(100, 9999), draw(100, 9999)
     phrasings = ["Which is larger, {0} or {1}?", "Of the numbers {0} and {1}, give the greater one.",
                  "Two towns have {0} and {1} inhabitants. How many live in the larger town?"]
-    return (a, b), phrasings, f"The larger one is {max(a, b)}.", call(f"print(max({a},{b}))",
-                                                                      max(a, b)), max(a, b)
+    answer = max(a, b)
+    return (a, b), phrasings, f"The larger one is {answer}.", call(f"print(max({a},{b}))", answer), answer
 
 
 def last_digit(draw):
     n = draw(100, 99999)
-    phrasings = [
-        "What is the last digit of {0}?", "Give the units digit of {0}.", "Which digit does {0} end in?"
-    ]
+    phrasings = ["What is the last digit of {0}?", "Give the units digit of {0}.",
+                 "Which digit does {0} end in?"]
     return (n,), phrasings, f"It ends in {n % 10}.", call(f"print({n}%10)", n % 10), n % 10
 
 
 def power_remainder(draw):
     a, b, m = draw(3, 999), draw(4, 10), draw(11, 999)
-    phrasings = [
-        "Find the remainder when {0}^{1} is divided by {2}.", "What is {0} to the power {1} modulo {2}?",
-        "Divide {0}^{1} by {2}. What remains?"
-    ]
+    phrasings = ["Find the remainder when {0}^{1} is divided by {2}.",
+                 "What is {0} to the power {1} modulo {2}?", "Divide {0}^{1} by {2}. What remains?"]
     steps, answer = square_and_multiply(a, b, m)
-    return (a, b,
-            m), phrasings, f"Square repeatedly modulo {m}.\n{steps}", call(f"print(pow({a},{b},{m}))",
-                                                                           answer), answer
+    text = f"Square repeatedly modulo {m}.\n{steps}"
+    return (a, b, m), phrasings, text, call(f"print(pow({a},{b},{m}))", answer), answer
 
 
 def count_pairs(draw):
@@ -405,13 +401,13 @@ def count_pairs(draw):
         n = draw(6000, 9999)  # the natural loop now takes a second and more
     phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
                  "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
-                 "Two dice have {0} sides each, numbered from 1. For how many rolls is the sum divisible by {1}?"]
+                 "Two dice have {0} sides each, numbered from 1. "
+                 "For how many rolls is the sum divisible by {1}?"]
     counts = [(n - r) // m + (r > 0) for r in range(m)]
-    products = [counts[r] * counts[-r] for r in range(m)]
-    answer = sum(products)
+    answer = sum(counts[r] * counts[-r] for r in range(m))
     found = ", ".join(f"{count} times {r}" for r, count in enumerate(counts))
-    text = (f"Remainders modulo {m} of the numbers up to {n}: {found}\n"
-            f"{' + '.join(f'{counts[r]}*{counts[-r]}' for r in range(m))} = {answer}")
+    products = " + ".join(f"{counts[r]}*{counts[-r]}" for r in range(m))
+    text = f"Remainders modulo {m} of the numbers up to {n}: {found}\n{products} = {answer}"
     code = call(f"r=range(1,{n}+1)\nprint(sum((x+y)%{m}==0 for x in r for y in r))")
     if n > 1200:
         code += "Too slow. Count the remainders.\n" + call(
@@ -422,38 +418,34 @@ def count_pairs(draw):
 def common_divisor(draw):
     g = draw(2, 40)
     a, b = sorted((g * draw(5, 99), g * draw(5, 99)))
-    phrasings = [
-        "Find the greatest common divisor of {0} and {1}.", "What is gcd({0}, {1})?",
-        "Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
-        "How long is a piece in cm?"
-    ]
+    phrasings = ["Find the greatest common divisor of {0} and {1}.", "What is gcd({0}, {1})?",
+                 "Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
+                 "How long is a piece in cm?"]
     steps, answer = euclid(b, a)
-    return (a, b), phrasings, f"By Euclid:\n{steps}", call(f"from math import gcd\nprint(gcd({a},{b}))",
-                                                           answer), answer
+    code = call(f"from math import gcd\nprint(gcd({a},{b}))", answer)
+    return (a, b), phrasings, f"By Euclid:\n{steps}", code, answer
 
 
 def common_multiple(draw):
     a, b = sorted((draw(12, 250), draw(12, 250)))
-    phrasings = [
-        "Find the least common multiple of {0} and {1}.", "What is lcm({0}, {1})?",
-        "Two lights flash every {0} and every {1} seconds. "
-        "After how many seconds do they flash together again?"
-    ]
+    phrasings = ["Find the least common multiple of {0} and {1}.", "What is lcm({0}, {1})?",
+                 "Two lights flash every {0} and every {1} seconds. "
+                 "After how many seconds do they flash together again?"]
     steps, g = euclid(b, a)
-    text = f"By Euclid:\n{steps}\nThe gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {a * b // g}"
-    return (a, b), phrasings, text, call(f"from math import lcm\nprint(lcm({a},{b}))", a * b // g), a * b // g
+    answer = a * b // g
+    text = f"By Euclid:\n{steps}\nThe gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {answer}"
+    return (a, b), phrasings, text, call(f"from math import lcm\nprint(lcm({a},{b}))", answer), answer
 
 
 def digit_sum(draw):
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    phrasings = [
-        "What is the digit sum of {0} * {1}?", "Multiply {0} by {1} and add up the digits of the result.",
-        "Find the sum of the digits of the product of {0} and {1}."
-    ]
+    phrasings = ["What is the digit sum of {0} * {1}?",
+                 "Multiply {0} by {1} and add up the digits of the result.",
+                 "Find the sum of the digits of the product of {0} and {1}."]
     digits = str(a * b)
     answer = sum(map(int, digits))
-    return (a, b), phrasings, f"{a}*{b} = {digits}\n{'+'.join(digits)} = {answer}", call(
-        f"print(sum(map(int,str({a}*{b}))))", answer), answer
+    text = f"{a}*{b} = {digits}\n{'+'.join(digits)} = {answer}"
+    return (a, b), phrasings, text, call(f"print(sum(map(int,str({a}*{b}))))", answer), answer
 
 
 def divisor_count(draw):
@@ -461,46 +453,42 @@ def divisor_count(draw):
     phrasings = ["How many positive divisors does {0} have?", "Count the divisors of {0}.",
                  "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows."]
     factors, answer = factorise(n)
-    return (n,), phrasings, f"{n} = {factors}\nAdd one to each exponent and multiply: {answer}", call(
-        f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer), answer
+    text = f"{n} = {factors}\nAdd one to each exponent and multiply: {answer}"
+    return (n,), phrasings, text, call(f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer), answer
 
 
 def prime_count(draw):
     a = draw(10, 900)
     b = a + draw(10, 60)
-    phrasings = [
-        "How many primes are there from {0} to {1}?",
-        "Count the prime numbers between {0} and {1} inclusive.",
-        "How many of the integers {0}, ..., {1} are prime?"
-    ]
+    phrasings = ["How many primes are there from {0} to {1}?",
+                 "Count the prime numbers between {0} and {1} inclusive.",
+                 "How many of the integers {0}, ..., {1} are prime?"]
     primes = list(sympy.primerange(a, b + 1))
     listed = ", ".join(map(str, primes))
     text = f"The primes are {listed}.\nThat makes {len(primes)}." if primes else "There are none."
-    return (a, b), phrasings, text, call(
-        f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))", len(primes)), len(primes)
+    code = call(f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))", len(primes))
+    return (a, b), phrasings, text, code, len(primes)
 
 
 def power_sum(draw):
     a, k = draw(2, 60), 2 + draw(0, 9) % 2
     b = a + draw(5, 200)
-    phrasings = [
-        "Compute the sum of n^{2} for n from {0} to {1}.",
-        "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
-        "Add the powers n^{2} of all integers n with {0} <= n <= {1}."
-    ]
-    total, lines = [], []
+    phrasings = ["Compute the sum of n^{2} for n from {0} to {1}.",
+                 "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
+                 "Add the powers n^{2} of all integers n with {0} <= n <= {1}."]
+    totals, lines = [], []
     for n in (b, a - 1):
         if k == 2:
             product = n * (n + 1) * (2 * n + 1)
-            total.append(product // 6)
-            lines.append(f"Up to {n}: {n}*{n + 1}*{2 * n + 1}/6 = {product}/6 = {total[-1]}")
+            totals.append(product // 6)
+            lines.append(f"Up to {n}: {n}*{n + 1}*{2 * n + 1}/6 = {product}/6 = {totals[-1]}")
         else:
             root = n * (n + 1) // 2
-            total.append(root**2)
-            lines.append(f"Up to {n}: ({n}*{n + 1}/2)^2 = {root}^2 = {total[-1]}")
-    text = "\n".join(lines) + f"\n{total[0]} - {total[1]} = {total[0] - total[1]}"
-    return (a, b, k), phrasings, text, call(
-        f"print(sum(n**{k} for n in range({a},{b}+1)))", total[0] - total[1]), total[0] - total[1]
+            totals.append(root**2)
+            lines.append(f"Up to {n}: ({n}*{n + 1}/2)^2 = {root}^2 = {totals[-1]}")
+    answer = totals[0] - totals[1]
+    text = "\n".join(lines) + f"\n{totals[0]} - {totals[1]} = {answer}"
+    return (a, b, k), phrasings, text, call(f"print(sum(n**{k} for n in range({a},{b}+1)))", answer), answer
 
 
 def recurrence(draw):
@@ -535,25 +523,25 @@ def inverse(draw):
         q = r[0] // r[1]
         lines.append(f"{r[0]} = {q}*{r[1]} + {r[0] % r[1]}, x = {x[0]} - {q}*{x[1]} = {x[0] - q * x[1]}")
         r, x = (r[1], r[0] % r[1]), (x[1], x[0] - q * x[1])
-    g = r[0]
-    answer = pow(a, -1, m) if g == 1 else 0
-    text = "By Euclid:\n" + "\n".join(lines) + f"\nThe gcd is {g}, so " + (
-        f"the inverse is {x[0]}, that is {answer}." if g == 1 else "there is none.")
-    code = call(f"print(pow({a},-1,{m}))") + ("" if g == 1 else "There is no inverse.\n")
-    return (a, m), phrasings, text, code, answer
+    steps = "By Euclid:\n" + "\n".join(lines)
+    code = call(f"print(pow({a},-1,{m}))")
+    if r[0] > 1:
+        text = f"{steps}\nThe gcd is {r[0]}, so there is none."
+        return (a, m), phrasings, text, code + "There is no inverse.\n", 0
+    text = f"{steps}\nThe gcd is 1, so the inverse is {x[0]}, that is {x[0] % m}."
+    return (a, m), phrasings, text, code, x[0] % m
 
 
 def digit_count(draw):
     a, b = draw(3, 99), draw(20, 300)
-    phrasings = [
-        "How many digits does {0}^{1} have?", "Find the number of decimal digits of {0} to the power {1}.",
-        "If {0}^{1} is written out, how many digits does it take?"
-    ]
+    phrasings = ["How many digits does {0}^{1} have?",
+                 "Find the number of decimal digits of {0} to the power {1}.",
+                 "If {0}^{1} is written out, how many digits does it take?"]
     answer = len(str(a**b))
     log = math.log10(a)
     text = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
     code = call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
-    if b * math.log10(a) > 308:
+    if b * log > 308:
         code += "A float is too small. Use an integer.\n" + call(f"print(len(str({a}**{b})))", answer)
     return (a, b), phrasings, text, code, answer
 
@@ -561,16 +549,15 @@ def digit_count(draw):
 def divisor_then_power(draw):
     g = draw(2, 40)
     a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 10), draw(11, 999)
-    phrasings = [
-        "Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.",
-        "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
-        "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"
-    ]
+    phrasings = ["Let g be the greatest common divisor of {0} and {1}. "
+                 "Find the remainder of g^{2} divided by {3}.",
+                 "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
+                 "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"]
     steps, g = euclid(a, b)
     more, answer = square_and_multiply(g, k, m)
-    return (a, b, k, m), phrasings, f"By Euclid:\n{steps}\nModulo {m}:\n{more}", call(
-        f"from math import gcd\nprint(gcd({a},{b}))", g) + "Now the power.\n" + call(
-        f"print(pow({g},{k},{m}))", answer), answer
+    code = (call(f"from math import gcd\nprint(gcd({a},{b}))", g) + "Now the power.\n"
+            + call(f"print(pow({g},{k},{m}))", answer))
+    return (a, b, k, m), phrasings, f"By Euclid:\n{steps}\nModulo {m}:\n{more}", code, answer
 
 
 def prime_then_power(draw):
@@ -580,9 +567,9 @@ def prime_then_power(draw):
                  "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]
     p = sympy.nextprime(n)
     steps, answer = square_and_multiply(p, k, m)
-    return (n, k, m), phrasings, f"The prime is {p}. Modulo {m}:\n{steps}", call(
-        f"from sympy import nextprime\nprint(nextprime({n}))", p) + "Now the power.\n" + call(
-        f"print(pow({p},{k},{m}))", answer), answer
+    code = (call(f"from sympy import nextprime\nprint(nextprime({n}))", p) + "Now the power.\n"
+            + call(f"print(pow({p},{k},{m}))", answer))
+    return (n, k, m), phrasings, f"The prime is {p}. Modulo {m}:\n{steps}", code, answer
 
 
 def product_remainder(draw):
@@ -590,20 +577,19 @@ def product_remainder(draw):
     phrasings = ["Find the remainder when {0} * {1} is divided by {2}.", "What is {0} times {1} modulo {2}?",
                  "Multiply {0} by {1} and divide by {2}. What remains?"]
     answer = a * b % m
-    return (a, b, m), phrasings, f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}", call(
-        f"print({a}*{b}%{m})", answer), answer
+    text = f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}"
+    return (a, b, m), phrasings, text, call(f"print({a}*{b}%{m})", answer), answer
 
 
 def sum_of_digit_sums(draw):
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    phrasings = [
-        "What is the digit sum of {0} + {1}?", "Add {0} and {1} and add up the digits of the result.",
-        "Find the sum of the digits of the sum of {0} and {1}."
-    ]
+    phrasings = ["What is the digit sum of {0} + {1}?",
+                 "Add {0} and {1} and add up the digits of the result.",
+                 "Find the sum of the digits of the sum of {0} and {1}."]
     digits = str(a + b)
     answer = sum(map(int, digits))
-    return (a, b), phrasings, f"{a}+{b} = {digits}\n{'+'.join(digits)} = {answer}", call(
-        f"print(sum(map(int,str({a}+{b}))))", answer), answer
+    text = f"{a}+{b} = {digits}\n{'+'.join(digits)} = {answer}"
+    return (a, b), phrasings, text, call(f"print(sum(map(int,str({a}+{b}))))", answer), answer
 
 
 TRIVIAL = [addition, larger, last_digit]  # no tool is needed

@@ -495,12 +495,10 @@ async def main(rank, world, device):
     async def evaluate(when):
         for name, problems in sets.items():
             label = f"{name} {when}"
-            results[label], _, _ = await evaluation.evaluate(trainer.sampler, tokenizer, problems,
-                                                             template, sandbox, rank, world, label,
-                                                             args.max_prompt_tokens,
-                                                             n_samples=args.eval_samples, temperature=1.0,
-                                                             top_p=args.eval_top_p, seed=0,
-                                                             **evaluation.rollout_settings(args))
+            results[label], _, _ = await evaluation.evaluate(
+                trainer.sampler, tokenizer, problems, template, sandbox, rank, world, label,
+                args.max_prompt_tokens, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
+                seed=0, **evaluation.rollout_settings(args))
             metrics_file.write(json.dumps({"evaluation": label} | results[label]) + "\n")
         if rank == 0 and sets:
             print(evaluation.table({name: m

@@ -381,10 +381,10 @@ async def warm_start(args, rank, world, device, traces_file=""):
                 held_out = rows[len(kept):]
             else:
                 with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
-                    kept, counts = await data.embedded_traces(args.sft_traces, args.code_share, args.sft_seed,
-                                                              sandbox, progress=bar.update)
-                held_out, _ = await data.embedded_traces(256, args.code_share, args.sft_seed, sandbox,
-                                                         split="test")
+                    kept, counts = await data.embedded_traces(
+                        args.sft_traces, args.code_share, args.sft_seed, sandbox, progress=bar.update)
+                held_out, _ = await data.embedded_traces(
+                    256, args.code_share, args.sft_seed, sandbox, split="test")
         print(f"curation: {dict(counts)}")
         (partial / "curation.json").write_text(json.dumps(dict(counts), indent=1))
         with open(partial / "traces.jsonl", "w") as file:

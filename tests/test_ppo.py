@@ -31,11 +31,13 @@ def textbook_gae(rewards, values, gamma, lam):
     return [sum((gamma * lam)**k * deltas[t + k] for k in range(len(deltas) - t)) for t in range(len(deltas))]
 
 
-MASKS = {
-    "none masked": [1] * 8, "head": [0, 0, 1, 1, 1, 1, 1, 1], "tail": [1, 1, 1, 1, 1, 0, 0,
-                                                                       0], "middle": [1, 1, 0, 0, 0, 1, 1, 1],
-    "everywhere": [0, 1, 0, 1, 1, 0, 1, 0], "one": [0, 0, 0, 1, 0, 0, 0, 0], "all masked": [0] * 8
-}
+MASKS = {"none masked": [1, 1, 1, 1, 1, 1, 1, 1],
+         "head":        [0, 0, 1, 1, 1, 1, 1, 1],
+         "tail":        [1, 1, 1, 1, 1, 0, 0, 0],
+         "middle":      [1, 1, 0, 0, 0, 1, 1, 1],
+         "everywhere":  [0, 1, 0, 1, 1, 0, 1, 0],
+         "one":         [0, 0, 0, 1, 0, 0, 0, 0],
+         "all masked":  [0, 0, 0, 0, 0, 0, 0, 0]}
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 1.0), (1.0, 0.8), (0.95, 0.7), (0.5, 0.0),
@@ -218,8 +220,8 @@ def test_run_folder_holds_everything_a_reader_needs(runs):
     record = json.loads((run / "arguments.json").read_text())
     assert record["arguments"]["sft_traces"] == 60 and record["versions"]["torch"] and record["commit"]
     rows = metrics_of(run)
-    assert [row["step"] for row in rows if "step" in row] == [0, 1] and sum("evaluation" in row
-                                                                            for row in rows) == 6
+    assert [row["step"] for row in rows if "step" in row] == [0, 1]
+    assert sum("evaluation" in row for row in rows) == 6
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (run / "table.md").read_text().count("\n") == 8
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
@@ -405,5 +407,4 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, flags, line
     result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *flags], capture_output=True, text=True,
                             timeout=120, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     clear = line in result.stderr and "Traceback" not in result.stderr
-    assert result.returncode != 0 and clear, result.stderr[
-        -2000:]
+    assert result.returncode != 0 and clear, result.stderr[-2000:]
