@@ -261,17 +261,14 @@ def summarise(runs):
         scale = 100 if name.startswith(("accuracy", "code")) else 1
         return f"{scale * np.mean(found):.1f} [{scale * min(found):.1f}, {scale * max(found):.1f}]"
 
-    columns = [
-        "accuracy", "code_ratio", "code_ratio_needed", "code_ratio_trivial", "response_tokens", "minutes"
-    ]
-    lines = [
-        f"| {len(runs)} runs: mean [min, max] | accuracy % | code % | code % where needed "
-        "| code % where trivial | tokens "
-        "| minutes |", "|---" * (len(columns) + 1) + "|"
-    ]
+    columns = {"accuracy": "accuracy %", "code_ratio": "code %", "code_ratio_needed": "code % where needed",
+               "code_ratio_trivial": "code % where trivial", "response_tokens": "tokens",
+               "minutes": "minutes"}
+    lines = [" | ".join([f"| {len(runs)} runs: mean [min, max]", *columns.values()]) + " |",
+             "|---" * (len(columns) + 1) + "|"]
     for label, found in values.items():
-        lines.append(f"| {label} | " + " | ".join(show(c, found[c]) if c in found else ""
-                                                  for c in columns) + " |")
+        cells = [show(name, found[name]) if name in found else "" for name in columns]
+        lines.append(" | ".join([f"| {label}", *cells]) + " |")
     return "\n".join(lines)
 
 
