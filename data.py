@@ -533,7 +533,7 @@ def inverse(draw):
 
 
 def digit_count(draw):
-    a, b = draw(3, 99), draw(20, 300)
+    a, b = draw(3, 99), draw(20, 199)
     phrasings = ["How many digits does {0}^{1} have?",
                  "Find the number of decimal digits of {0} to the power {1}.",
                  "If {0}^{1} is written out, how many digits does it take?"]

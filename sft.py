@@ -264,10 +264,10 @@ def add_arguments(parser):
         help="cold-start problems of the embedded default; paper: 2,000 traces released")
     add("--code_share", type=float, default=0.45,
         help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
-    add("--sft_steps", type=int, default=1200, help="optimiser steps; paper: 2 epochs")
+    add("--sft_steps", type=int, default=1500, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=int, default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=float, default=2e-3,
-        help="peak learning rate of AdamW, cosine to a tenth; paper 1e-6 (32B)")
+        help="peak learning rate of AdamW, cosine to zero; paper 1e-6 (32B)")
     add("--sft_warmup", type=int, default=50, help="warm-up steps")
     add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
     add("--warm_start_dir", default="out/warm_start",
@@ -318,7 +318,7 @@ async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, lo
             order += rng.sample(range(len(examples)), len(examples))
         batch, order = [examples[i] for i in order[:args.sft_batch_size]], order[args.sft_batch_size:]
         for group in optimizer.param_groups:
-            group["lr"] = args.sft_lr * cosine(step, args.sft_steps, args.sft_warmup, floor=0.1)
+            group["lr"] = args.sft_lr * cosine(step, args.sft_steps, args.sft_warmup)
         loss = step_loss(batch, train=True)
         norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
         if not math.isfinite(loss + norm):
