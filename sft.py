@@ -33,6 +33,7 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -130,9 +131,12 @@ def load_model(path, tokenizer, device, seed=0):
     return model.to(device)
 
 
+LOGIT_BYTES = 256 << 20  # of the logits that exist at one time: 441 tokens of Qwen's vocabulary in fp32
+
+
 class Policy(nn.Module):
     """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has gathered its
-    weights."""
+    weights, and goes through the tokens in chunks: no (T, V) tensor ever exists, forward or backward."""
 
     def __init__(self, lm):
         super().__init__()
@@ -148,15 +152,27 @@ class Policy(nn.Module):
         hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
                                use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
         chosen = loss_mask.nonzero()[:, 0]
-        logits = at_least_fp32(self.lm.lm_head(hidden[chosen])) / temperature  # (trainable, V)
+        chunk = max(1, LOGIT_BYTES // (4 * self.lm.config.vocab_size))
+        parts = []
+        for positions in chosen.split(chunk):
+            arguments = hidden[positions], targets[positions], temperature, with_entropy
+            # A chunk's logits are computed again in the backward pass instead of being kept; a single chunk
+            # is kept, for there is nothing to save.
+            parts.append(checkpoint(self.head, *arguments, use_reentrant=False)
+                         if len(chosen) > chunk and torch.is_grad_enabled() else self.head(*arguments))
+        columns = [torch.zeros_like(input_ids, dtype=values.dtype).index_put((chosen,), values)
+                   for values in map(torch.cat, zip(*parts))]
+        return columns if with_entropy else columns[0]
+
+    def head(self, hidden, targets, temperature, with_entropy):
+        """hidden (n, hidden), targets (n,) -> logprobs (n,) and, if wanted, entropy (n,)."""
+        logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (n, V)
         normaliser = torch.logsumexp(logits, -1)
-        logprobs = logits.gather(-1, targets[chosen, None])[:, 0] - normaliser
-        scatter = lambda x: torch.zeros_like(input_ids, dtype=x.dtype).index_put((chosen,), x)  # noqa: E731
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
         if not with_entropy:
-            return scatter(logprobs)
+            return (logprobs,)
         with torch.no_grad():
-            entropy = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
-        return scatter(logprobs), scatter(entropy)
+            return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
 
 
 def shard(module, layers):

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import sft
@@ -76,6 +77,43 @@ def test_loss_and_gradient_do_not_depend_on_packing(models, token_budget, world)
     packed_loss, packed_grad = gradient(policy, examples, token_budget, world)
     assert math.isclose(loss, packed_loss, rel_tol=1e-5)
     assert torch.allclose(grad, packed_grad, atol=1e-5 * grad.abs().max().item())
+
+
+def test_the_chunked_head_changes_nothing(models, monkeypatch):
+    """Guards against a chunk boundary that loses a token, and against recomputing with other settings."""
+    policy, examples = Policy(models[0]), make_examples(17)
+    loss, grad = gradient(policy, examples, 10**6)
+    monkeypatch.setattr(sft, "LOGIT_BYTES", 4 * 97 * 7)
+    chunked_loss, chunked_grad = gradient(policy, examples, 10**6)
+    assert math.isclose(loss, chunked_loss, rel_tol=1e-6)
+    assert torch.allclose(grad, chunked_grad, atol=1e-6 * grad.abs().max().item())
+
+
+class MostLogits(TorchDispatchMode):
+    """Rows of the largest (..., vocabulary) tensor that any operation returns."""
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (97,):
+                self.rows = max(self.rows, tensor.numel() // 97)
+        return result
+
+
+def test_no_tensor_of_all_logits_exists(models, monkeypatch):
+    """Guards against logits of a whole micro-batch, forward, kept for the backward, or in it: 10 GB for 16k
+    tokens of Qwen's vocabulary."""
+    policy, examples = Policy(models[0]), make_examples(17)
+    trainable = sum(e["loss_mask"].sum().item() for e in examples)
+    rows = {}
+    for chunk in (7, 10**6):
+        monkeypatch.setattr(sft, "LOGIT_BYTES", 4 * 97 * chunk)
+        with MostLogits() as seen:
+            gradient(policy, examples, 10**6)
+        rows[chunk] = seen.rows
+    assert rows[10**6] == trainable  # the measurement sees them where they are
+    assert rows[7] == 32  # the transposed head, (hidden, vocabulary)
 
 
 def test_gradient_equals_hugging_face_cross_entropy(models):
@@ -156,7 +194,6 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
     import argparse
     parser = argparse.ArgumentParser()
     sft.add_arguments(parser)
-    parser.add_argument("--prompt_template", default="plain")
     key = lambda *flags: sft.warm_start_key(parser.parse_args(flags))  # noqa: E731
     assert key() == key() == key("--warm_start_dir", "elsewhere")
     others = {
