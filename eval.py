@@ -282,7 +282,7 @@ async def main(rank, world, device):
         for name in args.problems.split(",")
     }
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, tokenizer, device)
+    model = load_model(args.model, tokenizer, device, dtype=args.dtype)
     check_positions(model.config.max_position_embeddings, args)
     results = {}
     responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")

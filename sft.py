@@ -32,7 +32,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
@@ -84,6 +84,7 @@ def run_script(main):
 
 
 POSITIONS = 2048  # of the embedded model
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def embedded_config(tokenizer):
@@ -117,15 +118,17 @@ def max_positions(path):
         raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
-def load_model(path, tokenizer, device, seed=0):
-    """A causal LM in fp32 whose attention is rollout.packed_attention; path "" makes the embedded model from
-    a seed."""
+def load_model(path, tokenizer, device, seed=0, dtype="fp32"):
+    """A causal LM whose attention is rollout.packed_attention; path "" makes the embedded model from a seed.
+
+    Trap: never `.to(torch.bfloat16)` later, that would round RoPE's frequencies too.
+    """
     if not path:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(embedded_config(tokenizer),
                                                 attn_implementation="retool").to(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="retool", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="retool", dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.to(device)
@@ -175,12 +178,31 @@ class Policy(nn.Module):
             return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
 
 
-def shard(module, layers):
-    """FSDP2: each layer is a unit that is gathered when needed, the rest belongs to the root."""
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+def check_mesh(args, world):
+    """UserError where the ranks cannot be arranged as args.replicas copies of a sharded model."""
+    if args.replicas < 1 or world % args.replicas:
+        raise UserError(f"--replicas {args.replicas} does not divide the {world} ranks")
+
+
+def shard(module, lm, args):
+    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed, the rest
+    belongs to the root. With --replicas the ranks form a grid (replicas, shards): hybrid sharding.
+
+    Master weights, gradients between ranks and optimiser states are fp32 whatever --dtype computes in.
+    """
+    world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
+    if args.replicas > 1:
+        mesh = init_device_mesh(kind, (args.replicas, world // args.replicas),
+                                mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world,))
+    if args.activation_checkpointing:
+        lm.train()  # transformers checkpoints in training mode only; no model here has dropout
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    precision = MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)
+    offload = CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy()
+    for unit in [*lm.model.layers, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return module
 
 
@@ -262,9 +284,11 @@ def versions():
 
 
 def add_format_arguments(parser):
-    """The flags of prompts and tool calls, shared by all three scripts."""
-    add = parser.add_argument_group("prompts and tool calls").add_argument
+    """The flags of prompts, precision and tool calls, shared by all three scripts."""
+    add = parser.add_argument_group("prompts, precision, tool calls").add_argument
     add("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
+    add("--dtype", choices=DTYPES, default="fp32",
+        help="what trainer and sampler compute in; master weights and reductions stay fp32")
     add("--max_interpreter_tokens", type=int, default=128,
         help="interpreter text per call, head + tail; paper does not say")
     add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
@@ -288,7 +312,13 @@ def add_arguments(parser):
     add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
     add("--warm_start_dir", default="out/warm_start",
         help="finished warm starts are kept here under a hash and reused")
-    add("--token_budget", type=int, default=8192, help="tokens per micro-batch")
+    add = parser.add_argument_group("trainer").add_argument
+    add("--token_budget", type=int, default=8192, help="tokens per micro-batch and rank")
+    add("--activation_checkpointing", action="store_true",
+        help="keep only the layers' inputs, compute the rest again in the backward pass")
+    add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
+    add("--replicas", type=int, default=1,
+        help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
     add_format_arguments(parser)
 
 
@@ -357,7 +387,7 @@ def warm_start_key(args, traces_file=""):
     """Hash of all that decides the result: arguments, data, code, versions. The number of ranks only changes
     rounding."""
     names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_warmup",
-             "sft_seed", "token_budget", "max_interpreter_tokens", "sandbox_timeout")
+             "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
                for file in sorted(Path(args.model).glob("*"))] if args.model else []
     template = data.load_template(args.prompt_template)
@@ -410,7 +440,7 @@ async def warm_start(args, rank, world, device, traces_file=""):
     kept, held_out = shared[0]
     plain = load_model(args.model, tokenizer, device, args.sft_seed)
     policy = Policy(load_model(args.model, tokenizer, device, args.sft_seed))
-    shard(policy, policy.lm.model.layers)
+    shard(policy, policy.lm, args)
     with open(partial / "metrics.jsonl" if rank == 0 else os.devnull, "w") as file:
         metrics = await sft(policy, tokenizer, kept, held_out, args, rank, world, device,
                             lambda row: file.write(json.dumps(row) + "\n"))
@@ -439,6 +469,7 @@ def parse_arguments():
 
 async def main(rank, world, device):
     args = parse_arguments()
+    check_mesh(args, world)
     if rank == 0:
         print(json.dumps(vars(args)))
     folder = await warm_start(args, rank, world, device, args.traces)

@@ -1,5 +1,6 @@
-"""The pure functions of PPO against brute force and autograd, and the real script on one and two
+"""The pure functions of PPO against brute force and autograd, and the real scripts on one, two and four
 processes."""
+import asyncio
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
+import ppo
+import sft
 from ppo import gae, policy_loss, value_loss, whiten
 from rollout import ToolCall, Trajectory
 
@@ -248,22 +251,22 @@ def test_two_processes_give_the_losses_of_one(runs):
                 assert b[name] == pytest.approx(a[name], abs=1e-5), name
 
 
-def test_two_processes_warm_start_like_one(runs):
-    """Guards against a gradient that is averaged once too often, and against ranks that curate on their
-    own."""
+def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
+    """Guards against a gradient that is averaged once too often, over either dimension of the grid, and
+    against ranks that curate on their own. Activation checkpointing must change nothing either."""
     folder, _ = runs
-    result = launch(2, *SFT, "--warm_start_dir", str(folder / "two_warm"), script="sft.py")
+    result = launch(4, *SFT, "--replicas", "2", "--activation_checkpointing", "--warm_start_dir",
+                    str(folder / "four_warm"), script="sft.py")
     assert result.returncode == 0, result.stderr[-3000:]
-    one, two = (metrics_of(next((folder / name).iterdir())) for name in ("warm", "two_warm"))
-    assert len(one) == len(two) == 3  # the first step, the last one, the evaluation
-    for a, b in zip(one, two):
+    one, four = (metrics_of(next((folder / name).iterdir())) for name in ("warm", "four_warm"))
+    assert len(one) == len(four) == 3  # the first step, the last one, the evaluation
+    for a, b in zip(one, four):
         assert b == pytest.approx(a, abs=1e-5)
 
 
 def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs):
     """Guards against checkpoints that only this project can read, and against saving weights that were never
     synced."""
-    import sft
     checkpoint = runs[0] / "first" / "checkpoint"
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
     ours = sft.load_model(str(checkpoint), None, "cpu")
@@ -329,12 +332,11 @@ def test_dropping_truncated_responses_leaves_them_out_and_says_when_none_remain(
 @pytest.fixture(scope="module")
 def trainer_and_examples(runs):
     """A Trainer on the tiny checkpoint in a process group of this process alone, and a scored batch."""
-    import ppo
-    import sft
     checkpoint = str(runs[0] / "first" / "checkpoint")
     tokenizer = sft.load_tokenizer(checkpoint)
     with sft.distributed() as (rank, world, device):
         trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, tokenizer, rank, world, device)
+        trainer.tokenizer = tokenizer
         ids = tokenizer.encode("What is 12 + 30? It is 42, what else could it be?")
         examples = [sft.example(ids[:n], [0] * 4 + [1] * (n - 4)) for n in range(8, len(ids))]
         trainer.score(examples)
@@ -362,6 +364,23 @@ def test_a_ratio_that_does_not_start_at_one_stops_the_run(trainer_and_examples):
     shifted = [e | {"old_logprobs": e["old_logprobs"] + 0.01} for e in examples]
     with pytest.raises(AssertionError, match="should be 0"):
         trainer.update(shifted, step=1)
+
+
+def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monkeypatch):
+    """Guards against rollouts from old weights: rewards of one policy, gradients of another."""
+    trainer, _ = trainer_and_examples
+    args = trainer.args
+    prompts = ppo.Prompts(args, trainer.tokenizer, "{question}", None)
+
+    def step(number):
+        return asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, number))
+
+    monkeypatch.setattr(args, "tools", "off")
+    monkeypatch.setattr(ppo, "sync_weights", lambda *_: None)
+    monkeypatch.setattr(args, "actor_lr", 0.01)
+    step(1)
+    with pytest.raises(AssertionError, match="were the weights synced"):
+        step(2)
 
 
 def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(trainer_and_examples):
