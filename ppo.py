@@ -30,8 +30,11 @@ Letters in shape comments: B responses of a batch, T tokens (of the padded batch
 """
 import argparse
 import functools
+import hashlib
+import io
 import json
 import math
+import os
 import random
 import subprocess
 import time
@@ -39,6 +42,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -137,8 +141,8 @@ class Critic(nn.Module):
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
-# Mean |log-probability difference| per token, between two computations that should agree, beyond which it is a
-# bug and not rounding.
+# Mean |log-probability difference| per token, between two computations that should agree, beyond which it is
+# a bug and not rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -199,6 +203,42 @@ class Trainer:
                                   weight_decay=args.weight_decay)
         self.actor_optimizer = adamw(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            sft.zero_moments(optimizer)
+        shapes = [(name, tuple(p.shape)) for name, p in self.sampler.named_parameters()]
+        self.model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+    def state(self):
+        """Everything that a step changes, as tensors by name. No random state is among it: prompts, noise and
+        minibatches are functions of the seed and the step, and so are the learning rates."""
+        return (sft.training_state("actor", self.actor, self.actor_optimizer)
+                | sft.training_state("critic", self.critic, self.critic_optimizer))
+
+    def save(self, run, step, files, seconds):
+        """A checkpoint of the run after `step` steps and `seconds`; files: its JSONL files, which a resumed
+        run cuts back to where they are now."""
+        record = {"step": step, "model": self.model_key, "seconds": seconds, "bytes": {}}
+        if self.rank == 0:
+            for name, file in files.items():
+                file.flush()
+                os.fsync(file.fileno())
+                record["bytes"][name] = file.tell()
+        sft.save_checkpoint(run / "checkpoints", self.state(), record, self.args.keep_checkpoints, self.rank)
+
+    def resume(self, run):
+        """Load the newest undamaged checkpoint of the run; returns its record, or one of step 0."""
+        found = [None]
+        if self.rank == 0:
+            found = [sft.find_checkpoint(run / "checkpoints")]
+        dist.broadcast_object_list(found)
+        path, record = found[0]
+        if path is None:
+            return {"step": 0, "seconds": 0.0, "bytes": {}}
+        if record["model"] != self.model_key:
+            raise UserError(f"--resume {run}: its checkpoints are of another model")
+        dcp.load(self.state(), checkpoint_id=path)
+        sync_weights(self.actor, self.sampler)
+        return record
 
     def micro_batches(self, examples):
         """This rank's share of the examples, as (indices, flat tensors, packing)."""
@@ -402,10 +442,27 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0,
         help="of prompts, sampling and minibatches; the warm start has --sft_seed")
     add("--run_dir", default="", help="new folder for this run; empty: out/ppo/<date>-<time>")
+    add("--resume", default="",
+        help="folder of a run that was interrupted: goes on with its arguments, except those given here")
+    add("--export", default="",
+        help="with --resume: only write the newest checkpoint there as a Hugging Face folder")
+    add("--save_every", type=int, default=10, help="steps between checkpoints; the last step always has one")
+    add("--keep_checkpoints", type=int, default=2, help="the last ones are kept")
     add("--save_rollouts", type=int, default=32, help="responses per step written to rollouts.jsonl")
     args = parser.parse_args(argv)
+    if args.resume:
+        try:
+            record = json.loads((Path(args.resume) / "arguments.json").read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--resume {args.resume}: not the folder of a run ({error})")
+        parser.set_defaults(**record["arguments"])
+        args = parser.parse_args(argv)
+        args.run_dir = args.resume
+    if args.export and not args.resume:
+        parser.error("--export needs --resume")
     evaluation.check_limits(parser, args)
-    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "eval_samples"):
+    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "eval_samples",
+                 "save_every", "keep_checkpoints"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.eval_problems < 2 or not 0 < args.eval_top_p <= 1:
@@ -457,11 +514,47 @@ def commit():
     return result.stdout.strip() or "not a git checkout"
 
 
+def evaluation_sets(args):
+    """{name: problems} to evaluate on before and after training."""
+    if args.eval_data:
+        files = args.eval_data.split(",")
+        sets = {Path(name).stem: data.load_problems(name) for name in files}
+        if len(sets) < len(files):
+            raise UserError(f"--eval_data {args.eval_data}: two files of the same name")
+        return sets
+    if args.train_data != "embedded":
+        return {}
+    sizes = {"test": args.eval_problems, "ood_large": args.eval_problems // 2,
+             "ood_families": args.eval_problems // 2}
+    return {split: evaluation.embedded_split(split, size) for split, size in sizes.items()}
+
+
+def write_record(args, run, world, device):
+    """arguments.json: what the run was started with; a resumed run adds a line about itself."""
+    record = {"versions": sft.versions(), "commit": commit(), "world_size": world,
+              "threads": torch.get_num_threads(), "device": str(device)}
+    path = run / "arguments.json"
+    if args.resume:
+        before = json.loads(path.read_text())
+        record = before | {"resumed": before.get("resumed", []) + [record]}
+    run.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | {"arguments": vars(args)}, indent=1))
+
+
+def open_cut(path, size):
+    """A text file to append lines to, cut back to its first `size` bytes."""
+    file = open(path, "a", buffering=1)
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
     run = Path(args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}")
-    if rank == 0 and run.exists() and any(run.iterdir()):  # rank 0 alone: it is the one that will write there
-        raise UserError(f"--run_dir {run}: not empty; nothing is overwritten")
+    # rank 0 alone: it is the one that will write there
+    if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
+        raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
     # Read everything before the warm start: a bad file should not be found out minutes later.
     sft.check_mesh(args, world)
     if args.model:
@@ -469,39 +562,42 @@ async def main(rank, world, device):
     evaluation.check_positions(sft.max_positions(args.model), args)
     template = data.load_template(args.prompt_template)
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
-    if args.eval_data:
-        sets = {Path(name).stem: data.load_problems(name) for name in args.eval_data.split(",")}
-        if len(sets) < len(args.eval_data.split(",")):
-            raise UserError(f"--eval_data {args.eval_data}: two files of the same name")
-    elif args.train_data == "embedded":
-        sets = {
-            split: evaluation.embedded_split(
-                split, args.eval_problems if split == "test" else args.eval_problems // 2)
-            for split in data.SPLITS[1:]
-        }
-    else:
-        sets = {}
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        record = {
-            "arguments": vars(args), "versions": sft.versions(), "commit": commit(), "world_size": world,
-            "threads": torch.get_num_threads(), "device": str(device)
-        }
-        (run / "arguments.json").write_text(json.dumps(record, indent=1))
+    sets = evaluation_sets(args)
+    if rank == 0 and not args.export:
+        write_record(args, run, world, device)
         print(f"run folder: {run}\n{json.dumps(vars(args))}")
 
     model_path = args.model or await sft.warm_start(args, rank, world, device)
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, tokenizer, rank, world, device)
     prompts = Prompts(args, tokenizer, template, train_problems)
+    start = trainer.resume(run) if args.resume else {"step": 0, "seconds": 0.0, "bytes": {}}
     if rank == 0:
-        print(
-            f"warm start ready after {time.perf_counter() - begin:.0f} s; "
-            f"prompts skipped as too long: {prompts.skipped}"
-        )
+        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; "
+              f"prompts skipped as too long: {prompts.skipped}")
+        if args.resume:
+            print(f"{run}: goes on after step {start['step']}")
+    if args.export:
+        if rank == 0:
+            trainer.sampler.save_pretrained(args.export)
+            tokenizer.save_pretrained(args.export)
+            print(f"step {start['step']} of {run} exported to {args.export}")
+        return
+    files = {name: open_cut(run / name, start["bytes"].get(name, 0)) if rank == 0 else io.StringIO()
+             for name in ("metrics.jsonl", "rollouts.jsonl")}
     results, rows = {}, []
-    metrics_file = open(run / "metrics.jsonl" if rank == 0 else "/dev/null", "w", buffering=1)
-    rollouts_file = open(run / "rollouts.jsonl" if rank == 0 else "/dev/null", "w", buffering=1)
+    for line in open(run / "metrics.jsonl") if rank == 0 else ():
+        row = json.loads(line)
+        if "evaluation" in row:
+            results[row.pop("evaluation")] = row
+        else:
+            rows.append(row)
+
+    def seconds_so_far():
+        return start["seconds"] + time.perf_counter() - begin
+
+    def write(name, row):
+        files[name].write(json.dumps(row) + "\n")
 
     async def evaluate(when):
         for name, problems in sets.items():
@@ -510,26 +606,33 @@ async def main(rank, world, device):
                 trainer.sampler, tokenizer, problems, template, sandbox, rank, world, label,
                 args.max_prompt_tokens, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
                 seed=0, **evaluation.rollout_settings(args))
-            metrics_file.write(json.dumps({"evaluation": label} | results[label]) + "\n")
+            write("metrics.jsonl", {"evaluation": label} | results[label])
         if rank == 0 and sets:
-            print(evaluation.table({name: m
-                                    for name, m in results.items() if name.endswith(when)}), flush=True)
+            shown = {name: metrics for name, metrics in results.items() if name.endswith(when)}
+            print(evaluation.table(shown), flush=True)
 
     async with make_sandbox(args) as sandbox:
-        await evaluate("before")
-        for step in tqdm(range(args.steps), desc="ppo", disable=rank > 0):
+        if start["step"] == 0:
+            await evaluate("before")
+        seconds_checkpoint = 0.0
+        for step in tqdm(range(start["step"], args.steps), desc="ppo", disable=rank > 0):
             metrics, trajectories, rewards = await train_step(trainer, prompts, sandbox, tokenizer, step)
+            metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
             rows.append({"step": step} | metrics)
-            metrics_file.write(json.dumps(rows[-1]) + "\n")
+            write("metrics.jsonl", rows[-1])
             for t, r in list(zip(trajectories, rewards))[:args.save_rollouts]:
-                rollouts_file.write(json.dumps({"step": step} | evaluation.describe(t, r, tokenizer)) + "\n")
+                write("rollouts.jsonl", {"step": step} | evaluation.describe(t, r, tokenizer))
             if rank == 0:
                 tqdm.write(step_line(step + 1, args.steps, metrics))
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                clock = time.perf_counter()
+                trainer.save(run, step + 1, files, seconds_so_far())
+                seconds_checkpoint = time.perf_counter() - clock
         await evaluate("after")
-    seconds_total = time.perf_counter() - begin
-    metrics_file.write(json.dumps({"seconds_total": seconds_total}) + "\n")
-    metrics_file.close()
-    rollouts_file.close()
+    seconds_total = seconds_so_far()
+    write("metrics.jsonl", {"seconds_total": seconds_total})
+    for file in files.values():
+        file.close()
     if rank == 0:
         trainer.sampler.save_pretrained(run / "checkpoint")
         tokenizer.save_pretrained(run / "checkpoint")

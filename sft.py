@@ -29,8 +29,10 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -277,6 +279,108 @@ def versions():
         "python": sys.version.split()[0], "torch": torch.__version__,
         "transformers": transformers.__version__, "tokenizers": tokenizers.__version__
     }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own, and reads
+# them for any other number of ranks; what it lacks is added here: a checkpoint is there as a whole or not at
+# all, and a damaged one is recognised.
+
+
+def zero_moments(optimizer):
+    """Give AdamW the moments it would make at its first step. Without them the helpers of torch take a real
+    step to make them when saving, and saving would change the run."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def training_state(name, module, optimizer):
+    """Every tensor that a step changes, by name: sharded weights and AdamW's moments. Loading writes into
+    them in place."""
+    module.reshard()  # after a forward without backward the root's weights are still gathered
+    state = {}
+    for key, p in module.named_parameters():
+        state[f"{name}.{key}"] = p.detach()
+        state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state[p].items()}
+    return state
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_checkpoint(folder, state, record, keep, rank):
+    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all but the last
+    `keep`. All ranks call it, on a file system that they share.
+
+    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the last file; one
+    rename makes it a checkpoint. A crash at any moment leaves the ones before untouched. UserError where
+    nothing can be written, a full disk for instance.
+    """
+    partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
+
+    def refuse(error):
+        raise UserError(f"checkpoint of step {record['step']} cannot be written ({error}); the ones before "
+                        f"it in {folder} are intact")
+
+    def on_rank_0(action):
+        error = [None]
+        if rank == 0:
+            try:
+                action()
+            except OSError as problem:
+                error = [str(problem)]
+        dist.broadcast_object_list(error)  # every rank stops, or none
+        if error[0]:
+            refuse(error[0])
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        partial.mkdir(parents=True)
+
+    def publish():
+        manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
+        manifest["files"][".metadata"] = file_hash(partial / ".metadata")
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        sync_to_disk(partial / "manifest.json")
+        sync_to_disk(partial)
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
+        partial.rename(final)
+        sync_to_disk(folder)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    on_rank_0(begin)
+    try:
+        dcp.save(state, checkpoint_id=partial)
+    except CheckpointException as error:  # the same on all ranks
+        refuse(str(error).strip().splitlines()[-1])
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
+    on_rank_0(publish)
+
+
+def find_checkpoint(folder):
+    """The newest undamaged checkpoint, (path, record), or (None, None). Says which ones it passes over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = json.loads((path / "manifest.json").read_text())
+            damaged = [name for name, digest in record["files"].items() if file_hash(path / name) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return path, record
+        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
+    return None, None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,14 +4,18 @@ import asyncio
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import data
 import eval as evaluation
 import ppo
 import sft
@@ -249,6 +253,88 @@ def test_two_processes_give_the_losses_of_one(runs):
                      "grad_norm_critic", "response_tokens"):
             if a.get(name) is not None:
                 assert b[name] == pytest.approx(a[name], abs=1e-5), name
+
+
+def cut_short(folder, name, step, *flags):
+    """The tiny run again, killed with SIGKILL as soon as step number `step` is in its metrics."""
+    run = folder / name
+    command = [sys.executable, str(ROOT / "ppo.py"), *TINY, *flags, "--run_dir", str(run),
+               "--warm_start_dir", str(folder / "warm")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    metrics = run / "metrics.jsonl"
+    for _ in range(2000):
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            break
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return run
+
+
+def test_a_killed_run_resumes_to_the_same_metrics_also_past_a_damaged_checkpoint(runs):
+    """Guards against state that a checkpoint forgets (moments, data position, noise), lines written twice,
+    and trust in a file that was cut short."""
+    folder, _ = runs
+    flags = ["--steps", "4", "--save_every", "1", "--keep_checkpoints", "3", "--eval_problems", "2"]
+    whole = launch(1, *TINY, *flags, "--run_dir", str(folder / "whole"), "--warm_start_dir",
+                   str(folder / "warm"))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    run = cut_short(folder, "killed", 2, *flags)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    shard = next(newest.glob("__0_*"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    (run / "checkpoints" / "partial").mkdir(exist_ok=True)  # a save that was interrupted
+    resumed = launch(1, "--resume", str(run))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"{newest} is damaged" in resumed.stdout and "goes on after step" in resumed.stdout
+    assert metrics_of(run) == metrics_of(folder / "whole")
+    assert (run / "rollouts.jsonl").read_text() == (folder / "whole" / "rollouts.jsonl").read_text()
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
+    """Guards against shards that only fit the ranks which wrote them."""
+    folder, _ = runs
+    run, exported = folder / "two_more", folder / "exported"
+    shutil.copytree(folder / "first", run)
+    result = launch(2, "--resume", str(run), "--steps", "3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [row["step"] for row in metrics_of(run) if "step" in row] == [0, 1, 2]
+    result = launch(1, "--resume", str(run), "--export", str(exported))
+    assert result.returncode == 0 and "step 3 of" in result.stdout, result.stderr[-3000:]
+    a, b = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "checkpoint", exported))
+    ids = torch.tensor([[5, 6, 7, 300, 301]])
+    assert torch.equal(a(ids).logits, b(ids).logits)
+    result = launch(1, "--resume", str(run), "--model", str(other_model(folder)))
+    assert result.returncode == 1 and "of another model" in result.stderr
+
+
+def other_model(folder):
+    """A checkpoint with the embedded tokenizer and half the layers."""
+    tokenizer = sft.load_tokenizer("")
+    config = sft.embedded_config(tokenizer)
+    config.num_hidden_layers = 1
+    config.layer_types = config.layer_types[:1]
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    return folder / "other"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
+    """Guards against a save that destroys what it was to replace."""
+    trainer, _ = trainer_and_examples
+    trainer.save(tmp_path, 1, {}, 0.0)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sft.Path, "write_text", full)
+    with pytest.raises(data.UserError, match="No space left on device.*intact"):
+        trainer.save(tmp_path, 2, {}, 0.0)
+    monkeypatch.undo()
+    assert trainer.resume(tmp_path)["step"] == 1
 
 
 def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
