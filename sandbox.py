@@ -1,43 +1,84 @@
-"""Run model-written Python snippets: a process that has numpy and sympy imported forks once per snippet.
+"""Run model-written Python, confined: a process that has numpy and sympy imported forks once per snippet.
 
     async with Sandbox(workers=2, timeout=1.0) as sandbox:
         result = await sandbox.run("print(1 + 1)", seed=0)     # status "ok", output "2\\n"
 
 How it works. Importing numpy and sympy costs a hundred times more than a fork, so one "zygote" process
 imports them once and forks a child per snippet. Trainer (asyncio) and zygote talk over a unix socketpair:
-    trainer -> zygote   request id, seed, and two file descriptors: the snippet's text, an empty output file
-    zygote  -> trainer  request id, exit code, seconds, CPU seconds, peak memory
+    trainer -> zygote   request id, seed, time limit, and two files: the snippet's text, an empty output
+    zygote  -> trainer  request id, exit code, verdict, wall, CPU and own seconds, peak memory
 The zygote keeps the queue, the deadlines and the exit codes: a trainer whose event loop is blocked for
 seconds by a GPU step neither delays nor falsifies a time limit, and nothing that a snippet prints can be
 taken for its status. Output goes to an anonymous file: no pipe to fill up, nothing to unpickle.
 
-Covered: endless loops (in C code too), output floods, memory and recursion blow-ups, crashes of the
-interpreter, left-over threads and processes of the snippet's process group, state leaking between snippets
-inside the interpreter, the trainer's environment variables, a killed or frozen zygote, a killed trainer, a
-cancelled task. The same code and seed give the same text (clocks, os.urandom, object addresses and the
-moment at which a time limit falls aside).
-NOT covered yet: a hostile policy. Files can be read, and written where this user may; the network is open;
-a snippet may signal or trace this user's other processes, leave its process group, fork without bound, fill
-the disk with many files, and read the zygote's memory. Those layers belong into `confine`.
-The limit is wall time, so a loaded host may time out what an idle one would finish.
-macOS (Python 3.13 or later) is for development only: no memfd, no address-space limit, no death signal.
+The adversary is a policy that is paid for answers and may know this file. Mandatory on Linux:
+    seccomp       a list of harmless system calls; no new process, program, socket, signal to others, lock,
+                  shared memory, or change of a file's name, mode, times or size
+    Landlock      files: the interpreter's own libraries can be read, /dev/null written, nothing else
+    rlimits       memory, output, descriptors, core dumps; no capability; an environment of constants
+Sandbox() does not start where one is missing. Best effort, reported at start: namespaces (network, IPC, read-only mounts,
+an unreadable /proc), the OOM killer's preference.
+
+Covered: that, and endless loops (in C code too), floods of output, memory, threads and recursion, crashes of
+the interpreter, left-over threads, state passed between snippets (memory, files, locks, shared futexes), a
+killed or frozen zygote, a killed trainer, a cancelled task. The same code and seed give the same text
+(clocks, os.urandom, object addresses aside). The limit is wall time, so a loaded host may time out what an
+idle one would finish.
+NOT covered: holes in the kernel; timing and cache channels between snippets; stat(), which Landlock leaves
+open: a snippet learns which files exist, their sizes and times, and without namespaces also which processes;
+nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 3.13 or later) is
+for development: accidents only.
 
     python sandbox.py        # self-check, and snippets per second against a fresh interpreter for each
 """
-import ast, asyncio, atexit, collections, contextlib, ctypes, dataclasses, gc, io, itertools  # noqa: E401
-import json, linecache, math, os, random, resource, select, signal, socket, struct  # noqa: E401
-import subprocess, sys, tempfile, threading, time, traceback, types, warnings  # noqa: E401
+import ast
+import asyncio
+import atexit
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import gc
+import io
+import itertools
+import json
+import linecache
+import math
+import os
+import random
+import resource
+import select
+import signal
+import site
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import traceback
+import types
+import warnings
 
 LINUX = sys.platform == "linux"
 SNIPPET = "snippet.py"                 # the file name that a snippet sees in its own tracebacks
 OUTPUT_BYTES = 1 << 20                 # a snippet that prints this much is stopped: status output_limit
 MEMORY_RESERVE = 64 << 20              # bytes beyond memory_mb, released only to report a MemoryError
+STACK_BYTES = 4 << 20                  # CPython's time to overflow it with repr() grows with its square
 MAX_FRAMES = 6                         # traceback frames shown
+MAX_THREADS = 128                      # a snippet with more is killed
 MAX_IN_FLIGHT = 128                    # requests inside the zygote: 2 descriptors each, well below 1024
+WALL_FACTOR = 10                       # wall seconds for each second of a time limit, at most
+NICENESS = 10                          # of snippets: the trainer comes first
+LOOK_SECONDS = 0.1                     # how often the zygote looks at a snippet's threads and CPU time
 FROZEN_SECONDS = 30.0                  # a zygote silent this long past a time limit, or at start, is replaced
-REQUEST = struct.Struct("=Qq?")        # request id, seed, True to cancel the request of that id
-REPLY = struct.Struct("=Qi?ddd")       # request id, exit code, timed out, wall s, CPU s, peak memory in MiB
-ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+REQUEST = struct.Struct("=Qqd?")       # request id, seed, time limit in s, True to cancel that request
+REPLY = struct.Struct("=Qibdddd")      # request id, exit code, verdict, wall s, CPU s, peak MiB, own s
+FINISHED, TIMED_OUT, TOO_MANY_THREADS = range(3)       # verdicts
+ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
                "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -70,15 +111,20 @@ def anonymous_file(content=b""):
     return file
 
 
-def feedback(raw, exit_code, timed_out, timeout, output_chars):
+def feedback(raw, exit_code, verdict, timeout, output_chars, folders=()):
     """(status, text for the model) of a finished process, from its output bytes and its exit code (minus the
-    signal's number if one killed it). Numbers that differ from run to run must not enter the text."""
-    text = raw.decode("utf-8", "backslashreplace")
+    signal's number if one killed it). Numbers that differ from run to run must not enter the text, nor must
+    the host's `folders`."""
+    text = raw.decode("utf-8", "replace")
+    for folder in folders:
+        text = text.replace(folder + "/", "")
     if len(text) > output_chars:
         head, tail = text[:output_chars // 2], text[len(text) - (output_chars + 1) // 2:]
         text = f"{head}\n[... {len(text) - output_chars} characters dropped ...]\n{tail}"
-    if (timed_out and exit_code == -signal.SIGKILL) or exit_code == -signal.SIGXCPU:
+    if (verdict == TIMED_OUT and exit_code == -signal.SIGKILL) or exit_code == -signal.SIGXCPU:
         status, notice = "timeout", f"[timed out after {timeout} s]"
+    elif verdict == TOO_MANY_THREADS and exit_code == -signal.SIGKILL:
+        status, notice = "killed", f"[killed: more than {MAX_THREADS} threads]"
     elif exit_code < 0:
         names = {s.value: s.name for s in signal.Signals}      # most real-time signals have no name
         status, notice = "killed", f"[killed by {names.get(-exit_code, f'signal {-exit_code}')}]"
@@ -97,6 +143,7 @@ class Sandbox:
     timeout: wall seconds per snippet, counted from its fork and not from the call of run().
     memory_mb: address space in MiB above what the zygote has mapped.
     output_chars: characters of output kept, half from the head and half from the tail.
+    counts: results by status.
     Entering runs an empty snippet, and raises RuntimeError when that fails.
     """
 
@@ -105,6 +152,7 @@ class Sandbox:
         self.workers, self.timeout = workers, timeout
         self.memory_mb, self.output_chars = memory_mb, output_chars
         self.process = self.socket = None                     # the zygote; socket is None while there is none
+        self.counts = collections.Counter()
         self.closed = True
 
     async def __aenter__(self):
@@ -112,11 +160,14 @@ class Sandbox:
         self.slots = asyncio.Semaphore(max(MAX_IN_FLIGHT, 2 * self.workers))
         self.ids = itertools.count()
         self.futures = {}                                    # request id -> future of its reply, None if lost
+        self.layers = {}                                       # what the zygote says about itself
         self.closed = False
+        self.layers_file = anonymous_file()
         try:
-            probe = await self.run("")
+            probe = await self._attempt("", 0, self.timeout, self.output_chars)
+            self.layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or "{}")
             if probe.status == "sandbox_error":
-                raise RuntimeError(f"the sandbox does not start: {probe.output} (see standard error)")
+                raise RuntimeError(f"the sandbox does not start: {probe.output} {self.layers}")
         except BaseException:                                  # a cancellation too must not leave a process
             await self.__aexit__()
             raise
@@ -125,17 +176,20 @@ class Sandbox:
     async def __aexit__(self, *exc_info):
         self.closed = True
         self._stop(grace=5.0)
+        self.layers_file.close()
 
     async def run(self, code, seed=0):
         """Run `code` (str) with the generators of random, numpy and sympy seeded by `seed` (64-bit, signed).
         Returns a SandboxResult; RuntimeError outside `async with`. Cancelling the task kills the snippet."""
         async with self.slots:
-            result = await self._attempt(code, seed)
-            if result.status == "sandbox_error":               # most likely a neighbour's doing: once more
-                result = await self._attempt(code, seed)
+            for _ in range(2):                                 # once more after an error of our own
+                result = await self._attempt(code, seed, self.timeout, self.output_chars)
+                if result.status != "sandbox_error":
+                    break
+            self.counts[result.status] += 1
             return result
 
-    async def _attempt(self, code, seed):
+    async def _attempt(self, code, seed, timeout, output_chars):
         if self.closed:
             raise RuntimeError("the sandbox is closed: use it inside `async with`")
         if self.socket is None:
@@ -143,30 +197,39 @@ class Sandbox:
         if not self.futures:
             self.heard = self.loop.time()                      # an idle zygote owes nobody a sign of life
         request_id, future = next(self.ids), self.loop.create_future()
-        patience = self.timeout + FROZEN_SECONDS
+        patience = WALL_FACTOR * timeout + FROZEN_SECONDS
         source = code.encode("utf-8", "surrogatepass")
         with anonymous_file(source) as source_file, anonymous_file() as output_file:
             self.futures[request_id] = future
             try:
-                self._send(request_id, seed, False, [source_file.fileno(), output_file.fileno()])
+                self._send(request_id, seed, timeout, False, [source_file.fileno(), output_file.fileno()])
                 while not future.done():
                     await asyncio.wait([future], timeout=patience)
-                    # Some snippet ends at least every `timeout` seconds: silence means a frozen zygote. After
-                    # a blocked event loop replies are read before timers run: our lateness does not count.
+                    # Some snippet ends at least every WALL_FACTOR * timeout seconds: silence means that the
+                    # zygote hangs. After a blocked event loop replies are read before timers run: our
+                    # lateness does not count.
                     if not future.done() and self.loop.time() - self.heard > patience:
                         self._stop(grace=0)
             finally:
                 del self.futures[request_id]
                 if not future.done():                          # this task was cancelled
-                    self._send(request_id, 0, True, [])
+                    self._send(request_id, 0, 0.0, True, [])
             raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
         if future.result() is None:
             return SandboxResult("sandbox_error", f"[sandbox error: the zygote died] {raw[-2000:]!r}")
-        exit_code, timed_out, *usage = future.result()
-        return SandboxResult(*feedback(raw, exit_code, timed_out, self.timeout, self.output_chars), *usage)
+        exit_code, verdict, *usage, own_seconds = future.result()
+        folders = self.layers.get("folders", ())
+        status, text = feedback(raw, exit_code, verdict, timeout, output_chars, folders)
+        return SandboxResult(status, text, *usage)
 
     def _start(self):
         """Start a zygote; requests may be sent at once, they wait in the socket for its imports to end."""
+        self.process, self.socket = self._spawn()
+        self.heard = self.loop.time()
+        self.loop.add_reader(self.socket, self._on_readable)
+
+    def _spawn(self):
+        """A new zygote: its process and our end of its socket."""
         # Message boundaries keep descriptors with their request; on macOS, the fixed record sizes do that.
         kind = socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -176,19 +239,18 @@ class Sandbox:
         config = {"workers": self.workers, "timeout": self.timeout, "memory_mb": self.memory_mb,
                   "trainer_pid": os.getpid()}
         # Not `python -I`: that would ignore PYTHONHASHSEED. The environment is clean as it is, -s leaves out
-        # the user's site-packages, and the zygote drops this file's folder from sys.path. A session of its
-        # own, because Ctrl-C in the trainer's terminal must not reach it.
-        command = [sys.executable, "-s", os.path.abspath(__file__), "--zygote", str(theirs.fileno())]
+        # the user's site-packages, and the zygote drops this file's folder from sys.path.
+        fds = theirs.fileno(), self.layers_file.fileno()
+        command = [sys.executable, "-s", os.path.abspath(__file__), "--zygote", *map(str, fds)]
         with theirs:
-            self.process = subprocess.Popen(
-                [*command, json.dumps(config)], env=ENVIRONMENT, cwd="/", pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-        self.socket, self.heard = ours, self.loop.time()
-        self.loop.add_reader(self.socket, self._on_readable)
+            process = subprocess.Popen(
+                [*command, json.dumps(config)], env=ENVIRONMENT, cwd="/", pass_fds=fds,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return process, ours
 
-    def _send(self, request_id, seed, cancel, fds):
+    def _send(self, request_id, seed, timeout, cancel, fds):
         try:
-            socket.send_fds(self.socket, [REQUEST.pack(request_id, seed, cancel)], fds)
+            socket.send_fds(self.socket, [REQUEST.pack(request_id, seed, timeout, cancel)], fds)
         except OSError:                                        # it died, or is frozen and its buffer is full
             self._stop(grace=0)
 
@@ -206,21 +268,25 @@ class Sandbox:
             future.set_result(reply)
 
     def _stop(self, grace):
-        """End the zygote: `grace` seconds to kill and reap its snippets, then SIGKILL (their death signal
-        ends them). Whoever waits for a reply gets None."""
+        """End the zygote. Whoever waits for a reply gets None."""
         if self.socket is None:
             return
         self.loop.remove_reader(self.socket)
-        self.socket.close()                                    # the zygote reads an end of file
+        self._end(self.process, self.socket, grace)
         self.socket = None
-        try:
-            self.process.wait(grace)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
         for future in self.futures.values():
             if not future.done():
                 future.set_result(None)
+
+    def _end(self, process, sock, grace):
+        """`grace` seconds for a zygote to kill and reap its snippets, then SIGKILL (their death signal ends
+        them)."""
+        sock.close()                                           # the zygote reads an end of file
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -230,30 +296,73 @@ class Sandbox:
 @dataclasses.dataclass
 class Job:
     pid: int
+    timeout: float                                             # seconds of own time
     started_at: float                                          # time.monotonic() at the fork, seconds
-    deadline: float                                         # infinite once it has passed and the kill is sent
+    look_at: float                                             # time of the next look; infinite once killed
+    verdict: int = FINISHED
+
+
+def kernel(call, *arguments):
+    """A libc function by name, or a system call by number; integers go as unsigned long. Raises OSError."""
+    if isinstance(call, int):
+        return kernel("syscall", call, *arguments)
+    result = getattr(LIBC, call)(*(ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{call}{arguments[:1]}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def die_with_parent(parent_pid):
     """Linux: SIGKILL for this process when its parent goes. Trap: "parent" is the thread that forked it."""
     if LINUX:
-        if LIBC.prctl(1, *(ctypes.c_ulong(n) for n in (signal.SIGKILL, 0, 0, 0))) != 0:     # PR_SET_PDEATHSIG
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        kernel("prctl", 1, signal.SIGKILL.value, 0, 0, 0)      # PR_SET_PDEATHSIG
         if os.getppid() != parent_pid:                         # it went before the call
             os._exit(1)
 
 
-def zygote_main(sock, config):
-    """Import and warm what snippets use, then serve until the trainer closes its end of the socket."""
-    global LIBC, numpy, sympy                                  # only here: the trainer imports none of them
+def zygote_main(sock, layers_fd, config):
+    """Import and warm what snippets use, give up what they must not have, then serve until the trainer closes
+    its end of the socket."""
+    global LIBC, PROC
     LIBC = ctypes.CDLL(None, use_errno=True)
+    PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
+    # A process group of its own, because Ctrl-C in the trainer's terminal must not reach it; not a session,
+    # for under the kernel's autogroups niceness counts only within one.
+    os.setpgid(0, 0)
     die_with_parent(config["trainer_pid"])
     # The usual 1024 is few for many workers; "unlimited" makes closerange() below crawl on an old kernel.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     soft = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    sys.path.pop(0)                                           # this file's folder: no `import` of the trainer
-    os.chdir("/proc" if LINUX else "/")                        # relative writes fail there, even for root
+    os.chdir("/")
+    prepare()
+    limit_resources(config)
+    config["zygote_pid"] = os.getpid()
+    report = give_up(config)
+    report["folders"] = sorted(library_folders(), key=len, reverse=True)
+    os.pwrite(layers_fd, json.dumps(report).encode(), 0)
+    os.close(layers_fd)
+    if report["missing"]:
+        return                                                 # the trainer's side reads the report
+    die_with_parent(config["trainer_pid"])                     # entering a user namespace has reset it
+    gc.disable()                                               # a collection would un-share all pages
+    gc.set_threshold(10_000, 10, 10)                           # for snippets: collections are dear after fork
+    gc.freeze()
+    serve(sock, config)
+
+
+def library_folders():
+    """Where this interpreter's modules lie. Not sys.path: that may name the repository (this file's folder,
+    an editable install); and not sys.prefix: a virtual environment may lie in the repository or around it."""
+    names = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return names | set(site.getsitepackages()) | {f"{sys.base_prefix}/lib"}
+
+
+def prepare():
+    """Imports, and the settings that are the same for all snippets."""
+    global numpy, sympy                                        # only here: the trainer imports none of them
+    folders = tuple(folder + "/" for folder in library_folders())
+    sys.path[:] = [folder for folder in sys.path if (folder + "/").startswith(folders)]
     # Without these few calls each snippet would pay for what numpy and sympy import or allocate lazily.
     import cmath, decimal, fractions, functools, heapq, re, statistics, string  # noqa: E401, F401
     import numpy, numpy.fft, numpy.linalg, numpy.random, sympy  # noqa: E401
@@ -261,20 +370,28 @@ def zygote_main(sock, config):
     x = sympy.Symbol("x")
     str([sympy.solve(sympy.sympify("x**2 - 2"), x), sympy.integrate(sympy.sin(x) ** 2, x),
          sympy.factorint(360), sympy.simplify((x ** 2 - 1) / (x - 1)), sympy.N(sympy.pi, 20)])
-    # The settings that are the same for all snippets.
     sys.argv = [SNIPPET]
+    sys.dont_write_bytecode = True
     sys.set_int_max_str_digits(50_000)
     sys.setrecursionlimit(1000)
     warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"         # no host path
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
+
+
+def limit_resources(config):
+    """rlimits: those that the zygote can share at once, the others into config["limits"] for each snippet."""
+    cpu_seconds = math.ceil(config["timeout"]) + WALL_FACTOR   # a backstop; the zygote's deadline comes first
+    config["limits"] = [(resource.RLIMIT_NOFILE, (64, 64)),
+                        (resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))]
+    # CORE 1: none at all. 0 would still start the crash handler of a host that has one.
+    limits = {"CORE": 1, "FSIZE": OUTPUT_BYTES, "MEMLOCK": 0, "STACK": STACK_BYTES}
     if LINUX:
-        with open("/proc/self/statm") as statm:
-            mapped = int(statm.read().split()[0]) * resource.getpagesize()
-        config["address_space"] = mapped + (config["memory_mb"] << 20)
-    config["zygote_pid"] = os.getpid()
-    gc.disable()                                               # a collection would un-share all pages
-    gc.freeze()
-    serve(sock, config)
+        limits |= {"SIGPENDING": 64, "MSGQUEUE": 0}
+        mapped = int(process_file("self", "statm").split()[0]) * resource.getpagesize()
+        space = mapped + (config["memory_mb"] << 20)
+        config["limits"].append((resource.RLIMIT_AS, (space, space + MEMORY_RESERVE)))
+    for name, limit in limits.items():
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
 
 
 def serve(sock, config):
@@ -285,11 +402,11 @@ def serve(sock, config):
     os.set_blocking(wake_w, False)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)    # a child's end wakes select()
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    queue = collections.OrderedDict()                          # request id -> seed, code fd, output fd
+    queue = collections.OrderedDict()                          # request id -> seed, timeout, two descriptors
     jobs = {}                                                  # request id -> Job
     while True:
-        deadline = min((job.deadline for job in jobs.values()), default=math.inf)
-        wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        look_at = min((job.look_at for job in jobs.values()), default=math.inf)
+        wait = None if look_at == math.inf else max(0.0, look_at - time.monotonic())
         readable, _, _ = select.select([sock, wake_r], [], [], wait)
         if wake_r in readable:
             os.read(wake_r, 4096)
@@ -297,9 +414,8 @@ def serve(sock, config):
             # WNOWAIT: looks without reaping, for the pid must stay taken until its group has been killed
             if os.waitid(os.P_PID, job.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
                 sock.send(REPLY.pack(request_id, *reap(jobs.pop(request_id))))
-            elif time.monotonic() >= job.deadline:
-                job.deadline = math.inf
-                kill_group(job.pid)
+            elif time.monotonic() >= job.look_at:
+                look(job)
         while sock in readable:
             try:
                 message, fds, _, _ = socket.recv_fds(sock, REQUEST.size, 2)
@@ -311,24 +427,50 @@ def serve(sock, config):
                 for job in jobs.values():
                     reap(job)
                 return
-            request_id, seed, cancel = REQUEST.unpack(message)
+            request_id, seed, timeout, cancel = REQUEST.unpack(message)
             if not cancel:
                 assert len(fds) == 2, "a request lost its descriptors: too many open files?"
-                queue[request_id] = seed, *fds
+                queue[request_id] = seed, timeout, *fds
             elif request_id in queue:
-                for fd in queue.pop(request_id)[1:]:
+                for fd in queue.pop(request_id)[2:]:
                     os.close(fd)
             elif request_id in jobs:
                 kill_group(jobs[request_id].pid)
         while queue and len(jobs) < config["workers"]:
-            request_id, (seed, code_fd, output_fd) = queue.popitem(last=False)
+            request_id, (seed, timeout, code_fd, output_fd) = queue.popitem(last=False)
             started_at = time.monotonic()
             pid = os.fork()
             if pid == 0:
                 run_child(config, seed, code_fd, output_fd)    # never returns
             os.close(code_fd)
             os.close(output_fd)
-            jobs[request_id] = Job(pid, started_at, started_at + config["timeout"])
+            jobs[request_id] = Job(pid, timeout, started_at, started_at + min(timeout, LOOK_SECONDS))
+
+
+def process_file(pid, name):
+    """Text of /proc/pid/name, by way of a descriptor: the zygote covers /proc."""
+    with open(os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=PROC)) as file:
+        return file.read()
+
+
+def own_seconds(job):
+    """What counts against the time limit: wall time."""
+    return time.monotonic() - job.started_at
+
+
+def look(job):
+    """Kill a snippet that is over a limit, or set the time of the next look."""
+    used, now, threads = own_seconds(job), time.monotonic(), 1
+    if LINUX:
+        threads = int(process_file(job.pid, "stat").rpartition(")")[2].split()[17])
+    if used >= job.timeout or now - job.started_at >= WALL_FACTOR * job.timeout:
+        job.verdict = TIMED_OUT
+    elif threads > MAX_THREADS:
+        job.verdict = TOO_MANY_THREADS
+    job.look_at = now + min(LOOK_SECONDS, max(0.001, (job.timeout - used) / threads))
+    if job.verdict:
+        job.look_at = math.inf
+        kill_group(job.pid)
 
 
 def kill_group(pid):
@@ -339,12 +481,169 @@ def kill_group(pid):
 
 
 def reap(job):
-    """End what is left of a snippet: exit code, timed out, wall seconds, CPU seconds, peak memory in MiB."""
+    """End what is left of a snippet: exit code, verdict, wall seconds, CPU seconds, peak memory in MiB, own
+    seconds."""
+    own = own_seconds(job)
     kill_group(job.pid)
     _, wait_status, usage = os.wait4(job.pid, 0)
     seconds, cpu_seconds = time.monotonic() - job.started_at, usage.ru_utime + usage.ru_stime
     max_rss_mb = usage.ru_maxrss / (2**10 if LINUX else 2**20)              # macOS counts bytes
-    return os.waitstatus_to_exitcode(wait_status), job.deadline == math.inf, seconds, cpu_seconds, max_rss_mb
+    return os.waitstatus_to_exitcode(wait_status), job.verdict, seconds, cpu_seconds, max_rss_mb, own
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The walls: what the zygote gives up once for all its children, and what each child gives up
+
+
+# name, number on x86-64, number on aarch64 ("-": not there). They act on the calling process alone, or on
+# files that Landlock let it open. Not here, with a reason: sendmsg and recvmsg (pass descriptors), shm*,
+# sem*, msg*, mq_*, flock, inotify* (messages between snippets), mincore, preadv2, statfs, sysinfo (shared
+# state that can be read), readlink, access (Landlock does not cover them), memfd_create, setpriority.
+ALLOWED = """
+read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57,
+close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, open 2 -, openat 257 56, getdents64 217 61,
+getcwd 79 17, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, pipe 22 -, pipe2 293 59, poll 7 -,
+ppoll 271 73, select 23 -, pselect6 270 72, epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21,
+epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441, eventfd2 290 19, getsockname 51 204,
+getpeername 52 205, getsockopt 55 209, recvfrom 45 207, shutdown 48 210, mmap 9 222, munmap 11 215,
+mremap 25 216, mprotect 10 226, brk 12 214, set_robust_list 273 99, set_tid_address 218 96, rseq 334 293,
+sched_yield 24 124, getcpu 309 168, nanosleep 35 101, alarm 37 -, pause 34 -, getitimer 36 102,
+setitimer 38 103, time 201 -, times 100 153, gettimeofday 96 169, getrusage 98 165, getrlimit 97 163,
+getrandom 318 278, uname 63 160, getpid 39 172, gettid 186 178, getppid 110 173, getpgrp 111 -,
+getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getresuid 118 148, getresgid 120 150,
+getgroups 115 158, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigpending 127 136, rt_sigsuspend 130 133,
+rt_sigtimedwait 128 137, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128, exit 60 93,
+exit_group 231 94"""
+SELF = 0x5E1F5E1F                      # stands for the snippet's own pid in a filter
+CLOCKS = {0: range(12)}                # not the CPU clocks of other processes, whose ids are negative
+# (x86-64, aarch64), {argument: the values it may have}. All are 32-bit arguments in the kernel.
+CONDITIONAL = [
+    ((56, 220), {0: (0x3D0F00, 0x7D0F00)}),                    # clone: a thread's flags in glibc, in musl
+    ((62, 129), {0: [SELF]}), ((234, 131), {0: [SELF]}),       # kill, tgkill
+    ((157, 167), {0: (15, 16)}),                               # prctl: the thread's name
+    # prlimit64: not of others; not RLIMIT_CORE, for 0 would start the host's crash handler
+    ((302, 261), {0: (0, SELF), 1: [n for n in range(16) if n != 4]}),
+    ((204, 123), {0: (0, SELF)}),                              # sched_getaffinity
+    ((121, 155), {0: (0, SELF)}), ((124, 156), {0: (0, SELF)}),            # getpgid, getsid
+    # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+    ((16, 29), {1: (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)}),
+    ((72, 25), {1: (0, 1, 2, 3, 4, 1030)}),                    # fcntl: no locks, leases, owners, seals
+    ((28, 233), {2: (0, 1, 2, 3, 4, 8, 14, 15)}, errno.EINVAL),            # madvise, as on an old kernel
+    ((53, 199), {0: [1], 1: (1, 0x801, 0x80001, 0x80801)}),    # socketpair: AF_UNIX streams, for asyncio
+    ((44, 206), {5: [0]}),                                     # sendto: without an address
+    ((228, 113), CLOCKS), ((229, 114), CLOCKS), ((230, 115), CLOCKS),      # clock_gettime, getres, nanosleep
+    # futex: private ones only. A shared one names a place in a file: any page of libc would be a doorbell
+    # between snippets. EAGAIN makes glibc look again (the end of a joined thread is a shared futex).
+    ((202, 98), {1: (128, 129, 131, 132, 133, 134, 135, 137, 138, 393)}, errno.EAGAIN)]
+CLONE3, FIRST_UNKNOWN = 435, 451       # ENOSYS, so that glibc takes an older way
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}         # column, AUDIT_ARCH
+
+
+def seccomp_filter():
+    """(BPF program, where in it a snippet puts its pid, what the kernel wants to know of it). An instruction
+    has 8 bytes: code, jump if true, jump if false, constant."""
+    column, arch = MACHINES[os.uname().machine]
+    load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
+    allow = [(leave, 0, 0, 0x7FFF0000)]
+
+    def fail(code=errno.EPERM):
+        return [(leave, 0, 0, 0x00050000 | code)]
+
+    answers = {int(entry.split()[1 + column]): allow for entry in ALLOWED.replace("-", "-1").split(",")}
+    for numbers, conditions, *code in CONDITIONAL:
+        answers[numbers[column]] = block = []
+        for argument, values in conditions.items():
+            block += [(load, 0, 0, 16 + 8 * argument)]         # its lower half
+            block += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)] + fail(*code)
+        block += allow
+    answers |= {CLONE3: fail(errno.ENOSYS)}
+    # From which number on which answer holds; then a binary search. The kernel runs the filter for all
+    # numbers when it is installed, so a list of comparisons would cost each snippet half a millisecond.
+    steps = {n: answers.get(n, fail()) for number in answers for n in (number, number + 1)}
+    steps |= {FIRST_UNKNOWN: fail(errno.ENOSYS), 0x40000000: fail()}       # the latter: x32's numbers
+    steps = sorted((n, answer) for n, answer in steps.items() if n >= 0)
+    assert steps[0][0] == 0
+    steps = [step for i, step in enumerate(steps) if i == 0 or step[1] != steps[i - 1][1]]
+
+    def search(steps):
+        if len(steps) == 1:
+            return steps[0][1]
+        below, above = search(steps[:len(steps) // 2]), search(steps[len(steps) // 2:])
+        return [(at_least, len(below), 0, steps[len(steps) // 2][0]), *below, *above]
+
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), *fail(), (load, 0, 0, 0), *search(steps)]
+    text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    selves = [8 * i + 4 for i, line in enumerate(program) if line[3] == SELF]
+    return text, selves, struct.pack("HP", len(program), ctypes.addressof(text))       # struct sock_fprog
+
+
+def landlock_ruleset():
+    """(descriptor, ABI) of a ruleset that allows to read the libraries and to write /dev/null."""
+    abi = kernel(444, None, 0, 1)                              # landlock_create_ruleset: the version
+    handled = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1             # all file rights it knows of
+    rights = struct.pack("=QQQ", handled, 3 * (abi >= 4), 3 * (abi >= 6))  # TCP; abstract sockets, signals
+    ruleset = kernel(444, rights, len(rights), 0)
+    folders = [*library_folders(), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    files = {"/etc/ld.so.cache": 4, "/dev/urandom": 4, "/dev/null": 6}     # 2: write, 4: read, 8: list
+    for path, access in (dict.fromkeys(folders, 12) | files).items():
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_PATH)
+            kernel(445, ruleset, 1, struct.pack("=Qi", access, fd), 0)     # landlock_add_rule, beneath a path
+            os.close(fd)
+    return ruleset, abi
+
+
+def give_up(config):
+    """What all snippets share, set once: {"layers": what is on, "missing": mandatory layers that are not}."""
+    report = {"layers": [], "missing": []}
+    if not LINUX:
+        return report
+
+    @contextlib.contextmanager
+    def layer(name, mandatory=True):
+        try:
+            yield
+            report["layers"].append(name)
+        except (OSError, KeyError) as error:
+            if mandatory:
+                report["missing"].append(f"{name} ({error})")
+            else:
+                report["layers"].append(f"NOT {name} ({error})")
+
+    with layer("first choice of the OOM killer", mandatory=False):
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
+    host = os.stat("self/ns/mnt", dir_fd=PROC).st_ino
+    with layer("network, IPC and mount namespaces", mandatory=False):
+        try:
+            kernel("unshare", 0x48020000)                      # CLONE_NEWNET, NEWIPC, NEWNS
+        except PermissionError:
+            kernel("unshare", 0x58020000)                      # and NEWUSER, which allows the others
+    with layer("read-only mounts, no /proc", mandatory=False):
+        # CRUCIAL, for root: without a namespace of its own this would strike the host; with one, but shared
+        # with the host's and not private, the cover of /proc would spread to it.
+        if os.stat("self/ns/mnt", dir_fd=PROC).st_ino == host:
+            raise OSError("no mount namespace")
+        kernel("mount", b"none", b"/", None, 0x44000, None)    # MS_REC, MS_PRIVATE
+        kernel("mount", b"none", b"/proc", b"tmpfs", 1, b"mode=0,size=4k")         # 1: MS_RDONLY
+        kernel(442, -100, b"/", 0x8000, struct.pack("=QQQQ", 1, 0, 0, 0), 32)      # mount_setattr, recursive
+    kernel("prctl", 4, 1, 0, 0, 0)   # PR_SET_DUMPABLE: a user namespace hides this process from its owner
+    with layer("dropped capabilities"):
+        kernel("prctl", 38, 1, 0, 0, 0)                        # PR_SET_NO_NEW_PRIVS
+        header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+        kernel("capset", header, data)
+        kernel("capget", header, data)
+        if any(data.raw):
+            raise OSError("some are left")
+    with layer("Landlock"):
+        config["landlock"], abi = landlock_ruleset()
+    if "landlock" in config:
+        report["layers"][-1] += f" (ABI {abi})"
+    with layer("seccomp"):
+        config["seccomp"] = seccomp_filter()
+        if LIBC.prctl(22, 2, None, 0, 0) != -1 or ctypes.get_errno() != errno.EFAULT:      # wants a program
+            raise OSError(ctypes.get_errno(), "PR_SET_SECCOMP: " + os.strerror(ctypes.get_errno()))
+    return report
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -353,17 +652,22 @@ def reap(job):
 
 def confine(config):
     """Every restriction of a snippet, set in the child just before its code runs. Raises OSError, ValueError.
-    The descriptors, the environment, stdin = /dev/null and the working folder are already the snippet's.
-    Further layers (Landlock, seccomp) go at the end, seccomp last because it forbids the others."""
-    os.setsid()                                             # own session and process group, killed as a whole
+    The environment, the working folder and the zygote's own losses are inherited."""
+    os.setpgid(0, 0)                                        # killed as a whole, where there can be a whole
     die_with_parent(config["zygote_pid"])
-    cpu_seconds = math.ceil(config["timeout"]) + 1             # a backstop; the zygote's deadline comes first
-    limits = {"RLIMIT_CORE": (0, 0), "RLIMIT_FSIZE": (OUTPUT_BYTES, OUTPUT_BYTES), "RLIMIT_NOFILE": (64, 64),
-              "RLIMIT_CPU": (cpu_seconds, cpu_seconds + 1)}
-    if LINUX:
-        limits["RLIMIT_AS"] = (config["address_space"], config["address_space"] + MEMORY_RESERVE)
-    for name, limit in limits.items():
-        resource.setrlimit(getattr(resource, name), limit)
+    os.nice(NICENESS)
+    # An open file of its own: the flags of the zygote's stdin are shared by all its children.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if "landlock" in config:
+        kernel(446, config["landlock"], 0)                     # landlock_restrict_self
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))                # the socket, and the files of queued snippets
+    for name, limits in config["limits"]:                      # after that: they are more than NOFILE
+        resource.setrlimit(name, limits)
+    if "seccomp" in config:                                    # last, for it forbids the others
+        text, selves, program = config["seccomp"]
+        for offset in selves:
+            struct.pack_into("=I", text, offset, os.getpid())
+        kernel("prctl", 22, 2, program, 0, 0)                  # PR_SET_SECCOMP
 
 
 def run_child(config, seed, code_fd, output_fd):
@@ -376,7 +680,6 @@ def run_child(config, seed, code_fd, output_fd):
             source = os.pread(code_fd, os.fstat(code_fd).st_size, 0)
             os.dup2(output_fd, 1)
             os.dup2(output_fd, 2)
-            os.closerange(3, os.sysconf("SC_OPEN_MAX"))        # the socket, and the files of queued snippets
             confine(config)
         except BaseException:
             # Our own fault. An exit code that says so could be forged by a snippet, so the zygote goes too:
@@ -384,7 +687,7 @@ def run_child(config, seed, code_fd, output_fd):
             emit(traceback.format_exc())
             os.kill(config["zygote_pid"], signal.SIGKILL)
         else:
-            exit_code = run_snippet(source.decode("utf-8", "surrogatepass"), seed)
+            exit_code = run_snippet(source.decode("utf-8", "surrogatepass"), seed, config["memory_mb"])
     finally:
         os._exit(exit_code)
 
@@ -398,7 +701,7 @@ def emit(text):
         os.write(1, text.encode("utf-8", "backslashreplace"))
 
 
-def run_snippet(code, seed):
+def run_snippet(code, seed, memory_mb):
     """Execute `code` as a script of its own. Returns the exit code: 1 after an exception, already printed."""
     gc.freeze()                                             # counters to zero: collections at the same points
     gc.enable()
@@ -432,6 +735,8 @@ def run_snippet(code, seed):
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         message = describe(error)
+        if isinstance(error, MemoryError):
+            message += f"[memory limit of {memory_mb} MiB reached]\n"
         with contextlib.suppress(OSError, ValueError):         # the output is full; the snippet closed it
             out.flush()
         emit(message)
@@ -445,16 +750,13 @@ def run_snippet(code, seed):
 
 
 def describe(error):
-    """Traceback text: the snippet's own frames only, the last MAX_FRAMES of them, and no path of the host."""
+    """Traceback text: the snippet's own frames only, the last MAX_FRAMES of them."""
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
               if frame.f_code.co_filename == SNIPPET]
     dropped = f", {len(frames) - MAX_FRAMES} frames dropped" if len(frames) > MAX_FRAMES else ""
     lines = [f"Traceback (most recent call last{dropped}):\n"] if frames else []
     lines += traceback.StackSummary.extract(iter(frames[-MAX_FRAMES:])).format()
-    text = "".join(lines + traceback.format_exception_only(type(error), error))
-    for folder in sorted(filter(None, sys.path), key=len, reverse=True):  # "cannot import ... (/usr/lib/...)"
-        text = text.replace(folder + "/", "")
-    return text
+    return "".join(lines + traceback.format_exception_only(type(error), error))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -477,7 +779,7 @@ def run_fresh_interpreter(code, timeout=10.0, output_chars=2000):
             process.kill()
             process.wait()
         raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
-    status, text = feedback(raw, process.returncode, timed_out, timeout, output_chars)
+    status, text = feedback(raw, process.returncode, TIMED_OUT * timed_out, timeout, output_chars)
     return SandboxResult(status, text, time.monotonic() - begin)
 
 
@@ -510,6 +812,6 @@ async def self_check():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
-        zygote_main(socket.socket(fileno=int(sys.argv[2])), json.loads(sys.argv[3]))
+        zygote_main(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), json.loads(sys.argv[4]))
     else:
         asyncio.run(self_check())
