@@ -17,13 +17,18 @@ The adversary is a policy that is paid for answers and may know this file. Manda
     Landlock      files: the interpreter's own libraries can be read, /dev/null written, nothing else
     rlimits       memory, output, descriptors, core dumps; no capability; an environment of constants
 Sandbox() does not start where one is missing. Best effort, reported at start: namespaces (network, IPC, read-only mounts,
-an unreadable /proc), the OOM killer's preference.
+an unreadable /proc), the OOM killer's preference, time limits that do not count waiting for a core.
+
+The time limit. `timeout` limits a snippet's *own* time: its CPU seconds over all threads, and the wall time
+of its main thread less the time for which that was ready to run and waited for a core. A loop and a sleep
+both end at `timeout`, and on an idle machine that is wall time. A snippet of 5 ms does not run into its limit
+because a trainer keeps the cores busy (snippets run niced). WALL_FACTOR times `timeout` of wall time ends
+all. Results that used more than half of their limit are counted: those may differ on another run.
 
 Covered: that, and endless loops (in C code too), floods of output, memory, threads and recursion, crashes of
 the interpreter, left-over threads, state passed between snippets (memory, files, locks, shared futexes), a
 killed or frozen zygote, a killed trainer, a cancelled task. The same code and seed give the same text
-(clocks, os.urandom, object addresses aside). The limit is wall time, so a loaded host may time out what an
-idle one would finish.
+(clocks, os.urandom, object addresses and what is close to a time limit aside).
 NOT covered: holes in the kernel; timing and cache channels between snippets; stat(), which Landlock leaves
 open: a snippet learns which files exist, their sizes and times, and without namespaces also which processes;
 nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 3.13 or later) is
@@ -140,10 +145,10 @@ def feedback(raw, exit_code, verdict, timeout, output_chars, folders=()):
 class Sandbox:
     """A pool of `workers` snippets at a time, for one event loop: `async with Sandbox() as sandbox`.
 
-    timeout: wall seconds per snippet, counted from its fork and not from the call of run().
+    timeout: seconds of its own time that a snippet has from its fork, see the top of this file.
     memory_mb: address space in MiB above what the zygote has mapped.
     output_chars: characters of output kept, half from the head and half from the tail.
-    counts: results by status.
+    counts: results by status, and "near_limit", see above.
     Entering runs an empty snippet, and raises RuntimeError when that fails.
     """
 
@@ -220,6 +225,7 @@ class Sandbox:
         exit_code, verdict, *usage, own_seconds = future.result()
         folders = self.layers.get("folders", ())
         status, text = feedback(raw, exit_code, verdict, timeout, output_chars, folders)
+        self.counts["near_limit"] += verdict == FINISHED and own_seconds > timeout / 2
         return SandboxResult(status, text, *usage)
 
     def _start(self):
@@ -454,8 +460,16 @@ def process_file(pid, name):
 
 
 def own_seconds(job):
-    """What counts against the time limit: wall time."""
-    return time.monotonic() - job.started_at
+    """What counts against the time limit: CPU seconds of all threads, or wall seconds less those for which
+    the main thread was ready and waited for a core, whichever is more."""
+    wall = time.monotonic() - job.started_at
+    if not LINUX:
+        return wall
+    cpu = time.clock_gettime((~job.pid << 3) | 2)              # its CPU clock: see clock_getcpuclockid
+    if wall < job.timeout / 2:                                 # the usual case needs no second look
+        return max(wall, cpu)
+    waited = int(process_file(job.pid, "schedstat").split()[1]) * 1e-9     # 0 if the kernel does not count
+    return max(wall - waited, cpu)
 
 
 def look(job):
@@ -613,6 +627,9 @@ def give_up(config):
     with layer("first choice of the OOM killer", mandatory=False):
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
+    with layer("time limits without waiting for a core", mandatory=False):
+        if process_file("self", "schedstat").startswith("0 "):
+            raise OSError("the kernel does not count it")
     host = os.stat("self/ns/mnt", dir_fd=PROC).st_ino
     with layer("network, IPC and mount namespaces", mandatory=False):
         try:
