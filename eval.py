@@ -287,6 +287,8 @@ async def main(rank, world, device):
     results = {}
     responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")
     async with make_sandbox(args) as sandbox:
+        if rank == 0:
+            print(sandbox.report)
         for name, problems in sets.items():
             results[name], trajectories, rewards = await evaluate(
                 model, tokenizer, problems, template, sandbox, rank, world, name, args.max_prompt_tokens,
@@ -299,7 +301,8 @@ async def main(rank, world, device):
         print(table(results))
         if args.output:
             with open(args.output, "w") as file:
-                json.dump({"arguments": vars(args), "results": results}, file, indent=1)
+                record = {"arguments": vars(args), "sandbox": sandbox.report, "results": results}
+                json.dump(record, file, indent=1)
 
 
 def describe(trajectory, reward, tokenizer):

@@ -541,6 +541,11 @@ def write_record(args, run, world, device):
     path.write_text(json.dumps(record | {"arguments": vars(args)}, indent=1))
 
 
+def add_to_record(run, entries):
+    record = json.loads((run / "arguments.json").read_text())
+    (run / "arguments.json").write_text(json.dumps(record | entries, indent=1))
+
+
 def open_cut(path, size):
     """A text file to append lines to, cut back to its first `size` bytes."""
     file = open(path, "a", buffering=1)
@@ -612,6 +617,9 @@ async def main(rank, world, device):
             print(evaluation.table(shown), flush=True)
 
     async with make_sandbox(args) as sandbox:
+        if rank == 0:
+            print(sandbox.report)
+            add_to_record(run, {"sandbox": sandbox.report})
         if start["step"] == 0:
             await evaluate("before")
         seconds_checkpoint = 0.0
@@ -634,6 +642,7 @@ async def main(rank, world, device):
     for file in files.values():
         file.close()
     if rank == 0:
+        add_to_record(run, {"sandbox_results": sandbox.counts})  # not a metric: "near_limit" depends on load
         trainer.sampler.save_pretrained(run / "checkpoint")
         tokenizer.save_pretrained(run / "checkpoint")
         plot(rows, run / "curves.png")

@@ -16,7 +16,8 @@ The adversary is a policy that is paid for answers and may know this file. Manda
                   shared memory, or change of a file's name, mode, times or size
     Landlock      files: the interpreter's own libraries can be read, /dev/null written, nothing else
     rlimits       memory, output, descriptors, core dumps; no capability; an environment of constants
-Sandbox() does not start where one is missing. Best effort, reported at start: namespaces (network, IPC, read-only mounts,
+Sandbox() does not start where one is missing, nor where its self-test finds an attack that works, unless
+unsafe=True (--unsafe_sandbox). Best effort, reported at start: namespaces (network, IPC, read-only mounts,
 an unreadable /proc), the OOM killer's preference, time limits that do not count waiting for a core.
 
 The time limit. `timeout` limits a snippet's *own* time: its CPU seconds over all threads, and the wall time
@@ -31,8 +32,8 @@ killed or frozen zygote, a killed trainer, a cancelled task. The same code and s
 (clocks, os.urandom, object addresses and what is close to a time limit aside).
 NOT covered: holes in the kernel; timing and cache channels between snippets; stat(), which Landlock leaves
 open: a snippet learns which files exist, their sizes and times, and without namespaces also which processes;
-nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 3.13 or later) is
-for development: accidents only.
+nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 3.13 or later) and
+--unsafe_sandbox are for development: accidents only.
 
     python sandbox.py        # self-check, and snippets per second against a fresh interpreter for each
 """
@@ -142,22 +143,61 @@ def feedback(raw, exit_code, verdict, timeout, output_chars, folders=()):
     return status, text + ("\n" if notice and text and not text.endswith("\n") else "") + notice
 
 
+ATTACKS = {              # what a snippet must not be able to do; every line is harmless where it can
+    "use a descriptor of the pool": "os.fstat(3)",
+    "fork": "os.fork() or os._exit(0)",
+    "open a socket": "socket.socket()",
+    "signal the zygote": "os.kill(os.getppid(), 0)",
+    "signal all processes": "os.kill(-1, 0)",
+    "limit the zygote": "resource.prlimit(os.getppid(), resource.RLIMIT_CPU)",
+    "read the zygote's environment": "open(f'/proc/{os.getppid()}/environ')",
+    "read the trainer's code": "open(source)",
+    "read a file": "open(canary)",
+    "list a folder": "os.listdir(os.path.dirname(canary))",
+    "write a file": "open(canary, 'a')",
+    "create a file": "open(canary + '.new', 'w')",
+    "change a file's mode": "os.chmod(canary, 0o600)",
+    "change a file's times": "os.utime(canary)",
+    "link a file": "os.link(canary, canary + '.link')",
+    "delete a file": "os.unlink(canary)",
+    "lock a file": "fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)",
+    "hold memory in a file": "os.memfd_create('x')",
+    "hold memory in a queue": "queue = native(libc.msgget(0, 0o600)); libc.msgctl(queue, 0, None)",
+    "read a process's memory": "native(libc.process_vm_readv(os.getpid(), None, 0, None, 0, 0))",
+    "enter a namespace": "native(libc.unshare(0x10000000))",
+    "raise its limits": "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)",
+    "run a program": "os.execv('/bin/true', ['true'])"}
+PROBE = """
+import ctypes, fcntl, os, resource, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def native(result):
+    if result < 0: raise OSError(ctypes.get_errno(), "refused")
+    return result
+for name, attack in attacks.items():
+    try: exec(attack)
+    except (OSError, ValueError): continue
+    print(name)
+print("end")
+"""
+
+
 class Sandbox:
     """A pool of `workers` snippets at a time, for one event loop: `async with Sandbox() as sandbox`.
 
     timeout: seconds of its own time that a snippet has from its fork, see the top of this file.
     memory_mb: address space in MiB above what the zygote has mapped.
     output_chars: characters of output kept, half from the head and half from the tail.
-    counts: results by status, and "near_limit", see above.
-    Entering runs an empty snippet, and raises RuntimeError when that fails.
+    unsafe: start although a mandatory layer is missing or an attack works. Printed at every start.
+    report: one line on layers and self-test. counts: results by status, and "near_limit", see above.
+    Entering runs the self-test, and raises RuntimeError when that fails.
     """
 
-    def __init__(self, workers=2, timeout=1.0, memory_mb=512, output_chars=2000):
+    def __init__(self, workers=2, timeout=1.0, memory_mb=512, output_chars=2000, unsafe=False):
         assert workers >= 1 and timeout > 0 and memory_mb > 0 and output_chars >= 0
-        self.workers, self.timeout = workers, timeout
+        self.workers, self.timeout, self.unsafe = workers, timeout, unsafe
         self.memory_mb, self.output_chars = memory_mb, output_chars
         self.process = self.socket = None                     # the zygote; socket is None while there is none
-        self.counts = collections.Counter()
+        self.report, self.counts = "", collections.Counter()
         self.closed = True
 
     async def __aenter__(self):
@@ -169,19 +209,55 @@ class Sandbox:
         self.closed = False
         self.layers_file = anonymous_file()
         try:
-            probe = await self._attempt("", 0, self.timeout, self.output_chars)
-            self.layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or "{}")
-            if probe.status == "sandbox_error":
-                raise RuntimeError(f"the sandbox does not start: {probe.output} {self.layers}")
+            self.report = await self._self_test()
         except BaseException:                                  # a cancellation too must not leave a process
             await self.__aexit__()
             raise
+        if self.unsafe or not LINUX:
+            flag = "--unsafe_sandbox" if self.unsafe else "development only, not isolation"
+            print(f"WARNING: {flag}: {self.report}", file=sys.stderr, flush=True)
         return self
 
     async def __aexit__(self, *exc_info):
         self.closed = True
         self._stop(grace=5.0)
         self.layers_file.close()
+
+    async def _self_test(self):
+        """Try each kind of attack and each limit for real. The one-line report, or RuntimeError."""
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            canary = os.path.join(folder, "canary")
+            with open(canary, "w") as file:
+                file.write("canary")
+            code = f"canary, source, attacks = {canary!r}, {os.path.abspath(__file__)!r}, {ATTACKS!r}{PROBE}"
+            attacked = await self._attempt(code, 0, 10.0, output_chars=10_000)
+            self.layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or b'{"missing": []}')
+            if self.layers["missing"] and not self.unsafe:
+                missing = ", ".join(self.layers["missing"])
+                raise RuntimeError(f"the sandbox does not start: it lacks {missing}. --unsafe_sandbox (in "
+                                   "code: unsafe=True) runs snippets without that")
+            if attacked.status != "ok":
+                raise RuntimeError(f"the sandbox does not start: {attacked.output} (see standard error)")
+            with open(canary) as file:
+                intact = os.listdir(folder) == ["canary"] and file.read() == "canary"
+        loop, memory, output = await asyncio.gather(
+            self._attempt("while True: pass", 0, 0.1, output_chars=10_000),
+            self._attempt("bytearray(1 << 40)", 0, 10.0, output_chars=10_000),
+            self._attempt("print('x' * (1 << 22))", 0, 10.0, output_chars=10_000))
+        lines = attacked.output.splitlines()
+        possible = [line for line in lines if line in ATTACKS] + ["leave a trace in a folder"] * (not intact)
+        possible += ["run a program"] * ("end" not in lines)   # the last attack: a program prints nothing
+        limits = {"time limit": loop.status == "timeout", "memory limit": "MemoryError" in memory.output,
+                  "output limit": output.status == "output_limit"}
+        possible += [f"exceed the {name}" for name, holds in limits.items() if not holds]
+        if possible and LINUX and not self.unsafe:
+            raise RuntimeError("the sandbox does not start: its self-test was able to " + ", ".join(possible))
+        lacks = self.layers["missing"] and [f"LACKS {', '.join(self.layers['missing'])}"]
+        return "; ".join([
+            f"sandbox: POSSIBLE: {', '.join(possible)}" if possible else
+            f"sandbox: {len(ATTACKS)} attacks refused, limits hold (0.1 s fired at {loop.seconds:.3f} s)",
+            *lacks, ", ".join(self.layers["layers"]), f"self-test {time.monotonic() - begin:.1f} s"])
 
     async def run(self, code, seed=0):
         """Run `code` (str) with the generators of random, numpy and sympy seeded by `seed` (64-bit, signed).
@@ -243,7 +319,7 @@ class Sandbox:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)    # room for all that is in flight
         config = {"workers": self.workers, "timeout": self.timeout, "memory_mb": self.memory_mb,
-                  "trainer_pid": os.getpid()}
+                  "trainer_pid": os.getpid(), "unsafe": self.unsafe}
         # Not `python -I`: that would ignore PYTHONHASHSEED. The environment is clean as it is, -s leaves out
         # the user's site-packages, and the zygote drops this file's folder from sys.path.
         fds = theirs.fileno(), self.layers_file.fileno()
@@ -348,7 +424,7 @@ def zygote_main(sock, layers_fd, config):
     report["folders"] = sorted(library_folders(), key=len, reverse=True)
     os.pwrite(layers_fd, json.dumps(report).encode(), 0)
     os.close(layers_fd)
-    if report["missing"]:
+    if report["missing"] and not config["unsafe"]:
         return                                                 # the trainer's side reads the report
     die_with_parent(config["trainer_pid"])                     # entering a user namespace has reset it
     gc.disable()                                               # a collection would un-share all pages

@@ -397,6 +397,8 @@ def add_format_arguments(parser):
         help="interpreter text per call, head + tail; paper does not say")
     add("--sandbox_workers", type=int, default=2, help="snippets that run at the same time")
     add("--sandbox_timeout", type=float, default=0.5, help="seconds per snippet; raise it for real scripts")
+    add("--unsafe_sandbox", action="store_true",
+        help="run snippets although a layer of the sandbox is missing: they may then do what this user may")
 
 
 def add_arguments(parser):
@@ -427,7 +429,7 @@ def add_arguments(parser):
 
 
 def make_sandbox(args):
-    return Sandbox(workers=args.sandbox_workers, timeout=args.sandbox_timeout)
+    return Sandbox(workers=args.sandbox_workers, timeout=args.sandbox_timeout, unsafe=args.unsafe_sandbox)
 
 
 async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, log):

@@ -1,5 +1,6 @@
 """Properties of sandbox.py. Run: python -m pytest tests/test_sandbox.py"""
 import asyncio
+import ctypes
 import errno
 import os
 import signal
@@ -390,6 +391,55 @@ def test_results_close_to_the_limit_are_counted():
             await asyncio.gather(*(sandbox.run(f"import time; time.sleep({s})") for s in (0.0, 0.7, 9.0)))
             return sandbox.counts
     assert asyncio.run(main()) == {"ok": 2, "timeout": 1, "near_limit": 1}
+
+
+def deny(**calls):
+    """In a forked child before exec: system calls of these numbers fail with these errors (0: they return 0
+    without doing anything). What a container or an old kernel does, and one that lies."""
+    program = [(0x20, 0, 0, 0)]
+    for number, code in calls.items():
+        program += [(0x15, 0, 1, int(number[1:])), (0x06, 0, 0, 0x00050000 | code)]
+    text = b"".join(struct.pack("=HBBI", *line) for line in program + [(0x06, 0, 0, 0x7FFF0000)])
+    libc, instructions = ctypes.CDLL(None), ctypes.create_string_buffer(text)
+
+    def install():
+        libc.prctl(38, 1, 0, 0, 0)
+        libc.prctl(22, 2, struct.pack("HP", len(text) // 8, ctypes.addressof(instructions)), 0, 0)
+    return install
+
+
+START = """import asyncio, sys, sandbox
+async def main():
+    async with sandbox.Sandbox(unsafe=sys.argv[1] == "unsafe") as pool:
+        print("STARTED", pool.report, (await pool.run("print(6 * 7)")).output)
+asyncio.run(main())"""
+x86_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86-64")
+
+
+@linux_only
+@x86_only
+@pytest.mark.parametrize("calls, started, text", [
+    (dict(n444=errno.ENOSYS), False, "it lacks Landlock"),
+    (dict(n444=errno.EOPNOTSUPP, n126=errno.EPERM), False, "dropped capabilities"),
+    (dict(n446=0), False, "its self-test was able to read"),                    # says yes and does nothing
+    (dict(n272=errno.EPERM), True, "NOT network, IPC and mount namespaces"),
+    (dict(n165=errno.EPERM), True, "NOT read-only mounts"),
+    (dict(n444=errno.ENOSYS, unsafe=True), True, "POSSIBLE: read"),
+])
+def test_start_needs_the_mandatory_layers_only(calls, started, text):
+    """A sandbox that silently runs without a layer is the worst of all; one that cannot run in a container is
+    switched off by its users."""
+    unsafe = calls.pop("unsafe", False)
+    command = [sys.executable, "-c", START, "unsafe" if unsafe else "safe"]
+    result = subprocess.run(command, cwd=REPO, preexec_fn=deny(**calls), capture_output=True, text=True,
+                            timeout=60)
+    assert ("STARTED" in result.stdout) == started, result.stderr
+    assert text in (result.stdout if started else result.stderr), result
+    assert "42" in result.stdout or not started
+    if unsafe:
+        assert "WARNING: --unsafe_sandbox" in result.stderr and "LACKS Landlock" in result.stderr
+    elif not started:
+        assert "unsafe_sandbox" in result.stderr or "self-test" in result.stderr
 
 
 @pytest.mark.parametrize("machine, column", [("x86_64", 0), ("aarch64", 1)])
