@@ -80,6 +80,8 @@ MAX_IN_FLIGHT = 128                    # requests inside the zygote: 2 descripto
 WALL_FACTOR = 10                       # wall seconds for each second of a time limit, at most
 NICENESS = 10                          # of snippets: the trainer comes first
 LOOK_SECONDS = 0.1                     # how often the zygote looks at a snippet's threads and CPU time
+WATCH_SECONDS = 0.2                    # how often the trainer looks at the zygote's state
+SPARE_SECONDS = 3.0                    # a pool this old gets a second zygote, to replace the first at once
 FROZEN_SECONDS = 30.0                  # a zygote silent this long past a time limit, or at start, is replaced
 REQUEST = struct.Struct("=Qqd?")       # request id, seed, time limit in s, True to cancel that request
 REPLY = struct.Struct("=Qibdddd")      # request id, exit code, verdict, wall s, CPU s, peak MiB, own s
@@ -181,6 +183,14 @@ print("end")
 """
 
 
+def is_running(process):
+    """False for a Popen that has ended or is stopped (SIGSTOP; on Linux)."""
+    if process.poll() is not None or not LINUX:
+        return process.returncode is None
+    with open(f"/proc/{process.pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] not in "TtZ"
+
+
 class Sandbox:
     """A pool of `workers` snippets at a time, for one event loop: `async with Sandbox() as sandbox`.
 
@@ -197,6 +207,7 @@ class Sandbox:
         self.workers, self.timeout, self.unsafe = workers, timeout, unsafe
         self.memory_mb, self.output_chars = memory_mb, output_chars
         self.process = self.socket = None                     # the zygote; socket is None while there is none
+        self.spare = None                                      # (process, socket) of the one that waits
         self.report, self.counts = "", collections.Counter()
         self.closed = True
 
@@ -206,9 +217,10 @@ class Sandbox:
         self.ids = itertools.count()
         self.futures = {}                                    # request id -> future of its reply, None if lost
         self.layers = {}                                       # what the zygote says about itself
-        self.closed = False
+        self.closed, self.watch = False, None
         self.layers_file = anonymous_file()
         try:
+            self._watch()
             self.report = await self._self_test()
         except BaseException:                                  # a cancellation too must not leave a process
             await self.__aexit__()
@@ -221,6 +233,9 @@ class Sandbox:
     async def __aexit__(self, *exc_info):
         self.closed = True
         self._stop(grace=5.0)
+        if self.spare:
+            self._end(*self.spare, grace=0)
+        self.watch.cancel()
         self.layers_file.close()
 
     async def _self_test(self):
@@ -305,13 +320,18 @@ class Sandbox:
         return SandboxResult(status, text, *usage)
 
     def _start(self):
-        """Start a zygote; requests may be sent at once, they wait in the socket for its imports to end."""
-        self.process, self.socket = self._spawn()
+        """Take the spare zygote or start one; requests may be sent at once, they wait in the socket for its
+        imports to end."""
+        if self.spare and not is_running(self.spare[0]):
+            self.spare = self._end(*self.spare, grace=0)
+        self.process, self.socket = self.spare or self._spawn()
+        self.spare = None
         self.heard = self.loop.time()
         self.loop.add_reader(self.socket, self._on_readable)
 
     def _spawn(self):
         """A new zygote: its process and our end of its socket."""
+        self.spawned = self.loop.time()
         # Message boundaries keep descriptors with their request; on macOS, the fixed record sizes do that.
         kind = socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -329,6 +349,14 @@ class Sandbox:
                 [*command, json.dumps(config)], env=ENVIRONMENT, cwd="/", pass_fds=fds,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         return process, ours
+
+    def _watch(self):
+        """Every WATCH_SECONDS: end a zygote that is stopped, and have a spare one ready."""
+        if self.socket is not None and not is_running(self.process):
+            self._stop(grace=0)
+        if self.socket is not None and self.spare is None and self.loop.time() - self.spawned > SPARE_SECONDS:
+            self.spare = self._spawn()
+        self.watch = self.loop.call_later(WATCH_SECONDS, self._watch)
 
     def _send(self, request_id, seed, timeout, cancel, fds):
         try:

@@ -295,14 +295,49 @@ def test_two_lost_zygotes_are_a_sandbox_error():
 
 
 @linux_only
+@pytest.mark.parametrize("spare", [False, True])
+def test_stopped_zygote_is_replaced(monkeypatch, spare):
+    """A stopped zygote closes nothing, and a spare one may be stopped as well: both must be found out."""
+    monkeypatch.setattr("sandbox.SPARE_SECONDS", 0.0 if spare else 1e9)
+    async def main():
+        async with Sandbox(timeout=5.0) as sandbox:
+            await until(lambda: bool(sandbox.spare) == spare)
+            first = sandbox.process.pid
+            task = asyncio.create_task(sandbox.run("import time; time.sleep(1); print('thawed')"))
+            await until(lambda: children(first))
+            for process in [sandbox.process, *(sandbox.spare or [])[:1]]:
+                os.kill(process.pid, signal.SIGSTOP)
+            result = await task
+            assert sandbox.process.pid != first
+            return result
+    assert asyncio.run(main()).output == "thawed\n"
+
+
+@linux_only
 def test_silent_zygote_is_replaced(monkeypatch):
     """A zygote that hangs is not stopped: only its silence tells."""
     monkeypatch.setattr("sandbox.FROZEN_SECONDS", 1.5)
+    monkeypatch.setattr("sandbox.is_running", lambda process: True)
     async def main():
         async with Sandbox(timeout=0.1) as sandbox:
             os.kill(sandbox.process.pid, signal.SIGSTOP)
             return await sandbox.run("print('thawed')")
     assert asyncio.run(main()).output == "thawed\n"
+
+
+@linux_only
+def test_spare_zygote_takes_over(monkeypatch):
+    """Without a spare one the pool is back only after another import of sympy."""
+    monkeypatch.setattr("sandbox.SPARE_SECONDS", 0.0)
+    async def main():
+        async with Sandbox() as sandbox:
+            await until(lambda: sandbox.spare)
+            spare = sandbox.spare[0]
+            os.kill(sandbox.process.pid, signal.SIGKILL)
+            result = await sandbox.run("print('back')")
+            assert sandbox.process is spare
+            return result
+    assert asyncio.run(main()).output == "back\n"
 
 
 @linux_only
