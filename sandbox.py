@@ -36,6 +36,7 @@ nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 
 --unsafe_sandbox are for development: accidents only.
 
     python sandbox.py        # self-check, and snippets per second against a fresh interpreter for each
+    python tests/test_sandbox.py 10000        # soak: hostile snippets, and what they leave behind
 """
 import ast
 import asyncio
