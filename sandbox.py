@@ -35,7 +35,7 @@ open: a snippet learns which files exist, their sizes and times, and without nam
 nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 3.13 or later) and
 --unsafe_sandbox are for development: accidents only.
 
-    python sandbox.py        # self-check, and snippets per second against a fresh interpreter for each
+    python sandbox.py                         # layers, self-test, speed against a fresh interpreter for each
     python tests/test_sandbox.py 10000        # soak: hostile snippets, and what they leave behind
 """
 import ast
@@ -905,35 +905,68 @@ def run_fresh_interpreter(code, timeout=10.0, output_chars=2000):
     return SandboxResult(status, text, time.monotonic() - begin)
 
 
-async def self_check():
-    checks = [("ok", "import sympy\nx = sympy.Symbol('x')\nsympy.integrate(x**2, x)"), ("ok", "x = 1"),
-              ("error", "print('before')\n1 / 0"), ("error", "x = = 1"), ("error", "x = [0] * 10**10"),
-              ("timeout", "print('partial')\nwhile True: pass"), ("timeout", "pow(3, 10**9)"),
-              ("output_limit", "while True: print('flood ' * 100)"), ("killed", "import os; os.abort()")]
-    trivial, begin = "print(1 + 1)", time.monotonic()
-    async with Sandbox(workers=os.cpu_count()) as sandbox:
-        print(f"first start: {time.monotonic() - begin:.2f} s")
-        for expected, code in checks:
-            result = await sandbox.run(code)
-            print(f"{result.status:12s} {result.seconds * 1000:6.0f} ms  {code[:40]!r} -> "
-                  f"{result.output[-50:]!r}")
-            assert result.status == expected, f"expected {expected}, got {result}"
+def bare_fork_main():
+    """The fast twin, a lower bound: the prepared process forks children that do nothing. Reads counts, one a
+    line, and answers each with the seconds it took."""
+    prepare()
+    gc.disable()
+    gc.freeze()
+    for line in sys.stdin:
         begin = time.monotonic()
-        results = [await sandbox.run(trivial) for _ in range(200)]
-        alone = 200 / (time.monotonic() - begin)
-        begin = time.monotonic()
-        results += await asyncio.gather(*(sandbox.run(trivial) for _ in range(400)))
-        together = 400 / (time.monotonic() - begin)
-    begin = time.monotonic()
-    results += [run_fresh_interpreter(trivial) for _ in range(5)]
-    fresh = 5 / (time.monotonic() - begin)
-    assert {(r.status, r.output) for r in results} == {("ok", "2\n")}
-    print(f"{trivial}: {alone:.0f} per second one at a time, {together:.0f} with {os.cpu_count()} workers; "
-          f"fresh interpreter {fresh:.1f} one at a time, so {alone / fresh:.0f} times slower")
+        for _ in range(int(line)):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+        print(time.monotonic() - begin, flush=True)
+
+
+async def benchmark(rounds=10, n=50):
+    """The report, deadlines, and the three twins in turns on one core; medians over the rounds."""
+    async with Sandbox(timeout=0.5) as sandbox:
+        print(sandbox.report)
+        hanging = [await sandbox.run(code) for code in ["while True: pass", "import time; time.sleep(9)"] * 4]
+        assert {r.status for r in hanging} == {"timeout"}
+        late, cpu = (max(abs(s - 0.5) for s in found) for found in (
+            [r.seconds for r in hanging], [r.cpu_seconds for r in hanging[::2]]))
+        print(f"deadline of 0.5 s, 4 loops and 4 sleeps in turn: at most {1000 * late:.1f} ms of wall time\n"
+              f"  off (waiting for a core included), the loops at most {1000 * cpu:.1f} ms of CPU time")
+    if LINUX:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})            # inherited by all that follows
+    rates, latencies, trainer, code = {"confined": [], "bare fork": [], "fresh": []}, [], 0.0, "print(1 + 1)"
+    command = [sys.executable, "-s", os.path.abspath(__file__), "--bare_fork"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          bufsize=1) as twin:
+        async with Sandbox(workers=1) as sandbox:
+            for i in range(rounds + 1):                        # the first only warms up
+                begin, cpu = time.monotonic(), time.process_time()
+                results = []
+                for _ in range(n):
+                    start = time.monotonic()
+                    results.append(await sandbox.run(code))
+                    latencies.append(1000 * (time.monotonic() - start))
+                rates["confined"].append(n / (time.monotonic() - begin))
+                trainer += time.process_time() - cpu
+                print(n, file=twin.stdin)
+                rates["bare fork"].append(n / float(await asyncio.to_thread(twin.stdout.readline)))
+                results.append(await asyncio.to_thread(run_fresh_interpreter, code))
+                rates["fresh"].append(1 / results[-1].seconds)
+                assert {(r.status, r.output) for r in results} == {("ok", "2\n")}
+        twin.stdin.close()
+    confined, bare, fresh = (sorted(rate[1:])[rounds // 2] for rate in rates.values())
+    latencies = sorted(latencies[n:])
+    print(f"{code} on one core, one at a time, median of {rounds} rounds of {n}: {confined:.0f} per second "
+          f"with all layers\n  p50 {latencies[len(latencies) // 2]:.1f} ms, "
+          f"p99 {latencies[len(latencies) * 99 // 100]:.1f} ms; "
+          f"trainer's side {1000 * trainer / (rounds + 1) / n:.2f} ms of CPU each\n"
+          f"  {confined / fresh:.0f} times a fresh interpreter that imports numpy and sympy ({fresh:.2f})\n"
+          f"  {confined / bare:.2f} times a bare fork of the same prepared process ({bare:.0f})")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
         zygote_main(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), json.loads(sys.argv[4]))
+    elif sys.argv[1:2] == ["--bare_fork"]:
+        bare_fork_main()
     else:
-        asyncio.run(self_check())
+        asyncio.run(benchmark())
