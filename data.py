@@ -396,7 +396,7 @@ def power_remainder(draw):
 
 
 def count_pairs(draw):
-    n, m = draw(100, 1200), draw(3, 9)
+    n, m = draw(100, 1200), draw(3, 5)
     if draw(0, 9) == 0:
         n = draw(6000, 9999)  # the natural loop now takes a second and more
     phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",

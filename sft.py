@@ -408,9 +408,9 @@ def add_arguments(parser):
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
     add("--sft_traces", type=int, default=8000,
         help="cold-start problems of the embedded default; paper: 2,000 traces released")
-    add("--code_share", type=float, default=0.45,
+    add("--code_share", type=float, default=0.5,
         help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
-    add("--sft_steps", type=int, default=1500, help="optimiser steps; paper: 2 epochs")
+    add("--sft_steps", type=int, default=1600, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=int, default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=float, default=2e-3,
         help="peak learning rate of AdamW, cosine to zero; paper 1e-6 (32B)")
