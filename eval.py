@@ -153,16 +153,16 @@ def add_arguments(parser):
         help="response limit, interpreter text included; public recipes: 16384")
     add("--max_calls", type=int, default=4, help="snippets per response; public recipes: 8")
     add("--n_slots", type=int, default=128, help="rows in the KV cache at the same time")
+    add("--kv_gib", type=float, default=0.0,
+        help="GiB of KV cache per GPU: fewer slots if n_slots would take more; 0: no such limit")
     add("--rejoin_ticks", type=int, default=4,
         help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
 
 
 def rollout_settings(args):
-    return {
-        "max_response_tokens": args.max_response_tokens, "max_calls": args.max_calls, "n_slots": args.n_slots,
-        "max_interpreter_tokens": args.max_interpreter_tokens, "rejoin_ticks": args.rejoin_ticks,
-        "tools": args.tools == "on"
-    }
+    return {"max_response_tokens": args.max_response_tokens, "max_calls": args.max_calls,
+            "n_slots": args.n_slots, "kv_gib": args.kv_gib, "rejoin_ticks": args.rejoin_ticks,
+            "max_interpreter_tokens": args.max_interpreter_tokens, "tools": args.tools == "on"}
 
 
 def check_limits(parser, args):
@@ -175,9 +175,9 @@ def check_limits(parser, args):
         parser.error("--sandbox_timeout must be positive")
 
 
-def check_positions(positions, args):
+def check_positions(config, args):
     """UserError where prompt + response could exceed the model's positions."""
-    wanted = args.max_prompt_tokens + args.max_response_tokens
+    wanted, positions = args.max_prompt_tokens + args.max_response_tokens, config.max_position_embeddings
     if wanted > positions:
         raise UserError(f"--max_prompt_tokens + --max_response_tokens is {wanted}, the model has {positions} "
                         "positions")
@@ -283,7 +283,7 @@ async def main(rank, world, device):
     }
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, tokenizer, device, dtype=args.dtype)
-    check_positions(model.config.max_position_embeddings, args)
+    check_positions(model.config, args)
     results = {}
     responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")
     async with make_sandbox(args) as sandbox:

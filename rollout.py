@@ -30,6 +30,7 @@ gives that up: rows rejoin as soon as their result is there.
 
     python rollout.py                # against the slow twin: token for token, then tokens/s of both
     python rollout.py --model DIR    # the same on a checkpoint
+    python rollout.py --slow_tools   # do snippets that sleep hold up a rollout?
 
 Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers, H query
 heads, K key/value heads, D head dim, S cache positions per slot.
@@ -40,6 +41,7 @@ import bisect
 import copy
 import heapq
 import json
+import math
 import re
 import time
 from collections import deque
@@ -49,6 +51,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from sandbox import Sandbox, SandboxResult
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
@@ -187,9 +191,14 @@ def at_least_fp32(logits):
 class KVCache:
     """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
 
-    def __init__(self, config, n_slots, max_tokens, dtype, device):
+    @staticmethod
+    def shape(config, n_slots, max_tokens):
+        """(L, n_slots, K, S, D)"""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim)
+        return config.num_hidden_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim
+
+    def __init__(self, config, n_slots, max_tokens, dtype, device):
+        shape = self.shape(config, n_slots, max_tokens)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * n_slots
@@ -396,17 +405,19 @@ class Row:
 
 async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperature=1.0, top_p=1.0,
                    max_response_tokens=512, max_calls=4, max_interpreter_tokens=128, tools=True, n_slots=64,
-                   rejoin_ticks=4, seed=0, step=0, prompt_keys=None, logits_processor=None, stats=None,
-                   progress=None):
+                   kv_gib=0.0, rejoin_ticks=4, seed=0, step=0, prompt_keys=None, logits_processor=None,
+                   stats=None, progress=None):
     """Sample n_samples responses to each prompt; returns a list of Trajectory, prompt-major.
 
     prompts: list of token-id lists. sandbox: an entered Sandbox (unused, may be None, with tools=False: tags
     then mean nothing and nothing is run). Limits are in tokens; max_response_tokens counts interpreter tokens
-    too. rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not
-    reproducible). prompt_keys: integers naming the prompts to the noise (default: their index).
+    too. kv_gib: if not 0, n_slots is reduced to what fits into so many GiB; rows beyond it queue in order.
+    rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not reproducible).
+    prompt_keys: integers naming the prompts to the noise (default: their index).
     logits_processor(logits (N, V), trajectories) -> logits, for forced decoding and ablations. stats: a dict
     that receives counts and seconds. progress: called with 1 for each finished row.
-    Raises ValueError for an empty prompt or where prompt + response exceed the model's positions.
+    Raises ValueError for an empty prompt, where prompt + response exceed the model's positions, and where not
+    even one row fits into kv_gib.
     """
     longest = max((len(p) for p in prompts), default=0) + max_response_tokens
     if not all(prompts):
@@ -424,6 +435,12 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     results, active, paused = [row.trajectory for row in queue], [], []
     n_slots = min(n_slots, len(queue))
     weight = next(model.parameters())
+    if kv_gib:
+        slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
+        n_slots = min(n_slots, int(kv_gib * 2**30 / slot_bytes))
+        if not n_slots:
+            raise ValueError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV cache, "
+                             f"more than kv_gib {kv_gib}")
     cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
     free = list(range(n_slots))  # a heap: low slots first keeps the view of the decode step short
     pieces = Pieces(tokenizer)
@@ -587,6 +604,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             row.task.cancel()
     counts["ticks"] = tick
     if stats is not None:
+        stats["slots"] = n_slots
         for name, value in counts.items():
             stats[name] = stats.get(name, 0) + value
     return results
@@ -671,22 +689,29 @@ class InstantSandbox:
         self.answer = answer
 
     async def run(self, code, seed=0):
-        from sandbox import SandboxResult
         return SandboxResult("ok", self.answer(code))
 
 
-def ragged_workload(tokenizer, rows, seed):
+def follow(scripts, eos):
+    """The logits_processor of `generate` that forces what scripts[prompt_index] says: {position: token}."""
+    def process(logits, trajectories):
+        return force(logits, [scripts[t.prompt_index].get(sum(t.loss_mask), -1) for t in trajectories], eos)
+
+    return process
+
+
+def ragged_workload(tokenizer, rows, seed, code="1", shortest=8, longest=128):
     """1-4 calls per row, segments of log-uniform 8-128 tokens: (prompts, scripts, answer). Only a segment's
     ending is forced (a snippet, at last EOS), everything before it is computed greedily."""
     rng = np.random.default_rng(seed)
-    snippet = encode_text(tokenizer, "<code>1</code>")
+    snippet = encode_text(tokenizer, f"<code>{code}</code>")
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     prompts, scripts = [], []
     for _ in range(rows):
         script, n, calls = {}, 0, rng.integers(1, 5)
         for segment in range(calls + 1):
             ending = snippet if segment < calls else [tokenizer.eos_token_id]
-            n += max(len(ending), round(np.exp(rng.uniform(np.log(8), np.log(128)))))
+            n += max(len(ending), round(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
             script |= dict(zip(range(n - len(ending), n), ending))
         prompts.append(rng.choice(ordinary, rng.integers(16, 65)).tolist())
         scripts.append(script)
@@ -711,6 +736,28 @@ def trace_workload(tokenizer, rows, seed):
     return prompts, scripts, outputs.__getitem__
 
 
+async def slow_tools(model, tokenizer, rows=128, repeats=3):
+    """Do slow tools hold up a rollout? Throughput mode, the real sandbox with a worker per row: all snippets
+    sleep for 0.5 s, against the same rows with snippets that do not. Prints the ratio of the medians."""
+    seconds = {"0.0": [], "0.5": []}
+    async with Sandbox(workers=rows, timeout=2.0) as sandbox:
+        print(sandbox.report)
+        for pause in list(seconds) * repeats:
+            prompts, scripts, _ = ragged_workload(tokenizer, rows, 0, f"__import__('time').sleep({pause})",
+                                                  shortest=64, longest=256)
+            begin, stats = time.perf_counter(), {}
+            trajectories = await generate(
+                model, tokenizer, prompts, sandbox, n_slots=rows, rejoin_ticks=0, max_response_tokens=1800,
+                stats=stats, logits_processor=follow(scripts, tokenizer.eos_token_id))
+            seconds[pause].append(time.perf_counter() - begin)
+            statuses = [call.status for t in trajectories for call in t.tool_calls]
+            assert set(statuses) == {"ok"}, statuses
+            print(f"{rows} rows, {len(statuses)} snippets of {pause} s: {seconds[pause][-1]:.1f} s, of it "
+                  f"{stats['tool_wait_seconds']:.1f} s without a row to decode", flush=True)
+    ratio = np.median(seconds["0.5"]) / np.median(seconds["0.0"])
+    print(f"snippets that sleep 0.5 s: {ratio:.2f} times the wall time of instant ones")
+
+
 def main():
     import sft  # only here: sft.py imports this file
     parser = argparse.ArgumentParser(description=__doc__,
@@ -720,21 +767,23 @@ def main():
     parser.add_argument("--rows", type=int, default=256, help="responses per measurement")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64, 128, 256],
                         help="tried for both engines")
+    parser.add_argument("--slow_tools", action="store_true",
+                        help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
     args = parser.parse_args()
     tokenizer = sft.load_tokenizer(args.model)
     ours = sft.load_model(args.model, tokenizer, "cpu").eval()
     twin = type(ours)._from_config(copy.deepcopy(ours.config), attn_implementation="sdpa").eval()
     twin.load_state_dict(ours.state_dict())
 
-    def run_ours(model, prompts, scripts, answer, n_slots, stats):
-        def process(logits, trajectories):
-            return force(logits, [scripts[t.prompt_index].get(sum(t.loss_mask), -1) for t in trajectories],
-                         tokenizer.eos_token_id)
+    if args.slow_tools:
+        return asyncio.run(slow_tools(ours, tokenizer))
 
+    def run_ours(model, prompts, scripts, answer, n_slots, stats):
         limit = model.config.max_position_embeddings - max(map(len, prompts))
-        trajectories = asyncio.run(
-            generate(model, tokenizer, prompts, InstantSandbox(answer), temperature=0, n_slots=n_slots,
-                     max_response_tokens=min(limit, 1024), logits_processor=process, stats=stats))
+        trajectories = asyncio.run(generate(
+            model, tokenizer, prompts, InstantSandbox(answer), temperature=0, n_slots=n_slots, stats=stats,
+            max_response_tokens=min(limit, 1024),
+            logits_processor=follow(scripts, tokenizer.eos_token_id)))
         return [t.response_ids for t in trajectories]
 
     report = {}

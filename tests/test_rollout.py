@@ -692,6 +692,20 @@ def test_impossible_requests_are_refused(model, tokenizer):
     assert len(t.response_ids) == 10 and t.finish_reason == "length"  # exactly full is allowed
 
 
+def test_a_memory_budget_only_delays_rows(model, tokenizer):
+    """Guards against slots beyond the memory, and against a budget that changes what is sampled."""
+    prompts = ragged_prompts(9)
+    settings = dict(tools=False, max_response_tokens=12, temperature=1.0)
+    slot_gib = 2 * 2 * 2 * (max(map(len, prompts)) + 12) * 8 * 8 / 2**30  # k, v; L, K, S, D; float64
+    stats = {}
+    few = run(model, tokenizer, prompts, kv_gib=3.5 * slot_gib, stats=stats, **settings)
+    many = run(model, tokenizer, prompts, n_slots=3, **settings)
+    assert [t.response_ids for t in few] == [t.response_ids for t in many]
+    assert stats["slots"] == 3
+    with pytest.raises(ValueError, match="one row of .* more than kv_gib"):
+        run(model, tokenizer, prompts, kv_gib=0.9 * slot_gib, **settings)
+
+
 def test_a_model_with_another_attention_is_refused(make_models, tokenizer):
     """Guards against the flat stream being attended to as one sequence, silently."""
     with pytest.raises(ValueError, match="retool"):
