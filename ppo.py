@@ -46,6 +46,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 import data
 import eval as evaluation
@@ -398,6 +399,62 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Memory, before anything is loaded
+
+
+def plan(config, args, gpus):
+    """GiB that one GPU of `gpus` will hold, by part, for a model of this config and these flags; ("total"
+    is their sum, "parameters" their number in billions).
+
+    Sharded: fp32 weight, gradient and two AdamW moments, 16 bytes per parameter, of actor and critic. Not
+    sharded: the sampler's copy, its KV cache, two layers and the embeddings that FSDP has gathered, and the
+    activations of one micro-batch: per token and layer the layer's input, and unless they are computed again
+    what its backward needs (about 10 hidden + 3 feed-forward sizes and 2 of queries, keys, values; attention
+    itself is never stored). An estimate of what has to fit, not a measurement.
+    """
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    total, layer = count(lm), count(lm.model.layers[0])
+    size = torch.finfo(sft.DTYPES[args.dtype]).bits // 8
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = args.max_prompt_tokens + args.max_response_tokens
+    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * heads * size
+    inside = 10 * config.hidden_size + 3 * config.intermediate_size + 2 * heads * (
+        config.num_attention_heads + 2 * config.num_key_value_heads)
+    layers_kept = 1 if args.activation_checkpointing else config.num_hidden_layers
+    per_token = config.num_hidden_layers * config.hidden_size + layers_kept * inside
+    on_gpu = 0 if args.cpu_offload else 16 * args.replicas / gpus
+    parts = {
+        "actor": on_gpu * total,
+        "critic": on_gpu * (total - count(lm.lm_head) * (not config.tie_word_embeddings)),
+        "gathered": 2 * size * (2 * layer + total - layer * config.num_hidden_layers),  # weights, gradients
+        "activations": max(args.token_budget, tokens) * per_token * size + 3 * sft.LOGIT_BYTES,
+        "sampler": total * size,
+        "KV cache": args.n_slots * tokens * kv_bytes,
+    }
+    parts = {name: value / 2**30 for name, value in parts.items()}
+    return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}
+
+
+def print_plan(args):
+    """Prints the plan for --plan GPUS GIB; UserError where it does not fit. A tenth of the memory is left to
+    CUDA, NCCL and fragmentation."""
+    gpus, gib = args.plan
+    config = sft.load_config(args.model)
+    if gpus < 1 or gpus % args.replicas:
+        raise UserError(f"--replicas {args.replicas} does not divide {gpus} GPUs")
+    found = plan(config, args, gpus)
+    print("| " + " | ".join(["GPUs of GiB", *found]) + " |\n" + "|---" * (len(found) + 1) + "|")
+    print(f"| {gpus} of {gib} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
+    if found["total"] > 0.9 * gib:
+        largest = max(list(found)[1:-1], key=found.get)
+        raise UserError(f"does not fit: {found['total']:.1f} GiB per GPU are needed, {0.9 * gib:.1f} are "
+                        f"there; the largest part is {largest} with {found[largest]:.1f} GiB")
+    print(f"fits: {found['total']:.1f} of {0.9 * gib:.1f} GiB per GPU")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -446,6 +503,8 @@ def parse_arguments(argv=None):
         help="folder of a run that was interrupted: goes on with its arguments, except those given here")
     add("--export", default="",
         help="with --resume: only write the newest checkpoint there as a Hugging Face folder")
+    add("--plan", type=int, nargs=2, metavar=("GPUS", "GIB"), default=None,
+        help="only print what each of so many GPUs of so many GiB would hold with these flags")
     add("--save_every", type=int, default=10, help="steps between checkpoints; the last step always has one")
     add("--keep_checkpoints", type=int, default=2, help="the last ones are kept")
     add("--save_rollouts", type=int, default=32, help="responses per step written to rollouts.jsonl")
@@ -556,6 +615,8 @@ def open_cut(path, size):
 
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
+    if args.plan:
+        return print_plan(args) if rank == 0 else None
     run = Path(args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}")
     # rank 0 alone: it is the one that will write there
     if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
@@ -564,7 +625,7 @@ async def main(rank, world, device):
     sft.check_mesh(args, world)
     if args.model:
         load_tokenizer(args.model)
-    evaluation.check_positions(sft.max_positions(args.model), args)
+    evaluation.check_positions(sft.load_config(args.model), args)
     template = data.load_template(args.prompt_template)
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
     sets = evaluation_sets(args)

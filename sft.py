@@ -85,14 +85,13 @@ def run_script(main):
         sys.exit(f"error: {error}")
 
 
-POSITIONS = 2048  # of the embedded model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def embedded_config(tokenizer):
     """The small Qwen2 of the embedded default: 0.6 M parameters."""
     return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=POSITIONS,
+                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=2048,
                        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
@@ -110,12 +109,12 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def max_positions(path):
-    """The longest sequence the model at `path` can read, found without loading its weights."""
+def load_config(path):
+    """The model's configuration, without loading its weights."""
     if not path:
-        return POSITIONS
+        return embedded_config(data.embedded_tokenizer())
     try:
-        return AutoConfig.from_pretrained(path).max_position_embeddings
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
@@ -489,6 +488,18 @@ async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, lo
     return {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
 
 
+def digest(record, files):
+    """16 hex digits that change with a JSON-able record and with the content of the files."""
+    found = hashlib.sha256(json.dumps([record, versions()]).encode())
+    for file in files:
+        found.update(Path(file).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def sources(*names):
+    return [Path(__file__).parent / name for name in names]
+
+
 def warm_start_key(args, traces_file=""):
     """Hash of all that decides the result: arguments, data, code, versions. The number of ranks only changes
     rounding."""
@@ -496,14 +507,30 @@ def warm_start_key(args, traces_file=""):
              "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
                for file in sorted(Path(args.model).glob("*"))] if args.model else []
-    template = data.load_template(args.prompt_template)
-    record = [{n: getattr(args, n) for n in names}, versions(), weights, template]
-    digest = hashlib.sha256(json.dumps(record).encode())
-    here = Path(__file__).parent
-    files = [here / name for name in ("data.py", "rollout.py", "sandbox.py", "sft.py")]
-    for file in files + ([Path(traces_file)] if traces_file else []):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    record = [{n: getattr(args, n) for n in names}, weights, data.load_template(args.prompt_template)]
+    files = sources("data.py", "rollout.py", "sandbox.py", "sft.py") + [traces_file] * bool(traces_file)
+    return digest(record, files)
+
+
+async def cold_start_traces(args):
+    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read from a file whose
+    name is a hash of what decides them."""
+    record = {n: getattr(args, n) for n in ("sft_traces", "code_share", "sft_seed", "sandbox_timeout")}
+    key = digest(record, sources("data.py", "rollout.py", "sandbox.py"))
+    path = Path(args.warm_start_dir) / f"traces-{key}.json"
+    if not path.exists():
+        overlap = data.embedded_overlap(args.sft_seed)
+        print(f"problems shared with the training split, of 2000 each: {overlap}")
+        async with make_sandbox(args) as sandbox:
+            with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
+                kept, counts = await data.embedded_traces(
+                    args.sft_traces, args.code_share, args.sft_seed, sandbox, progress=bar.update)
+            held_out, _ = await data.embedded_traces(
+                256, args.code_share, args.sft_seed, sandbox, split="test")
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(json.dumps([kept, held_out, counts]))
+        partial.rename(path)  # only a finished curation is ever found under its name
+    return json.loads(path.read_text())
 
 
 async def warm_start(args, rank, world, device, traces_file=""):
@@ -524,21 +551,13 @@ async def warm_start(args, rank, world, device, traces_file=""):
     shared = [None]
     if rank == 0:  # curation runs once
         partial.mkdir(parents=True)
-        if not traces_file:
-            overlap = data.embedded_overlap(args.sft_seed)
-            print(f"problems shared with the training split, of 2000 each: {overlap}")
-        async with make_sandbox(args) as sandbox:
-            if traces_file:
-                kept, counts = rows[:-max(1, len(rows) // 50)], {"loaded": len(rows)}
-                held_out = rows[len(kept):]
-            else:
-                with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
-                    kept, counts = await data.embedded_traces(
-                        args.sft_traces, args.code_share, args.sft_seed, sandbox, progress=bar.update)
-                held_out, _ = await data.embedded_traces(
-                    256, args.code_share, args.sft_seed, sandbox, split="test")
-        print(f"curation: {dict(counts)}")
-        (partial / "curation.json").write_text(json.dumps(dict(counts), indent=1))
+        if traces_file:
+            split = len(rows) - max(1, len(rows) // 50)
+            kept, held_out, counts = rows[:split], rows[split:], {"loaded": len(rows)}
+        else:
+            kept, held_out, counts = await cold_start_traces(args)
+        print(f"curation: {counts}")
+        (partial / "curation.json").write_text(json.dumps(counts, indent=1))
         with open(partial / "traces.jsonl", "w") as file:
             file.writelines(json.dumps(trace) + "\n" for trace in kept)
         shared = [(kept, held_out)]

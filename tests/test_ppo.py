@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import data
 import eval as evaluation
@@ -208,6 +208,12 @@ def metrics_of(run):
     return [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in rows]
 
 
+def finished(folder):
+    """The one warm start that was finished in a folder of them."""
+    [path] = [path for path in folder.iterdir() if path.is_dir()]
+    return path
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The tiny run three times: made from nothing, repeated on the reused warm start, and on two
@@ -322,6 +328,30 @@ def other_model(folder):
     return folder / "other"
 
 
+QWEN_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8,
+            "intermediate_size": 27648, "vocab_size": 152064, "tie_word_embeddings": False}
+
+
+def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
+    """Guards against an out-of-memory error after an hour, and against a plan that forgets the critic."""
+    Qwen2Config(**QWEN_32B, max_position_embeddings=32768).save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--dtype", "bf16", "--activation_checkpointing", "--n_slots", "8",
+             "--max_prompt_tokens", "2048", "--max_response_tokens", "6144"]
+    args = ppo.parse_arguments(flags + ["--plan", "16", "141"])
+    found = ppo.plan(sft.load_config(args.model), args, 16)
+    assert found["parameters"] == pytest.approx(32.8, abs=0.1)  # as published
+    assert found["sampler"] == pytest.approx(2 * 32.76e9 / 2**30, rel=0.01)
+    assert found["actor"] == pytest.approx(found["sampler"] * 8 / 16, rel=1e-6)
+    assert found["KV cache"] == pytest.approx(8 * 8192 * 256 / 2**20)  # 256 KiB per token
+    assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
+    with pytest.raises(data.UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
+        ppo.print_plan(args)
+    ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "16", "141", "--cpu_offload"]))
+    assert "fits: " in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="does not divide 8 GPUs"):
+        ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "8", "141", "--replicas", "3"]))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
@@ -344,7 +374,7 @@ def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
     result = launch(4, *SFT, "--replicas", "2", "--activation_checkpointing", "--warm_start_dir",
                     str(folder / "four_warm"), script="sft.py")
     assert result.returncode == 0, result.stderr[-3000:]
-    one, four = (metrics_of(next((folder / name).iterdir())) for name in ("warm", "four_warm"))
+    one, four = (metrics_of(finished(folder / name)) for name in ("warm", "four_warm"))
     assert len(one) == len(four) == 3  # the first step, the last one, the evaluation
     for a, b in zip(one, four):
         assert b == pytest.approx(a, abs=1e-5)
@@ -363,7 +393,7 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
         logprobs = sft.Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing)
         scores = torch.log_softmax(plain(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
     assert torch.allclose(logprobs, scores, atol=1e-5)
-    warm = next((runs[0] / "warm").iterdir())
+    warm = finished(runs[0] / "warm")
     start = AutoModelForCausalLM.from_pretrained(warm)
     moved = [(a - b).abs().max().item() for a, b in zip(plain.parameters(), start.parameters())]
     assert max(moved) > 1e-5
