@@ -603,7 +603,8 @@ def head_benchmark():
         policy(flat["input_ids"], flat["targets"], flat["loss_mask"], packing).sum().backward()
         grown[name] = peak() - before
     full_mib = 4 * tokens * vocabulary / 2**20
-    print(f"head, {tokens} tokens, vocabulary {vocabulary}: peak memory grows by {grown['chunked']:.0f} MiB in"
+    print(f"head, {tokens} tokens, vocabulary {vocabulary}: peak memory grows by "
+          f"{grown['chunked']:.0f} MiB in"
           f" chunks of 16 MiB of logits, by {grown['full']:.0f} MiB with all {full_mib:.0f} MiB at once: "
           f"{100 * grown['chunked'] / grown['full']:.1f} %. Both grow with the logits that exist at one time,"
           " so 16k tokens of 152k in chunks of 256 MiB have the same ratio.")
