@@ -1,6 +1,9 @@
 """The pure functions of PPO against brute force and autograd, and the real scripts on one, two and four
 processes."""
 import asyncio
+import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -194,13 +197,25 @@ TINY = SFT + [
 
 
 def launch(processes, *flags, script="ppo.py"):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(processes),
-        str(ROOT / script), *flags
-    ]
+    """The script as torchrun starts it: (returncode, stdout, stderr)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               str(processes), str(ROOT / script), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def run_here(*flags, script=ppo):
+    """The same in this process, which has paid for the imports already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script.__file__, *flags])
+            try:
+                sft.run_script(script.main)
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+                err.write(str(stop.code))
+    return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
 def metrics_of(run):
@@ -220,9 +235,10 @@ def runs(tmp_path_factory):
     processes."""
     folder = tmp_path_factory.mktemp("runs")
     results = {}
-    for name, processes in (("first", 1), ("again", 1), ("two", 2)):
-        results[name] = launch(processes, *TINY, "--run_dir", str(folder / name), "--warm_start_dir",
-                               str(folder / "warm"))
+    for name, start in (("first", functools.partial(launch, 1)), ("again", run_here),
+                        ("two", functools.partial(launch, 2))):
+        results[name] = start(*TINY, "--run_dir", str(folder / name), "--warm_start_dir",
+                              str(folder / "warm"))
         assert results[name].returncode == 0, results[name].stdout[-3000:] + results[name].stderr[-3000:]
     return folder, results
 
@@ -284,7 +300,7 @@ def test_a_killed_run_resumes_to_the_same_metrics_also_past_a_damaged_checkpoint
     and trust in a file that was cut short."""
     folder, _ = runs
     flags = ["--steps", "4", "--save_every", "1", "--keep_checkpoints", "3", "--eval_problems", "2"]
-    whole = launch(1, *TINY, *flags, "--run_dir", str(folder / "whole"), "--warm_start_dir",
+    whole = run_here(*TINY, *flags, "--run_dir", str(folder / "whole"), "--warm_start_dir",
                    str(folder / "warm"))
     assert whole.returncode == 0, whole.stderr[-3000:]
     run = cut_short(folder, "killed", 2, *flags)
@@ -292,7 +308,7 @@ def test_a_killed_run_resumes_to_the_same_metrics_also_past_a_damaged_checkpoint
     shard = next(newest.glob("__0_*"))
     shard.write_bytes(shard.read_bytes()[:-1000])
     (run / "checkpoints" / "partial").mkdir(exist_ok=True)  # a save that was interrupted
-    resumed = launch(1, "--resume", str(run))
+    resumed = run_here("--resume", str(run))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"{newest} is damaged" in resumed.stdout and "goes on after step" in resumed.stdout
     assert metrics_of(run) == metrics_of(folder / "whole")
@@ -308,12 +324,12 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     result = launch(2, "--resume", str(run), "--steps", "3")
     assert result.returncode == 0, result.stderr[-3000:]
     assert [row["step"] for row in metrics_of(run) if "step" in row] == [0, 1, 2]
-    result = launch(1, "--resume", str(run), "--export", str(exported))
+    result = run_here("--resume", str(run), "--export", str(exported))
     assert result.returncode == 0 and "step 3 of" in result.stdout, result.stderr[-3000:]
     a, b = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "checkpoint", exported))
     ids = torch.tensor([[5, 6, 7, 300, 301]])
     assert torch.equal(a(ids).logits, b(ids).logits)
-    result = launch(1, "--resume", str(run), "--model", str(other_model(folder)))
+    result = run_here("--resume", str(run), "--model", str(other_model(folder)))
     assert result.returncode == 1 and "of another model" in result.stderr
 
 
@@ -404,9 +420,9 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     problems = tmp_path / "aime.jsonl"
     problems.write_text(
         '{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
-    result = launch(1, "--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
+    result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
                     "--limit", "3", "--samples", "2", "--max_response_tokens", "40", "--output",
-                    str(tmp_path / "out.json"), script="eval.py")
+                    str(tmp_path / "out.json"), script=evaluation)
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3
@@ -420,7 +436,7 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     rows.append({"question": "What is 1 + 1? " * 200, "answer": "2"})
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     checkpoint = str(runs[0] / "first" / "checkpoint")
-    result = launch(1, *TINY, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
+    result = run_here(*TINY, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
                     "--eval_data", str(problems), "--run_dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "prompts skipped as too long: 1" in result.stdout
@@ -440,12 +456,12 @@ def test_dropping_truncated_responses_leaves_them_out_and_says_when_none_remain(
     for number, (flags, status, line) in enumerate((
             ([], 0, "done in"),
             (["--drop_truncated"], 1, "error: step 0: no response is left to train on"))):
-        result = launch(1, *TINY, *flags, "--model", checkpoint, "--max_response_tokens", "1", "--tools",
+        result = run_here(*TINY, *flags, "--model", checkpoint, "--max_response_tokens", "1", "--tools",
                         "off", "--run_dir", str(tmp_path / f"run{number}"))
         assert result.returncode == status and line in result.stdout + result.stderr, result.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trainer_and_examples(runs):
     """A Trainer on the tiny checkpoint in a process group of this process alone, and a scored batch."""
     checkpoint = str(runs[0] / "first" / "checkpoint")
@@ -485,18 +501,16 @@ def test_a_ratio_that_does_not_start_at_one_stops_the_run(trainer_and_examples):
 def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monkeypatch):
     """Guards against rollouts from old weights: rewards of one policy, gradients of another."""
     trainer, _ = trainer_and_examples
-    args = trainer.args
-    prompts = ppo.Prompts(args, trainer.tokenizer, "{question}", None)
-
-    def step(number):
-        return asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, number))
-
-    monkeypatch.setattr(args, "tools", "off")
-    monkeypatch.setattr(ppo, "sync_weights", lambda *_: None)
-    monkeypatch.setattr(args, "actor_lr", 0.01)
-    step(1)
+    prompts = ppo.Prompts(trainer.args, trainer.tokenizer, "{question}", None)
+    monkeypatch.setattr(trainer.args, "tools", "off")
+    trainer.actor.reshard()
+    with torch.no_grad():
+        for p in trainer.actor.parameters():
+            p.mul_(1.2)
     with pytest.raises(AssertionError, match="were the weights synced"):
-        step(2)
+        asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, 1))
+    sft.sync_weights(trainer.actor, trainer.sampler)
+    asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, 1))
 
 
 def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(trainer_and_examples):
@@ -529,7 +543,7 @@ def test_the_other_scripts_run(tmp_path):
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
     (["--prompts_per_step", "2", "--minibatches", "4"], "--minibatches exceeds"),
 ])
-def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, flags, line):
+def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, monkeypatch, flags, line):
     """Guards against tracebacks for a typing error, and against defaults that hide it."""
     (tmp_path / "broken.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "no answer"}\n')
     (tmp_path / "empty").mkdir()
@@ -539,7 +553,14 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, flags, line
     flags = [str(places.get(flag, flag)) for flag in flags]
     if "--run_dir" not in flags:
         flags += ["--run_dir", str(tmp_path / "run")]
-    result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *flags], capture_output=True, text=True,
-                            timeout=120, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    monkeypatch.chdir(tmp_path)
+    result = run_here(*flags)
     clear = line in result.stderr and "Traceback" not in result.stderr
     assert result.returncode != 0 and clear, result.stderr[-2000:]
+
+
+def test_an_error_is_a_non_zero_exit_status_and_one_line(tmp_path):
+    """The same seen from outside: what a job scheduler gets."""
+    result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), "--train_data", "nowhere.jsonl"],
+                            capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.strip() == "error: nowhere.jsonl: no such file"
