@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from rollout import generate
-from sft import add_format_arguments, load_model, load_tokenizer, make_sandbox, run_script
+from sft import add_format_arguments, check_model, load_model, load_tokenizer, make_sandbox, run_script
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
@@ -282,8 +282,8 @@ async def main(rank, world, device):
         for name in args.problems.split(",")
     }
     tokenizer = load_tokenizer(args.model)
+    check_positions(check_model(args.model), args)
     model = load_model(args.model, tokenizer, device, dtype=args.dtype)
-    check_positions(model.config, args)
     results = {}
     responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")
     async with make_sandbox(args) as sandbox:

@@ -195,10 +195,12 @@ class Trainer:
 
     def __init__(self, args, model_path, tokenizer, rank, world, device):
         self.args, self.rank, self.world, self.device = args, rank, world, device
+        # The seam for tensor parallelism: whatever `generate` and `sync_weights` take here, e.g. a copy whose
+        # layers are split over the GPUs of a node, whose ranks then sample the same rows.
         self.sampler = load_model(model_path, tokenizer, device, dtype=args.dtype).eval()
         lm = load_model(model_path, tokenizer, device)
         self.actor = shard(Policy(lm), lm, args)
-        lm = load_model(model_path, tokenizer, device)
+        lm = load_model(args.critic_model or model_path, tokenizer, device)
         self.critic = shard(Critic(lm), lm, args)
         adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=1e-6, fused=True,
                                   weight_decay=args.weight_decay)
@@ -206,7 +208,8 @@ class Trainer:
         self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             sft.zero_moments(optimizer)
-        shapes = [(name, tuple(p.shape)) for name, p in self.sampler.named_parameters()]
+        shapes = [(name, tuple(p.shape)) for module in (self.sampler, self.critic)
+                  for name, p in module.named_parameters()]
         self.model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
     def state(self):
@@ -404,7 +407,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
 def plan(config, args, gpus):
     """GiB that one GPU of `gpus` will hold, by part, for a model of this config and these flags; ("total"
-    is their sum, "parameters" their number in billions).
+    is their sum, "parameters" their number in billions). The critic is taken to be of the same size.
 
     Sharded: fp32 weight, gradient and two AdamW moments, 16 bytes per parameter, of actor and critic. Not
     sharded: the sampler's copy, its KV cache, two layers and the embeddings that FSDP has gathered, and the
@@ -464,6 +467,8 @@ def parse_arguments(argv=None):
     sft.add_arguments(parser)
     evaluation.add_arguments(parser)
     add = parser.add_argument_group("PPO").add_argument
+    add("--critic_model", default="",
+        help="checkpoint whose network the critic starts from; empty: the policy's")
     add("--train_data", default="embedded",
         help="embedded, or a JSONL file of problems; paper: DAPO-Math-17k")
     add("--eval_data", default="",
@@ -526,8 +531,9 @@ def parse_arguments(argv=None):
             parser.error(f"--{name} must be at least 1")
     if args.eval_problems < 2 or not 0 < args.eval_top_p <= 1:
         parser.error("needs --eval_problems of at least 2 and 0 < --eval_top_p <= 1")
-    if args.prompts_per_step * args.samples_per_prompt < args.minibatches:
-        parser.error("--minibatches exceeds the responses per step")
+    if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
+        parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
+                     f"{args.prompts_per_step} * {args.samples_per_prompt}")
     if not 0 < args.temperature:
         parser.error("--temperature must be positive: the policy gradient needs samples")
     return args
@@ -623,9 +629,7 @@ async def main(rank, world, device):
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
     # Read everything before the warm start: a bad file should not be found out minutes later.
     sft.check_mesh(args, world)
-    if args.model:
-        load_tokenizer(args.model)
-    evaluation.check_positions(sft.load_config(args.model), args)
+    evaluation.check_positions(sft.check_model(args.model, args.critic_model), args)
     template = data.load_template(args.prompt_template)
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
     sets = evaluation_sets(args)

@@ -29,7 +29,7 @@ result waited for, so that batch shapes (and with them rounding) do not depend o
 gives that up: rows rejoin as soon as their result is there.
 
     python rollout.py                # against the slow twin: token for token, then tokens/s of both
-    python rollout.py --model DIR    # the same on a checkpoint
+    python rollout.py --model DIR    # the same on a checkpoint, on a GPU if there is one
     python rollout.py --slow_tools   # do snippets that sleep hold up a rollout?
 
 Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers, H query
@@ -43,6 +43,8 @@ import heapq
 import json
 import math
 import re
+import resource
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -53,6 +55,11 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from sandbox import Sandbox, SandboxResult
+
+try:  # CUDA only, an optional package; without it PyTorch's own FlashAttention is used
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
@@ -189,7 +196,13 @@ def at_least_fp32(logits):
 
 
 class KVCache:
-    """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
+    """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
+
+    Why not pages. A slot holds the longest possible row, so a row that was admitted always finishes: nothing
+    is preempted, no row starves (the queue is served in order), there is no block table. The price is what
+    rows leave empty: KV_FILLED of the memory is in use in the benchmark below, so that pages would hold up to
+    PAGE_GAIN times as many rows in the same memory, and more where responses rarely come near their limit.
+    """
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
@@ -237,6 +250,19 @@ class Packing:
             self.bias = torch.from_numpy(bias).to(device=device, dtype=cache.k.dtype)
 
 
+def flash_attention(q, k, v, last, longest, scale):
+    """Whole sequences by a CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D); last (N,) is the index of
+    each sequence's last token. Written from the documentation of the two: never run, NOT MEASURED."""
+    bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+    if flash_attn_varlen_func:
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scale,
+                                      causal=True)[None]
+    from torch.nn.attention.varlen import varlen_attn  # only here: it needs CUDA
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # enable_gqa came with 2.12
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
+
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
     """Attention of a flat stream of sequences; the one function of sampler and trainer.
 
@@ -247,6 +273,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     gqa = q.shape[0] != k.shape[0]
     cache, lengths = packing.cache, packing.lengths
+    if cache is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return flash_attention(q, k, v, packing.last, max(lengths), scaling), None
     if cache is None:  # training: whole sequences, no past
         # split, not slices: the backward of N slices would write N tensors of the full length
         spans = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1))
@@ -291,6 +319,17 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 # name it does not know, so the unmodified Hugging Face model runs on the flat stream, with `packing`
 # travelling as a keyword argument.
 AttentionInterface.register("retool", packed_attention)
+
+
+def free_bytes(device):
+    """Memory that a cache may take: what is free on the device, less a tenth. Infinite where nobody tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
+    if sys.platform == "linux":
+        with open("/proc/meminfo") as file:
+            return 0.9 * 1024 * int(re.search(r"MemAvailable:\s*(\d+)", file.read())[1])
+    return math.inf
 
 
 @torch.inference_mode()
@@ -411,13 +450,14 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
 
     prompts: list of token-id lists. sandbox: an entered Sandbox (unused, may be None, with tools=False: tags
     then mean nothing and nothing is run). Limits are in tokens; max_response_tokens counts interpreter tokens
-    too. kv_gib: if not 0, n_slots is reduced to what fits into so many GiB; rows beyond it queue in order.
+    too. n_slots is reduced to what fits into kv_gib GiB (0: into the free memory); rows beyond it queue in
+    order.
     rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not reproducible).
     prompt_keys: integers naming the prompts to the noise (default: their index).
     logits_processor(logits (N, V), trajectories) -> logits, for forced decoding and ablations. stats: a dict
     that receives counts and seconds. progress: called with 1 for each finished row.
     Raises ValueError for an empty prompt, where prompt + response exceed the model's positions, and where not
-    even one row fits into kv_gib.
+    even one row fits into the memory.
     """
     longest = max((len(p) for p in prompts), default=0) + max_response_tokens
     if not all(prompts):
@@ -433,19 +473,20 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     queue = deque(Row(Trajectory(i, j, prompts[i]), prompt_keys[i], prompts[i])
                   for i in range(len(prompts)) for j in range(n_samples))
     results, active, paused = [row.trajectory for row in queue], [], []
-    n_slots = min(n_slots, len(queue))
     weight = next(model.parameters())
-    if kv_gib:
-        slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
-        n_slots = min(n_slots, int(kv_gib * 2**30 / slot_bytes))
-        if not n_slots:
-            raise ValueError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV cache, "
-                             f"more than kv_gib {kv_gib}")
+    slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
+    budget = kv_gib * 2**30 or free_bytes(weight.device)
+    if budget < slot_bytes:
+        raise ValueError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV cache, "
+                         f"there are {budget / 2**30:.2g} (--kv_gib, or free)")
+    n_slots = int(min(n_slots, len(queue), budget / slot_bytes))
     cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
     free = list(range(n_slots))  # a heap: low slots first keeps the view of the decode step short
     pieces = Pieces(tokenizer)
     shared = {}  # prompt index -> (logits after it, its k, its v), for its other samples
-    counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "tool_wait_seconds": 0.0}
+    # slot_ticks, kv_tokens: rows that hold a slot, and tokens they have cached, summed over the ticks
+    counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "slot_ticks": 0, "kv_tokens": 0,
+              "tool_wait_seconds": 0.0}
     tick = 0
 
     def finish(row, reason):
@@ -596,6 +637,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
                 (noise >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(logits.device)
             tokens, logprobs = sample(logits, uniform, temperature, top_p)
             counts["sampled"] += len(rows)
+            counts["slot_ticks"] += n_slots - len(free)
+            counts["kv_tokens"] += sum(cache.lengths)
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
                 advance(row, token, logprob)
             tick += 1
@@ -604,7 +647,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             row.task.cancel()
     counts["ticks"] = tick
     if stats is not None:
-        stats["slots"] = n_slots
+        stats |= {"slots": n_slots, "slot_tokens": longest}
         for name, value in counts.items():
             stats[name] = stats.get(name, 0) + value
     return results
@@ -622,7 +665,8 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
     the response ids of each prompt. The batch goes in lock step: a row that closes its snippet waits for the
     longest, and pays for padding.
     """
-    pieces, eos, pad = Pieces(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id
+    pieces, eos = Pieces(tokenizer), tokenizer.eos_token_id
+    pad = next(token for token in tokenizer.all_special_ids if token != eos)  # some tokenizers have no other
     responses, sampled = [[] for _ in prompts], [0] * len(prompts)
 
     def closed(ids):
@@ -636,8 +680,8 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
         while live:
             contexts = [prompts[i] + responses[i] for i in live]
             width = max(map(len, contexts))
-            ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts])
-            mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts])
+            ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts], device=model.device)
+            mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
 
             def processor(input_ids, scores):
                 done = input_ids.shape[1] - width
@@ -645,8 +689,8 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
                                       for i in live], eos) if scripts else scores
 
             def stop(input_ids, scores, **kwargs):
-                return torch.tensor(
-                    [closed(row) is not None for row in input_ids[:, -len(CODE_CLOSE):].tolist()])
+                done = [closed(row) is not None for row in input_ids[:, -len(CODE_CLOSE):].tolist()]
+                return torch.tensor(done, device=model.device)
 
             out = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=eos,
                                  pad_token_id=pad,
@@ -758,68 +802,122 @@ async def slow_tools(model, tokenizer, rows=128, repeats=3):
     print(f"snippets that sleep 0.5 s: {ratio:.2f} times the wall time of instant ones")
 
 
+def copy_bandwidth(device):
+    """Bytes per second that the device reads and writes when it copies a large tensor; the best of five."""
+    source = torch.zeros((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - begin)
+    return 2 * source.numel() * 4 / best
+
+
+def peak_gib(device):
+    """Most memory used so far: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(20 if sys.platform == "linux" else 30)
+
+
+async def benchmark(ours, twin, tokenizer, args):
+    """Both engines on both workloads: equal token for token, then tokens/s; the last line is JSON."""
+    bandwidth, report = copy_bandwidth(ours.device), {}
+    weights = sum(p.numel() for p in ours.parameters())
+    if not ours.config.tie_word_embeddings:
+        weights -= ours.get_input_embeddings().weight.numel()  # only looked up
+    kv_values = 2 * math.prod(KVCache.shape(ours.config, 1, 1))  # of one token
+
+    async def run_ours(workload, n_slots, sandbox, rejoin_ticks=4):
+        """(response ids, statistics)"""
+        prompts, scripts, _ = workload
+        limit = ours.config.max_position_embeddings - max(map(len, prompts))
+        stats, begin = {}, time.perf_counter()
+        trajectories = await generate(
+            ours, tokenizer, prompts, sandbox, temperature=0, n_slots=n_slots, stats=stats,
+            max_response_tokens=min(limit, 1024), rejoin_ticks=rejoin_ticks,
+            logits_processor=follow(scripts, tokenizer.eos_token_id))
+        # What cannot be done without: reading all weights, and each row's keys and values, once per tick.
+        values = stats["ticks"] * weights + stats["kv_tokens"] * kv_values
+        found = {"seconds": time.perf_counter() - begin, "slots": stats["slots"],
+                 "kv_filled": stats["kv_tokens"] / (stats["slot_ticks"] * stats["slot_tokens"]),
+                 "kv_gib": stats["slots"] * stats["slot_tokens"] * kv_values * ours.dtype.itemsize / 2**30,
+                 "tool_wait_seconds": stats["tool_wait_seconds"]}
+        found["tokens_per_second"] = stats["sampled"] / found["seconds"]
+        found["bandwidth_share"] = values * ours.dtype.itemsize / bandwidth / found["seconds"]
+        return [t.response_ids for t in trajectories], found
+
+    def run_twin(workload, batch_size):
+        """(response ids, tokens per second)"""
+        prompts, scripts, answer = workload
+        begin = time.perf_counter()
+        responses = slow_twin(twin, tokenizer, prompts, answer, batch_size, scripts=scripts)
+        return responses, sum(max(script) + 1 for script in scripts) / (time.perf_counter() - begin)
+
+    for name, make in (("ragged turns", ragged_workload), ("embedded traces", trace_workload)):
+        if args.check_rows:
+            workload = make(tokenizer, args.check_rows, 1)
+            ours.double(), twin.double()
+            same = (await run_ours(workload, 7, InstantSandbox(workload[2])))[0] == run_twin(workload, 8)[0]
+            ours.float(), twin.float()
+            print(f"{name}: {args.check_rows} greedy rows in float64, 7 slots, against Hugging Face generate "
+                  f"turn by turn: {'identical' if same else 'DIFFERENT'}")
+            if not same:
+                raise SystemExit(1)
+        workload, runs, twin_rates = make(tokenizer, args.rows, 0), [], []
+        for size in args.batch_sizes:
+            runs.append((await run_ours(workload, size, InstantSandbox(workload[2])))[1])
+            twin_rates.append(run_twin(workload, size)[1])
+            print(f"  batch {size:4d}: {runs[-1]['tokens_per_second']:7.0f} tokens/s, "
+                  f"slow twin {twin_rates[-1]:7.0f}", flush=True)
+        best = max(runs, key=lambda found: found["tokens_per_second"])
+        best |= {"slow_twin_tokens_per_second": max(twin_rates),
+                 "ratio": best["tokens_per_second"] / max(twin_rates), "peak_gib": peak_gib(ours.device)}
+        if make is ragged_workload:  # its snippets are real ones
+            async with Sandbox() as sandbox:
+                with_tools = (await run_ours(workload, best["slots"], sandbox, rejoin_ticks=0))[1]
+            best |= {f"sandbox_{key}": with_tools[key] for key in ("tokens_per_second", "tool_wait_seconds")}
+            print(f"  with the real sandbox, throughput mode: {with_tools['tokens_per_second']:.0f} tokens/s, "
+                  f"{with_tools['tool_wait_seconds']:.2f} s without a row to decode")
+        print(f"  each at its best batch size: {best['ratio']:.2f} times the slow twin; "
+              f"{100 * best['bandwidth_share']:.0f} % of what reading weights and cache at "
+              f"{bandwidth / 1e9:.0f} GB/s would allow; rows fill {100 * best['kv_filled']:.0f} % of the slots "
+              "they hold", flush=True)
+        report[name] = best
+    print(json.dumps({"model": args.model, "dtype": args.dtype, "device": str(ours.device)} | report))
+
+
 def main():
     import sft  # only here: sft.py imports this file
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="",
                         help="checkpoint folder or hub id; empty: the embedded model, random weights")
+    parser.add_argument("--dtype", choices=sft.DTYPES, default="fp32", help="of weights and cache")
     parser.add_argument("--rows", type=int, default=256, help="responses per measurement")
+    parser.add_argument("--check_rows", type=int, default=24,
+                        help="responses that are compared token for token, in float64; 0: none")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64, 128, 256],
                         help="tried for both engines")
     parser.add_argument("--slow_tools", action="store_true",
                         help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
     args = parser.parse_args()
-    tokenizer = sft.load_tokenizer(args.model)
-    ours = sft.load_model(args.model, tokenizer, "cpu").eval()
-    twin = type(ours)._from_config(copy.deepcopy(ours.config), attn_implementation="sdpa").eval()
-    twin.load_state_dict(ours.state_dict())
-
+    if args.check_rows and args.dtype != "fp32":
+        parser.error("--check_rows compares in float64: --dtype bf16 needs --check_rows 0")
+    try:
+        sft.check_model(args.model)
+        tokenizer = sft.load_tokenizer(args.model)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ours = sft.load_model(args.model, tokenizer, device, dtype=args.dtype).eval()
+    except sft.UserError as error:
+        sys.exit(f"error: {error}")
     if args.slow_tools:
         return asyncio.run(slow_tools(ours, tokenizer))
-
-    def run_ours(model, prompts, scripts, answer, n_slots, stats):
-        limit = model.config.max_position_embeddings - max(map(len, prompts))
-        trajectories = asyncio.run(generate(
-            model, tokenizer, prompts, InstantSandbox(answer), temperature=0, n_slots=n_slots, stats=stats,
-            max_response_tokens=min(limit, 1024),
-            logits_processor=follow(scripts, tokenizer.eos_token_id)))
-        return [t.response_ids for t in trajectories]
-
-    report = {}
-    for name, workload in (("ragged turns", ragged_workload), ("embedded traces", trace_workload)):
-        prompts, scripts, answer = workload(tokenizer, 24, 1)
-        same = run_ours(ours.double(), prompts, scripts, answer, 7, {}) == slow_twin(
-            twin.double(), tokenizer, prompts, answer, 8, scripts=scripts)
-        ours.float(), twin.float()
-        print(f"{name}: 24 greedy rows in float64, 7 slots, against Hugging Face generate turn by turn: "
-              f"{'identical' if same else 'DIFFERENT'}")
-        if not same:
-            raise SystemExit(1)
-        prompts, scripts, answer = workload(tokenizer, args.rows, 0)
-        total, rates = sum(max(script) + 1 for script in scripts), {"generate": {}, "slow_twin": {}}
-        for size in args.batch_sizes:
-            stats = {}
-            begin = time.perf_counter()
-            run_ours(ours, prompts, scripts, answer, size, stats)
-            rates["generate"][size] = total / (time.perf_counter() - begin)
-            assert stats["sampled"] == total
-            begin = time.perf_counter()
-            slow_twin(twin, tokenizer, prompts, answer, size, scripts=scripts)
-            rates["slow_twin"][size] = total / (time.perf_counter() - begin)
-            print(
-                f"  batch {size:4d}: {rates['generate'][size]:7.0f} tokens/s, "
-                f"slow twin {rates['slow_twin'][size]:7.0f}",
-                flush=True)
-        best, twin_best = max(rates["generate"].values()), max(rates["slow_twin"].values())
-        print(
-            f"  {total} sampled tokens, each at its best batch size: "
-            f"{best / twin_best:.2f} times the slow twin"
-        )
-        report[name] = {
-            "tokens_per_second": best, "slow_twin_tokens_per_second": twin_best, "ratio": best / twin_best
-        }
-    print(json.dumps(report))
+    # a copy of the configuration: transformers would write "sdpa" into the one of `ours` as well
+    twin = type(ours)._from_config(copy.deepcopy(ours.config), attn_implementation="sdpa", dtype=ours.dtype)
+    twin.to(device).eval().load_state_dict(ours.state_dict())
+    asyncio.run(benchmark(ours, twin, tokenizer, args))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,21 @@ def load_config(path):
         raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
+def check_model(path, critic_path=""):
+    """Read a checkpoint's configuration and tokenizer (and the critic's) without its weights; returns the
+    configuration. UserError where they cannot be read or do not belong together."""
+    tokenizer = load_tokenizer(path)
+    config = load_config(path) if path else embedded_config(tokenizer)
+    if critic_path and load_tokenizer(critic_path).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--critic_model {critic_path}: its vocabulary is not the policy's")
+    for name, rows in ((path, config.vocab_size),
+                       (critic_path, load_config(critic_path).vocab_size if critic_path else math.inf)):
+        if rows < len(tokenizer):
+            raise UserError(f"{name}: the model has {rows} rows of embeddings, the tokenizer "
+                            f"{len(tokenizer)} tokens")
+    return config
+
+
 def load_model(path, tokenizer, device, seed=0, dtype="fp32"):
     """A causal LM whose attention is rollout.packed_attention; path "" makes the embedded model from a seed.
 

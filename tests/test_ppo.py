@@ -525,7 +525,7 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
 
 def test_the_other_scripts_run(tmp_path):
     """One real run of what has no run above: each prints what its docstring promises."""
-    for script, flags, line in (("rollout.py", ["--rows", "6", "--batch_sizes", "3"], '"ratio"'),
+    for script, flags, line in (("rollout.py", ["--rows", "6", "--check_rows", "6", "--batch_sizes", "3"], '"ratio"'),
                                 ("data.py", ["--n", "12"], "curated 12 code-augmented candidates")):
         result = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True,
                                 timeout=200, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -541,7 +541,7 @@ def test_the_other_scripts_run(tmp_path):
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
-    (["--prompts_per_step", "2", "--minibatches", "4"], "--minibatches exceeds"),
+    (["--prompts_per_step", "6", "--minibatches", "4"], "--minibatches 4 does not divide the responses per"),
 ])
 def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, monkeypatch, flags, line):
     """Guards against tracebacks for a typing error, and against defaults that hide it."""
