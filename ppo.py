@@ -142,6 +142,30 @@ class Critic(nn.Module):
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
+def forward_flops(backbone, lengths, head_tokens):
+    """Floating-point operations of one forward pass over packed sequences of these lengths: 2 per parameter
+    of the layers and token, causal attention (2 n^2 per query head and dimension), 2 per parameter of the
+    head for head_tokens of them. A backward pass costs twice that; what is computed again does not count."""
+    config, heads = backbone.config, backbone.config.num_attention_heads
+    layers = sum(p.numel() for p in backbone.layers.parameters())
+    attention = config.num_hidden_layers * heads * (getattr(config, "head_dim", None)
+                                                    or config.hidden_size // heads)
+    return (2 * layers * sum(lengths) + 2 * attention * sum(n * n for n in lengths)
+            + 2 * config.hidden_size * config.vocab_size * head_tokens)
+
+
+def matmul_peak(device, dtype):
+    """Floating-point operations per second of a large matrix product, the best of three: what utilisation is
+    measured against."""
+    n, best = 8192 if device.type == "cuda" else 512, math.inf
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
 # Mean |log-probability difference| per token, between two computations that should agree, beyond which it is
 # a bug and not rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -208,6 +232,7 @@ class Trainer:
         self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             sft.zero_moments(optimizer)
+        self.peak = matmul_peak(device, sft.DTYPES[args.dtype])
         shapes = [(name, tuple(p.shape)) for module in (self.sampler, self.critic)
                   for name, p in module.named_parameters()]
         self.model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
@@ -396,7 +421,13 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     sync_weights(trainer.actor, trainer.sampler)
     lap("sync")
     metrics["rollout_tokens_per_second"] = sum(sum(t.loss_mask) for t in trajectories) / seconds["rollout"]
-    metrics["train_tokens_per_second"] = len(mask) / (seconds["score"] + seconds["update"])
+    train_seconds = seconds["score"] + seconds["update"]
+    metrics["train_tokens_per_second"] = len(mask) / train_seconds
+    lengths = [len(e["input_ids"]) for e in examples]
+    # `score` is one forward pass of each, `update` a forward and a backward, of the actor once it learns
+    flops = (4 * forward_flops(trainer.critic.backbone, lengths, 0) + (4 if step >= args.critic_warmup else 1)
+             * forward_flops(trainer.sampler.model, lengths, mask.sum().item()))
+    metrics["train_flops_utilisation"] = flops / (train_seconds * trainer.peak * world)
     metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
     return metrics | {f"seconds_{name}": value for name, value in seconds.items()}, trajectories, rewards
 
@@ -438,6 +469,14 @@ def plan(config, args, gpus):
     }
     parts = {name: value / 2**30 for name, value in parts.items()}
     return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}
+
+
+def check_sampler(args, gib):
+    """UserError where the sampler's copy cannot fit into a GPU of so many GiB, whatever the other flags."""
+    size = plan(sft.load_config(args.model), args, 1)["sampler"]
+    if size > gib:
+        raise UserError(f"--model {args.model}: the sampler's copy in {args.dtype} needs {size:.1f} GiB on every "
+                        f"GPU, this one has {gib:.1f} (see --plan)")
 
 
 def print_plan(args):
@@ -630,6 +669,8 @@ async def main(rank, world, device):
     # Read everything before the warm start: a bad file should not be found out minutes later.
     sft.check_mesh(args, world)
     evaluation.check_positions(sft.check_model(args.model, args.critic_model), args)
+    if device.type == "cuda":
+        check_sampler(args, torch.cuda.get_device_properties(device).total_memory / 2**30)
     template = data.load_template(args.prompt_template)
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
     sets = evaluation_sets(args)

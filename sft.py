@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 
 import data
 from data import UserError
-from rollout import Packing, at_least_fp32, encode_response
+from rollout import CacheError, Packing, at_least_fp32, encode_response
 from sandbox import Sandbox
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,9 +70,10 @@ def distributed():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Long: the other ranks wait in a collective while rank 0 curates, and for the longest rollout.
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                            timeout=timedelta(hours=2))
+    # Both backends with CUDA: --cpu_offload keeps shards in host memory. Long: the other ranks wait in a
+    # collective while rank 0 curates, and for the longest rollout.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timedelta(hours=2))
     try:
         yield rank, world, device
     finally:
@@ -84,7 +85,7 @@ def run_script(main):
     try:
         with distributed() as (rank, world, device):
             asyncio.run(main(rank, world, device))
-    except (UserError, FloatingPointError) as error:  # the latter: a loss or gradient that is not finite
+    except (UserError, CacheError, FloatingPointError) as error:  # the last: a loss that is not finite
         sys.exit(f"error: {error}")
 
 
@@ -219,7 +220,7 @@ def shard(module, lm, args):
         lm.train()  # transformers checkpoints in training mode only; no model here has dropout
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     precision = MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)
-    offload = CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if args.cpu_offload else OffloadPolicy()
     for unit in [*lm.model.layers, module]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return module

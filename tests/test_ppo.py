@@ -2,6 +2,7 @@
 processes."""
 import asyncio
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import data
@@ -23,7 +25,8 @@ import eval as evaluation
 import ppo
 import sft
 from ppo import gae, policy_loss, value_loss, whiten
-from rollout import ToolCall, Trajectory
+from conftest import CONFIGS
+from rollout import Packing, ToolCall, Trajectory
 
 ROOT = Path(__file__).parent.parent
 
@@ -220,7 +223,8 @@ def run_here(*flags, script=ppo):
 
 def metrics_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in rows]
+    timings = ("seconds", "per_second", "utilisation")
+    return [{k: v for k, v in row.items() if not any(word in k for word in timings)} for row in rows]
 
 
 def finished(folder):
@@ -362,6 +366,9 @@ def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
     assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
     with pytest.raises(data.UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
         ppo.print_plan(args)
+    with pytest.raises(data.UserError, match="sampler's copy in bf16 needs 61.0 GiB on every GPU, this one has"):
+        ppo.check_sampler(args, 47.5)
+    ppo.check_sampler(args, 79.0)
     ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "16", "141", "--cpu_offload"]))
     assert "fits: " in capsys.readouterr().out
     with pytest.raises(data.UserError, match="does not divide 8 GPUs"):
@@ -413,6 +420,61 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
     start = AutoModelForCausalLM.from_pretrained(warm)
     moved = [(a - b).abs().max().item() for a, b in zip(plain.parameters(), start.parameters())]
     assert max(moved) > 1e-5
+
+
+def random_checkpoint(folder, architecture, tokenizer, **changes):
+    """A folder as the hub has them, with random weights of a real architecture."""
+    config = CONFIGS[architecture](**dict(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=48,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id) | changes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("architecture, flags", [
+    ("qwen2", ["--activation_checkpointing"]), ("qwen3", ["--critic_model", "CRITIC"]),
+    ("llama", ["--cpu_offload", "--kv_gib", "0.0005"])])
+def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, architecture, flags):
+    """Guards against code that only the embedded model survives: untied heads, query and key norms, no pad
+    token, weights and optimiser in host memory, rotary frequencies rounded to bf16."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if architecture == "llama":
+        tokenizer.pad_token = None
+    model = random_checkpoint(tmp_path / "model", architecture, tokenizer, tie_word_embeddings=False)
+    critic = random_checkpoint(tmp_path / "critic", "llama", tokenizer, hidden_size=16)
+    flags = [critic if flag == "CRITIC" else flag for flag in flags]
+    data_file = tmp_path / "problems.jsonl"
+    data_file.write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n' * 4)
+    result = run_here("--model", model, "--dtype", "bf16", "--steps", "2", "--critic_warmup", "0",
+                      "--prompts_per_step", "4", "--minibatches", "2", "--max_response_tokens", "24",
+                      "--max_prompt_tokens", "40", "--train_data", str(data_file), "--run_dir",
+                      str(tmp_path / "run"), *flags)
+    assert result.returncode == 0, result.stderr[-3000:]  # the sync check inside has passed too
+    row = metrics_of(tmp_path / "run")[1]
+    assert row["sampler_difference"] < 0.02 and row["grad_norm_actor"] > 0 and row["truncated"] > 0
+    exported = str(tmp_path / "run" / "checkpoint")
+    plain = AutoModelForCausalLM.from_pretrained(exported)
+    ours = sft.load_model(exported, tokenizer, "cpu", dtype="bf16")
+    start = AutoModelForCausalLM.from_pretrained(model)
+    assert plain.dtype == ours.dtype == torch.bfloat16
+    assert torch.equal(ours.model.rotary_emb.inv_freq, start.model.rotary_emb.inv_freq)
+    ids = torch.arange(4, 12)
+    ours_logits = ours(input_ids=ids[None], position_ids=torch.arange(8)[None], use_cache=False,
+                       packing=Packing([8], "cpu")).logits
+    assert torch.equal(plain(ids[None], attn_implementation="sdpa").logits.argmax(-1), ours_logits.argmax(-1))
+    assert plain.generate(ids[None], max_new_tokens=3, do_sample=False).shape[1] > 8
+
+
+def test_counted_operations_are_those_that_torch_counts(tokenizer):
+    """Guards against a utilisation that is measured against the wrong work."""
+    lm = AutoModelForCausalLM.from_config(CONFIGS["qwen3"](
+        vocab_size=500, hidden_size=64, num_hidden_layers=2, intermediate_size=96), attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        lm(torch.arange(50)[None])
+    square = 2 * 2 * 6 * 16 * 50**2  # eager attention computes the masked half as well
+    assert ppo.forward_flops(lm.model, [50], 50) + square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
@@ -537,23 +599,38 @@ def test_the_other_scripts_run(tmp_path):
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
     (["--model", "EMPTY"], "no usable tokenizer"),
+    (["--model", "no-such/model"], "no usable tokenizer"),
+    (["--model", "SILENT"], "needs vocabulary, EOS, chat template"),
+    (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 896 tokens"),
+    (["--critic_model", "OTHER"], "its vocabulary is not the policy's"),
+    (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
+    (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
     (["--n_slots", "0"], "--n_slots must be at least 1"),
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
     (["--prompts_per_step", "6", "--minibatches", "4"], "--minibatches 4 does not divide the responses per"),
 ])
-def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tmp_path, monkeypatch, flags, line):
+def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, monkeypatch, flags, line):
     """Guards against tracebacks for a typing error, and against defaults that hide it."""
     (tmp_path / "broken.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "no answer"}\n')
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "metrics.jsonl").write_text("{}")
-    places = {"BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty", "FULL": tmp_path / "full"}
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["one more"])
+    silent = copy.deepcopy(tokenizer)
+    silent.chat_template = None
+    places = {"BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty", "FULL": tmp_path / "full",
+              "SMALL": random_checkpoint(tmp_path / "small", "qwen2", tokenizer, vocab_size=100),
+              "OTHER": random_checkpoint(tmp_path / "other", "llama", other),
+              "SILENT": random_checkpoint(tmp_path / "silent", "llama", silent),
+              "FINE": random_checkpoint(tmp_path / "fine", "llama", tokenizer, max_position_embeddings=2048)}
     flags = [str(places.get(flag, flag)) for flag in flags]
     if "--run_dir" not in flags:
         flags += ["--run_dir", str(tmp_path / "run")]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for a minute
     result = run_here(*flags)
     clear = line in result.stderr and "Traceback" not in result.stderr
     assert result.returncode != 0 and clear, result.stderr[-2000:]
