@@ -465,7 +465,7 @@ def plan(config, args, gpus):
         "gathered": 2 * size * (2 * layer + total - layer * config.num_hidden_layers),  # weights, gradients
         "activations": max(args.token_budget, tokens) * per_token * size + 3 * sft.LOGIT_BYTES,
         "sampler": total * size,
-        "KV cache": args.n_slots * tokens * kv_bytes,
+        "KV cache": min(args.n_slots * tokens * kv_bytes, args.kv_gib * 2**30 or math.inf),
     }
     parts = {name: value / 2**30 for name, value in parts.items()}
     return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}

@@ -487,7 +487,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     n_slots = int(min(n_slots, len(queue), budget / slot_bytes))
     cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
     free = list(range(n_slots))  # a heap: low slots first keeps the view of the decode step short
-    pieces = Pieces(tokenizer)
+    pieces, eos = Pieces(tokenizer), tokenizer.eos_token_id
     shared = {}  # prompt index -> (logits after it, its k, its v), for its other samples
     # slot_ticks, kv_tokens: rows that hold a slot, and tokens they have cached, summed over the ticks
     counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "slot_ticks": 0, "kv_tokens": 0,
@@ -509,7 +509,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
         t.loss_mask.append(1)
         t.logprobs.append(logprob)
         row.pending = [token]
-        if token == tokenizer.eos_token_id:
+        if token == eos:
             return finish(row, "eos")
         if tools:
             window = row.tail + pieces[token]
