@@ -692,7 +692,7 @@ def test_impossible_requests_are_refused(model, tokenizer):
     assert len(t.response_ids) == 10 and t.finish_reason == "length"  # exactly full is allowed
 
 
-def test_a_memory_budget_only_delays_rows(model, tokenizer):
+def test_a_memory_budget_only_delays_rows(model, tokenizer, monkeypatch):
     """Guards against slots beyond the memory, and against a budget that changes what is sampled."""
     prompts = ragged_prompts(9)
     settings = dict(tools=False, max_response_tokens=12, temperature=1.0)
@@ -701,7 +701,12 @@ def test_a_memory_budget_only_delays_rows(model, tokenizer):
     few = run(model, tokenizer, prompts, kv_gib=3.5 * slot_gib, stats=stats, **settings)
     many = run(model, tokenizer, prompts, n_slots=3, **settings)
     assert [t.response_ids for t in few] == [t.response_ids for t in many]
-    assert stats["slots"] == 3
+    assert stats["slots"] == 3 and stats["slot_tokens"] == max(map(len, prompts)) + 12
+    with monkeypatch.context() as patch:  # no budget: the free memory is one
+        patch.setattr(rollout, "free_bytes", lambda device: 2.5 * slot_gib * 2**30)
+        fewer = run(model, tokenizer, prompts, stats=stats, **settings)
+    assert [t.response_ids for t in fewer] == [t.response_ids for t in many] and stats["slots"] == 2
+    assert 2**20 < rollout.free_bytes(torch.device("cpu")) < 2**50
     with pytest.raises(ValueError, match="one row of 30 tokens needs .* of KV cache"):
         run(model, tokenizer, prompts, kv_gib=0.9 * slot_gib, **settings)
 
