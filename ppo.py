@@ -222,9 +222,9 @@ class Trainer:
         # The seam for tensor parallelism: whatever `generate` and `sync_weights` take here, e.g. a copy whose
         # layers are split over the GPUs of a node, whose ranks then sample the same rows.
         self.sampler = load_model(model_path, tokenizer, device, dtype=args.dtype).eval()
-        lm = load_model(model_path, tokenizer, device)
+        lm = load_model(model_path, tokenizer, "cpu")  # host memory: `shard` moves it, layer by layer
         self.actor = shard(Policy(lm), lm, args)
-        lm = load_model(args.critic_model or model_path, tokenizer, device)
+        lm = load_model(args.critic_model or model_path, tokenizer, "cpu")
         self.critic = shard(Critic(lm), lm, args)
         adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=1e-6, fused=True,
                                   weight_decay=args.weight_decay)
@@ -444,7 +444,8 @@ def plan(config, args, gpus):
     sharded: the sampler's copy, its KV cache, two layers and the embeddings that FSDP has gathered, and the
     activations of one micro-batch: per token and layer the layer's input, and unless they are computed again
     what its backward needs (about 10 hidden + 3 feed-forward sizes and 2 of queries, keys, values; attention
-    itself is never stored). An estimate of what has to fit, not a measurement.
+    itself is never stored). An estimate of what has to fit, not a measurement. Host memory: while loading, 4
+    bytes per parameter and process.
     """
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)

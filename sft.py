@@ -206,7 +206,8 @@ def check_mesh(args, world):
 
 def shard(module, lm, args):
     """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed, the rest
-    belongs to the root. With --replicas the ranks form a grid (replicas, shards): hybrid sharding.
+    belongs to the root. With --replicas the ranks form a grid (replicas, shards): hybrid sharding. The module
+    may lie in host memory: its units go to the GPU one by one, so that no GPU ever holds all of it.
 
     Master weights, gradients between ranks and optimiser states are fp32 whatever --dtype computes in.
     """
@@ -229,13 +230,15 @@ def shard(module, lm, args):
 @torch.no_grad()
 def sync_weights(policy, plain):
     """Copy the sharded policy's weights into a plain model, in place (a captured graph over `plain` stays
-    valid)."""
+    valid). All ranks call it; plain may be None on those that want no copy."""
     policy.reshard()  # after a forward without backward the root's weights are still gathered
-    targets = dict(plain.named_parameters())
     sources = dict(policy.lm.named_parameters())
+    targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
     assert targets.keys() == sources.keys()
     for name, source in sources.items():
-        targets[name].copy_(source.full_tensor())
+        full = source.full_tensor()
+        if plain:
+            targets[name].copy_(full)
 
 
 def pack(lengths, token_budget, world):
@@ -582,8 +585,8 @@ async def warm_start(args, rank, world, device, traces_file=""):
         shared = [(kept, held_out)]
     dist.broadcast_object_list(shared)
     kept, held_out = shared[0]
-    plain = load_model(args.model, tokenizer, device, args.sft_seed)
-    policy = Policy(load_model(args.model, tokenizer, device, args.sft_seed))
+    plain = load_model(args.model, tokenizer, "cpu", args.sft_seed) if rank == 0 else None  # to be saved
+    policy = Policy(load_model(args.model, tokenizer, "cpu", args.sft_seed))
     shard(policy, policy.lm, args)
     with open(partial / "metrics.jsonl" if rank == 0 else os.devnull, "w") as file:
         metrics = await sft(policy, tokenizer, kept, held_out, args, rank, world, device,
