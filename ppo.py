@@ -440,11 +440,11 @@ def plan(config, args, gpus):
     """GiB that one GPU of `gpus` will hold, by part, for a model of this config and these flags; ("total"
     is their sum, "parameters" their number in billions). The critic is taken to be of the same size.
 
-    Sharded: fp32 weight, gradient and two AdamW moments, 16 bytes per parameter, of actor and critic. Not
-    sharded: the sampler's copy, its KV cache, two layers and the embeddings that FSDP has gathered, and the
-    activations of one micro-batch: per token and layer the layer's input, and unless they are computed again
-    what its backward needs (about 10 hidden + 3 feed-forward sizes and 2 of queries, keys, values; attention
-    itself is never stored). An estimate of what has to fit, not a measurement. Host memory: while loading, 4
+    Sharded: fp32 weight and gradient, 8 bytes per parameter, of actor and critic, and as much again for
+    AdamW's two moments (optimiser). Not sharded: the sampler's copy, its KV cache, two layers and the
+    embeddings that FSDP has gathered, and the activations of one micro-batch: per token and layer the layer's
+    input, and unless they are computed again what its backward needs (about 10 hidden + 3 feed-forward sizes
+    and 2 of queries, keys, values; attention itself is never stored). An estimate of what has to fit, not a measurement. Host memory: while loading, 4
     bytes per parameter and process.
     """
     with torch.device("meta"):
@@ -459,10 +459,12 @@ def plan(config, args, gpus):
         config.num_attention_heads + 2 * config.num_key_value_heads)
     layers_kept = 1 if args.activation_checkpointing else config.num_hidden_layers
     per_token = config.num_hidden_layers * config.hidden_size + layers_kept * inside
-    on_gpu = 0 if args.cpu_offload else 16 * args.replicas / gpus
+    on_gpu = 0 if args.cpu_offload else 8 * args.replicas / gpus
+    actor, critic = total, total - count(lm.lm_head) * (not config.tie_word_embeddings)
     parts = {
-        "actor": on_gpu * total,
-        "critic": on_gpu * (total - count(lm.lm_head) * (not config.tie_word_embeddings)),
+        "actor": on_gpu * actor,
+        "critic": on_gpu * critic,
+        "optimiser": on_gpu * (actor + critic),
         "gathered": 2 * size * (2 * layer + total - layer * config.num_hidden_layers),  # weights, gradients
         "activations": max(args.token_budget, tokens) * per_token * size + 3 * sft.LOGIT_BYTES,
         "sampler": total * size,
