@@ -30,9 +30,10 @@ import select
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -94,18 +95,19 @@ def encode_prompt(tokenizer, template, question):
 # Answers and rewards
 
 BLOCKS = re.compile(r"<(code|interpreter)>.*?(?:</\1>|\Z)", re.DOTALL)  # an unclosed block reaches to the end
-NUMBER = re.compile(r"[+-]?\d{1,3000}(?:\.\d{1,3000})?(?:/\d{1,3000})?")
 
 
 def boxed(text):
     r"""The content of the last complete \boxed{...} of the text, nested braces included, or None."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[match.end():end].strip()
-    return None
+    opened, last = [], (-1, None)  # one pass: 5,000 times \boxed{ must not stall the reward
+    for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if match[0] != "}":
+            opened.append(match)
+        elif opened:
+            box = opened.pop()
+            if len(box[0]) > 1 and box.end() > last[0]:
+                last = box.end(), text[box.end():match.start()].strip()
+    return last[1]
 
 
 def extract_answer(response):
@@ -116,43 +118,256 @@ def extract_answer(response):
     return boxed(BLOCKS.sub("\n", response))
 
 
-# The forms of a number that math-verify may compare with a plain one. Anything that still has to be computed
-# (37*99, 7^5, \gcd(12, 18)) is not an answer: the verifier's parser evaluates, and a policy that boxes the
-# question back would be rewarded for it.
-WRITTEN_NUMBER = re.compile(r"[+-]?(\d[\d,.]*)?(\\[dt]?frac\{?-?\d+\}?\{?-?\d+\}?)?")
-DRESSING = re.compile(r"\\text\{[^{}]*\}|\\[%$,!;: ]|\^\{?\\circ\}?|%"
-                      r"|^\s*[A-Za-z]\s*=|[A-Za-z ]+$")
+# A final answer is brought to one spelling (`tidy`), read as what it is (`read`: a number, a tuple, a set, ...),
+# and like is compared with like (`same`). math-verify judges only the expressions inside: left to itself it takes
+# (1,2) for {1,2}, 10 cm for 10 m, x for X, 3.14159265 for \pi, 101_2 for 101_3 and "3 4" for 7.
+SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "*": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ",
+    "²": "^2", "³": "^3", "°": r"\degree ", "€": r"\text{euro}", "£": r"\text{pound}", "∅": r"\emptyset ", '"': None})
+NAMES = {"and": ",", "or": r"\or ", "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty "}
+NAMES |= {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta".split()}
+# Short words that are no product of letters, and units with more than one name.
+UNITS = {name: names.split()[0] for names in (
+    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "mg", "ml",
+    "kg kilogram", "g gram", "ft foot feet", "in inch inche", "mi mile", "lb pound", "hr hour h", "min minute",
+    "s sec second", "^2 square sq", "^3 cubic cu", "/ per", "th", "st", "nd", "rd",
+    "am", "pm", "no", "degree deg") for name in names.split()} | {"mph": "/ hr mi", "kmh": "/ hr km", "kph": "/ hr km"}
+# Words after a number that are no unit: they change it or take it back.
+NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is are not "
+              "wrong more less fewer than least most of mod modulo remainder choose plus minus times over".split())
+
+
+def word(match):
+    """A run of letters: a name that LaTeX has a command for, a "word" (in quotes from here on), or else a
+    product of letters."""
+    text, low = match[0], match[0].lower()
+    if text[0] in '"\\' or len(text) == 1:
+        return text
+    glued = match.string[:match.start()][-1:].isdigit()  # 4abc, but not 4 abc
+    is_word = low in UNITS or (len(text) > 2 and not glued and set(low) & set("aeiou"))
+    return NAMES.get(low) or (f'"{text}"' if is_word else text)
+
+
+def unwrap(match):
+    return " " + re.sub("[A-Za-z]{2,}", lambda run: NAMES.get(run[0].lower(), f'"{run[0]}"'), match[1]) + " "
+
+
+REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ","),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", ""),
+    (r"\\(?:text|mathrm|mbox)\{\s*([mghs])\s*\}(?=\s*(?:$|\^|/))", r'"\1"'),
+    (r"\\(?:text|mbox|math|operatorname\*?|boldsymbol)(?:rm|bf|it|sf|tt|normal)?\s*\{([^{}]*)\}", unwrap),
+    (r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
+    (r"(?<=\d )[mghs](?=$|\^|/)", r'"\g<0>"'),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", '"degree"'), (r'(?<!")\\?%', '"%"'), (r"\\\$", '"dollar"'),
+    (r"\\cdot \\cdot ", "^"), (r'"(dollar|euro|pound)" *(\d[\d,.]*)', r'\2 "\1"'), (r"<=|\\leq(?:slant)?(?![A-Za-z])", r"\\le "), (r"\\lt(?![A-Za-z])", "<"),
+    (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "), (r"\\gt(?![A-Za-z])", ">"), (r"\\neq?(?![A-Za-z])", r"\\ne "),
+    (r"\\times(?![A-Za-z])", r"\\cdot "), (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"\\lbrace(?![A-Za-z])", r"\\{"), (r"\\rbrace(?![A-Za-z])", r"\\}"), (r"\\\{ *\\\}|\\varnothing", r"\\emptyset"),
+    (r"\\mathbb\{R\}|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),
+    (r'"[^"]*"|\\[A-Za-z]+|[A-Za-z]+', word),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    # Arguments get their braces, other braces become parentheses
+    (r"\s*([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"\\sqrt\s*(\[[^][]*\])?\s*([\dA-Za-z])", r"\\sqrt\1{\2}"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\(frac|binom)\s*([\dA-Za-z])\s*", r"\\\1{\2}"),
+    (r"\\(frac|binom)\s*(\{[^{}]*\})\s*([\dA-Za-z])", r"\\\1\2{\3}"),
+    (r"\{(\{[^{}]*\})\}", r"\1"), (r"(?<![A-Za-z}\]^_\\ ])\{([^{},]*)\}", r"(\1)"),
+    # Spaces, except between letters or digits; a plus that means nothing
+    (r" +", " "), (r"(?<![\dA-Za-z\"]) +| +(?![\dA-Za-z\"])", ""), (r"(?<![^(\[{,=])\+", ""))]
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+MATRIX = re.compile(r"(?:(?:\\left)?[(\[])?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end\{\1\}\s*(?:(?:\\right)?[)\]])?", re.DOTALL)
+DECIMAL = r"(?:\d{1,3000}(?:\.\d{0,3000})?|\.\d{1,3000})"
+NUMBER = re.compile(rf"([+-]?) ?(?:(\d{{1,9}}) (?=\d+/\d))?((?:(?<= )-)?{DECIMAL})(?:/(-?{DECIMAL}))?"
+                    rf"(?:(?:\\cdot *10\^|e(?=[-+\d]))\{{?([+-]?\d{{1,3}})\}}?)?")
+UNIT = re.compile(r'(.*?[^" ]) *((?:[ /]*"[^"]*"(?:\^\{-?\d\})?)+)')
+LABEL = re.compile(r'((?:[A-Z]+|[a-z]|\\[a-z]+)(?:_\{\w+\})?\'*(?:\([\w,"]*\))?|(?:"[^"]*" ?)+)(?:=|\\in(?![a-z]) *)(?=[^=])')
+RELATION = r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])"
+
+
+def tidy(text):
+    r"""One spelling for what LaTeX, Unicode and Python write in many: \frac{1}{2}, \cdot, ^{2}, "words" in double
+    quotes, no math delimiters, no thousands commas, spaces only where they separate."""
+    text = text.strip()
+    text = boxed(text) if text == rf"\boxed{{{boxed(text)}}}" else text
+    text = MATRIX.sub(lambda match: "⟦" + match[2].strip().removesuffix(r"\\").replace(r"\\", "¶") + "⟧", text)
+    text = re.sub(r"\\[()\[\]]", "", text.replace("\\\\", "\\").translate(SYMBOLS))
+    paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0  # $ encloses mathematics; a lone one is money
+    text = re.sub(r"(?<!\\)\$", "" if paired else r"\\$", text)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = text.strip().removesuffix(".")
+    if not re.search(r"[(\[]|\\{", text) or re.search(r",\s", text):  # (1,234) is a pair
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    return text
 
 
 def plain_number(text):
-    """The exact value of a plain integer, decimal or fraction (with $, spaces or thousands commas), or
-    None."""
-    text = text.strip().strip("$").strip().rstrip(".")
-    text = text.replace("\\!", "").replace("{,}", ",").replace("\\,", "")
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    if not NUMBER.fullmatch(text) or ("/" in text and int(text.rsplit("/")[1]) == 0):
+    r"""The exact value of a number as people write it (-1,234.5, 2/3, \frac{2}{3}, 3\frac{1}{2}, 6 \times 10^{23}),
+    or None."""
+    match = NUMBER.fullmatch(re.sub(r" ?\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", tidy(text)).strip())
+    if not match:
         return None
-    if "/" in text and "." in text:
+    sign, whole, top, bottom, exponent = match[1], match[2], Fraction(match[3]), Fraction(match[4] or 1), match[5]
+    if not bottom or (whole and top >= bottom):
         return None
-    return Fraction(text)
+    value = (int(whole or 0) + top / bottom) * Fraction(10)**int(exponent or 0)
+    return -value if sign == "-" else value
+
+
+@dataclass
+class Answer:
+    kind: str  # number, expression, words, relation, list, set, union, matrix, row, or brackets: "()", "[)", ...
+    text: str  # as `tidy` leaves it, without label and unit
+    value: Fraction = None  # of a number
+    parts: tuple = ()  # what a list, set, ... consists of
+    label: str = ""  # the x of x = 5, of x \in [1,2] and of x > 5
+    unit: str = ""
+
+
+def split(text, separator):
+    """Cuts where a regular expression matches outside all brackets: (parts, separators); no parts if the
+    brackets do not match."""
+    parts, found, depth, start = [], [], 0, 0
+    for match in re.finditer(rf"(\\\{{|[(\[{{⟦])|(\\\}}|[)\]}}⟧])|({separator})", text):
+        depth += bool(match[1]) - bool(match[2])
+        if depth < 0:
+            return [], []
+        if match[3] and depth == 0:
+            parts.append(text[start:match.start()].strip())
+            found.append(match[3].strip())
+            start = match.end()
+    return (parts + [text[start:].strip()], found) if depth == 0 else ([], [])
+
+
+def read(text):
+    """Tidy text -> Answer."""
+    parts, found = split(text, r"[,;]|\\or ")
+    if len(parts) > 1:
+        parts = [read(part) for part in parts if part]
+        label = parts[0].label if parts else ""
+        union = bool(label) and set(found) == {r"\or"} and all(part.kind[0] in "([" for part in parts)
+        if label and all(part.label in (label, "") for part in parts):  # x=1, x=2 and x=1,2 are values of one x
+            return Answer("union" if union else "list", text, None, [replace(p, label="") for p in parts], label)
+        return Answer("list", text, None, parts)
+    if match := LABEL.match(text):
+        answer = read(text[match.end():])
+        if not answer.label and answer.kind != "relation":
+            return replace(answer, label=match[1].strip())
+    parts, found = split(text, RELATION)
+    if len(parts) > 1:
+        return read_relation(text, parts, found)
+    parts, _ = split(text, r"\\cup(?![A-Za-z])")
+    if len(parts) > 1:
+        return Answer("union", text, None, [read(part) for part in parts])
+    if match := re.fullmatch(r"(\\\{|[(\[{⟦])(.*?)(\\\}|[)\]}⟧])", text):
+        kind = match[1][-1] + match[3][-1]
+        parts, _ = split(match[2], "¶" if kind == "⟦⟧" else ",")
+        if kind == "⟦⟧" and parts:
+            return Answer(kind, text, None, [Answer("row", row, None, [read(cell) for cell in split(row, "&")[0]])
+                                             for row in parts])
+        if len(parts) == 1 and match[1] in "({":  # nothing but grouping
+            return read(parts[0])
+        if parts:
+            return Answer(kind, text, None, [read(part) for part in parts])
+    if text.count(r"\pm") == 1:
+        return Answer("list", text, None, [read(re.sub(r"\\pm *", sign, text).removeprefix("+")) for sign in "+-"])
+    if match := UNIT.fullmatch(text):
+        names = [name.lower() for name in re.findall(r"[A-Za-z%/]+|\^\{-?\d", match[2])]
+        answer = read(match[1])
+        if answer.kind in ("number", "expression") and not answer.unit and not NO_UNIT.intersection(names):
+            names = [UNITS.get(name, UNITS.get(name.removesuffix("s"), name.removesuffix("s")))
+                     for name in names if name not in ("unit", "units")]
+            return replace(answer, unit=" ".join(sorted(names)).replace("{", ""))
+    value = plain_number(text)
+    return Answer("number" if value is not None else "words" if '"' in text else "expression", text, value)
+
+
+def read_relation(text, parts, found):
+    r"""x > 5 and 1 < x \le 3 are intervals, labelled x; what cannot be read so remains a relation."""
+    if all(sign in (">", r"\ge") for sign in found):
+        parts, found = parts[::-1], [{">": "<", r"\ge": r"\le"}[sign] for sign in found[::-1]]
+    if len(parts) == 2:
+        first = len(parts[0]) == 1 and parts[0].isalpha()
+        parts, found = (["-\\infty"] + parts, ["<"] + found) if first else (parts + ["\\infty"], found + ["<"])
+    low, x, high = parts if len(parts) == 3 else ("", "", "")
+    if not (set(found) <= {"<", r"\le"} and len(x) == 1 and x.isalpha()) or not all(
+            end and not re.search(r"(?<![\\a-z])[A-Za-z]", end) for end in (low, high)):
+        return Answer("relation", text)
+    kind = "(["[found[0] != "<"] + ")]"[found[1] != "<"]
+    return Answer(kind, text, None, [read(low), read(high)], label=x)
+
+
+def same(a, b, strict, judge, top=True):
+    """Whether Answer a, predicted, is Answer b; judge(a, b) decides about two expressions."""
+    def both_ways(xs, ys):
+        return (all(any(same(x, y, strict, judge, False) for y in ys) for x in xs)
+                and all(any(same(x, y, strict, judge, False) for x in xs) for y in ys))
+
+    if a == b:
+        return True
+    equations = [f"{x.label}={x.text}" if x.label else x.text for x in (a, b)]
+    if "relation" in (a.kind, b.kind) or (a.label and b.label and a.label != b.label):
+        fit = all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
+        return fit and judge(*equations)
+    if (a.label != b.label and (strict or not top)) or (a.unit != b.unit and (strict or (a.unit and b.unit))):
+        return False
+    if a.kind == b.kind == "number":
+        percent = Fraction(1, 100) if a.unit != b.unit and "%" in (a.unit, b.unit) else 1
+        return a.value == b.value or (a.value * percent == b.value if a.unit else a.value == b.value * percent)
+    if not strict and {"list", "{}"} & {a.kind, b.kind}:
+        xs, ys = (x.parts if x.kind in ("list", "{}") else [replace(x, label="", unit="")] for x in (a, b))
+        return (len(xs) == len(ys) or a.kind == b.kind == "{}") and both_ways(xs, ys)
+    if a.kind != b.kind or not a.parts:
+        if a.kind == b.kind == "words":
+            return not strict and a.text.casefold() == b.text.casefold()
+        # CRUCIAL: against a plain number 37*99 is no answer, the judge would do the arithmetic
+        return {a.kind, b.kind} <= {"number", "expression"} and b.kind != "number" and judge(a.text, b.text)
+    if a.kind in ("{}", "union"):
+        return (len(a.parts) == len(b.parts) or a.kind == "{}") and both_ways(a.parts, b.parts)
+    return len(a.parts) == len(b.parts) and all(
+        same(x, y, strict, judge, False) for x, y in zip(a.parts, b.parts))
+
+
+GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
+EXPRESSION = re.compile(rf"(?:\\(?:frac|sqrt|pi|cdot|infty|ln|log|exp|binom|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|le|ge|ne"
+                        rf"|{GREEK})(?![A-Za-z])|[A-Za-z]|\d{{1,30}}(?:\.\d{{1,30}})?|[-+/^_(){{}}\[\]|!=<> '])+")
+# Not for the judge: 101_2, "3 4" and (2)3, which it adds, and powers of powers of numbers
+MISREAD = re.compile(r"\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
+
+
+def expression(text):
+    """Tidy text as the judge reads it right, every number exact; None if it is not for the judge."""
+    if len(text) > 400 or not EXPRESSION.fullmatch(text) or MISREAD.search(text):
+        return None
+    text = re.sub(r"(\d{1,9}) ?\\frac\{(\d{1,9})\}\{(\d{1,9})\}",
+                  lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}", text)
+    text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)
+    return re.sub(r"(?<=[\d)])(?=\()", r"\\cdot ", text)
+
+
+def functions(text):
+    """The operations in an expression that a prediction may use only if the reference does."""
+    text = re.sub(r"\\(?:sin|cos|tan|cot|sec|csc)", r"\\sin", text)
+    return set(re.findall(r"\\[a-z]+|!", text)) - {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log"}
 
 
 class Verifier:
     """math-verify behind a wall: its parser evaluates what it reads, `10^{10^{10}}` would hang the trainer.
 
     One server process with a clean environment runs `verify_server`: it imports math-verify once and forks
-    for every pair; the fork has limits on CPU time and memory and is killed after `timeout` seconds.
+    for every pair; the fork has limits on CPU time and memory and is killed when its seconds are over.
     Thread-safe. RuntimeError if the server does not start, which means a broken installation.
     """
 
-    def __init__(self, timeout=1.0):
-        self.timeout, self.lock, self.server = timeout, threading.Lock(), None
+    def __init__(self):
+        self.lock, self.server = threading.Lock(), None
 
     def start(self):
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         # The function's source travels on the command line: importing this file would load torch as well.
-        source = f"{inspect.getsource(verify_server)}\nverify_server({self.timeout})"
+        source = f"{inspect.getsource(verify_server)}\nverify_server()"
         self.server = subprocess.Popen([sys.executable, "-I", "-c", source], bufsize=0, env=environment,
                                        cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if self.read(60.0) != "ready\n":
@@ -171,78 +386,107 @@ class Verifier:
             self.server.stdout.close()
             self.server = None
 
-    def __call__(self, predicted, reference):
+    def __call__(self, predicted, reference, seconds):
+        """(whether the two expressions are equal, how many of the seconds are left)"""
         with self.lock:
             if self.server is None or self.server.poll() is not None:
                 self.stop()
                 self.start()
-            request = json.dumps([predicted, reference]) + "\n"
+            request, begin = json.dumps([predicted, reference, seconds]) + "\n", time.monotonic()
             try:
                 self.server.stdin.write(request.encode())
-                reply = self.read(self.timeout + 5.0)
+                reply = self.read(seconds + 5.0)
             except BrokenPipeError:
                 reply = ""
             if not reply:  # it is gone or stuck: this pair counts as different, the next gets a new server
                 self.stop()
-            return reply == "1\n"
+            return reply == "1\n", seconds - (time.monotonic() - begin)
 
 
-def verify_server(timeout):
-    """Reads [predicted, reference] as JSON lines, answers 1 or 0 for each; every pair is judged in a limited
-    fork."""
-    import json, math, os, resource, signal, sys, time  # noqa: E401  (it runs alone, see Verifier.start)
-    from math_verify import parse, verify
-    parse("$1+x$")  # loads the grammar before the first fork
+def verify_server():
+    """Reads [predicted, reference, seconds] as JSON lines, answers 1 or 0 for each; every pair is judged in a
+    limited fork."""
+    import gc, json, logging, math, os, resource, select, signal, sys  # noqa: E401  (it runs alone, see Verifier.start)
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    logging.disable()
+    from math_verify import verify
+    from math_verify.grader import should_treat_as_complex
+
+    def judge(predicted, reference):
+        real = not any(map(should_treat_as_complex, (predicted, reference)))
+        gold, target = (latex2sympy(text, is_real=real, normalization_config=None,
+                                    conversion_config=ConversionConfig(lowercase_symbols=False))
+                        for text in (reference, predicted))
+        return verify(gold, target, numeric_precision=30, timeout_seconds=None)
+
+    # The grammar's tables and sympy's caches fill as they are used: what is in them before the fork is 10
+    # times as fast after it.
+    for text in (r"-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot y", r"2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)!", r"x+y=2z^{-1}",
+                 r"\frac{\ln{3}}{\log_{2}{x}}+\sin^{2}x-\cos(2x)|x|", r"e^{i\pi/3}+4i+\binom{n}{2}\alpha", r"x<5"):
+        judge(text, text.replace("2", "7"))
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
+        *pair, seconds = json.loads(line)
+        verdict, answer = os.pipe()
         child = os.fork()
         if child == 0:
             resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(timeout), math.ceil(timeout)))
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
             os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-            code = 1
             try:
-                gold, predicted = (parse(f"${text}$", parsing_timeout=None)
-                                   for text in reversed(json.loads(line)))
-                code = 0 if verify(gold, predicted, timeout_seconds=None) else 1
+                os.write(answer, b"1" if judge(*pair) else b"0")
             finally:  # whatever was raised, SystemExit and MemoryError included, is "not equivalent"
-                os._exit(code)
-        deadline = time.monotonic() + timeout
-        while True:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                break
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                _, status = os.waitpid(child, 0)
-                break
-            time.sleep(0.002)
-        print(int(os.waitstatus_to_exitcode(status) == 0), flush=True)
+                os._exit(0)
+        os.close(answer)
+        # readable when the child has answered or is gone
+        equal = bool(select.select([verdict], [], [], seconds)[0]) and os.read(verdict, 1) == b"1"
+        os.close(verdict)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(int(equal), flush=True)
 
 
 VERIFIER = Verifier()
 
 
-def is_equivalent(predicted, reference):
-    """Whether two final answers mean the same. Exact for plain numbers; math-verify for the rest, at most 1 s
-    per pair. Where the reference is a plain number, an expression that still has to be computed is wrong.
+def is_equivalent(predicted, reference, strict=False):
+    r"""Whether two final answers mean the same.
 
-    Never raises and never hangs, from any thread: what cannot be read or judged in time is not equivalent.
+    Either way: numbers are compared exactly (nothing is rounded: 0.333 is not 1/3, 3.14 is not \pi) and
+    expressions by math-verify; brackets, order and number of elements count; units are never converted; and
+    what still has to be computed (37*99 for 3663, \arctan(1) for \frac{\pi}{4}) is wrong, because a policy that
+    boxes the question would be rewarded for it.
+
+    strict: both answers have the same kind, label, unit and order of a list.
+    lenient, the default of rewards, evaluation and curation, because references leave out what the question
+    says: "x =", a unit or a percent sign may be missing on one side (5 cm is 5, but not 5 m; 50% is 50, and
+    0.5); lists have no order and may be written as a set, with \pm, or an interval as an inequality; words
+    have no case.
+
+    At most about 1 s per pair. Never raises and never hangs, from any thread: what cannot be read or judged in
+    time is not equivalent.
     """
     if predicted is None or reference is None:
         return False
-    predicted, reference = str(predicted).strip(), str(reference).strip()
-    if not predicted or max(len(predicted), len(reference)) > 4000:
+    texts = [str(predicted).strip(), str(reference).strip()]
+    if any(not text or len(text) > 4000 or len(re.findall(r"[(\[{=]", text)) > 100 for text in texts):
         return False
-    if predicted == reference:
-        return True
-    a, b = plain_number(predicted), plain_number(reference)
-    if a is not None and b is not None:
-        return a == b
-    if b is not None and not WRITTEN_NUMBER.fullmatch(DRESSING.sub("", predicted.strip("$")).strip()):
-        return False
-    return VERIFIER(predicted, reference)
+    seconds = 1.0
+
+    def judge(x, y):
+        nonlocal seconds
+        if seconds <= 0 or not functions(x) <= functions(y):
+            return False
+        x, y = expression(x), expression(y)
+        if not x or not y:
+            return False
+        verdict, seconds = VERIFIER(x, y, seconds)
+        return verdict
+
+    predicted, reference = (tidy(text) for text in texts)
+    return bool(predicted and reference) and same(read(predicted), read(reference), strict, judge)
 
 
 def outcome_reward(trajectory, tokenizer, reference):
