@@ -118,72 +118,79 @@ def extract_answer(response):
     return boxed(BLOCKS.sub("\n", response))
 
 
-# A final answer is brought to one spelling (`tidy`), read as what it is (`read`: a number, a tuple, a set, ...),
-# and like is compared with like (`same`). math-verify judges only the expressions inside: left to itself it takes
-# (1,2) for {1,2}, 10 cm for 10 m, x for X, 3.14159265 for \pi, 101_2 for 101_3 and "3 4" for 7.
+# A final answer is brought to one spelling (`tidy`), read as what it is (`read`: a number, a tuple, a set, ...)
+# and like is compared with like (`same`). math-verify judges only the expressions inside: left to itself it
+# takes (1,2) for {1,2}, 10 cm for 10 m, x for X, 3.14159265 for \pi, 101_2 for 101_3 and "3 4" for 7.
 SYMBOLS = str.maketrans({
     "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "*": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ",
-    "²": "^2", "³": "^3", "°": r"\degree ", "€": r"\text{euro}", "£": r"\text{pound}", "∅": r"\emptyset ", '"': None})
-NAMES = {"and": ",", "or": r"\or ", "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty "}
-NAMES |= {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta".split()}
-# Short words that are no product of letters, and units with more than one name.
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2",
+    "³": "^3", "°": r"\degree ", "€": r"\text{euro}", "£": r"\text{pound}", "∅": r"\emptyset ", '"': None})
+# What a run of letters, or the command of that name, stands for.
+NAMES = {"and": ",", "or": r"\or ", "%": '"%"', "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ",
+         "oo": r"\infty "} | {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta".split()}
+COMMANDS = dict(pair.split(":") for pair in (
+    r"\left: \right: \big: \Big: \bigl: \bigr: \displaystyle: \leq:\le \leqslant:\le \geq:\ge \geqslant:\ge \neq:\ne "
+    r"\lt:< \gt:> \times:\cdot \dfrac:\frac \tfrac:\frac \cfrac:\frac \dbinom:\binom \lvert:| \rvert:| \vert:| "
+    r"\lbrace:\{ \rbrace:\} \varnothing:\emptyset \R:\mathbb{R} \degree:^\circ \quad: \qquad:").split(" ") if pair)
+# Units with several names, and short words that are no product of letters.
 UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "mg", "ml",
     "kg kilogram", "g gram", "ft foot feet", "in inch inche", "mi mile", "lb pound", "hr hour h", "min minute",
-    "s sec second", "^2 square sq", "^3 cubic cu", "/ per", "th", "st", "nd", "rd",
-    "am", "pm", "no", "degree deg") for name in names.split()} | {"mph": "/ hr mi", "kmh": "/ hr km", "kph": "/ hr km"}
+    "s sec second", "^2 square sq", "^3 cubic cu", "/ per", "degree deg", "th", "st", "nd", "rd", "am", "pm", "no"
+) for name in names.split()} | {"mph": "/ hr mi", "unit": ""}
 # Words after a number that are no unit: they change it or take it back.
-NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is are not "
-              "wrong more less fewer than least most of mod modulo remainder choose plus minus times over".split())
+NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is are "
+              "not wrong more less than least most of mod modulo remainder choose plus minus times".split())
 
 
 def word(match):
-    """A run of letters: a name that LaTeX has a command for, a "word" (in quotes from here on), or else a
-    product of letters."""
+    """A run of letters or a command -> its one spelling, a "word" (in quotes from here on), or a product of
+    letters."""
     text, low = match[0], match[0].lower()
     if text[0] in '"\\' or len(text) == 1:
-        return text
-    glued = match.string[:match.start()][-1:].isdigit()  # 4abc, but not 4 abc
+        return COMMANDS.get(text, text)
+    glued = match.string[:match.start()][-1:].isdigit()  # 4abc is no word, 4 abc is
     is_word = low in UNITS or (len(text) > 2 and not glued and set(low) & set("aeiou"))
     return NAMES.get(low) or (f'"{text}"' if is_word else text)
 
 
 def unwrap(match):
-    return " " + re.sub("[A-Za-z]{2,}", lambda run: NAMES.get(run[0].lower(), f'"{run[0]}"'), match[1]) + " "
+    """The content of \\text{} and the like, as words."""
+    return " " + re.sub("[A-Za-z]{2,}|[a-z](?=/)|(?<=/)[a-z]",
+                        lambda run: NAMES.get(run[0].lower(), f'"{run[0]}"'), match[1]) + " "
 
 
+BRACED = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ","),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", ""),
     (r"\\(?:text|mathrm|mbox)\{\s*([mghs])\s*\}(?=\s*(?:$|\^|/))", r'"\1"'),
     (r"\\(?:text|mbox|math|operatorname\*?|boldsymbol)(?:rm|bf|it|sf|tt|normal)?\s*\{([^{}]*)\}", unwrap),
-    (r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
-    (r"(?<=\d )[mghs](?=$|\^|/)", r'"\g<0>"'),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", '"degree"'), (r'(?<!")\\?%', '"%"'), (r"\\\$", '"dollar"'),
-    (r"\\cdot \\cdot ", "^"), (r'"(dollar|euro|pound)" *(\d[\d,.]*)', r'\2 "\1"'), (r"<=|\\leq(?:slant)?(?![A-Za-z])", r"\\le "), (r"\\lt(?![A-Za-z])", "<"),
-    (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "), (r"\\gt(?![A-Za-z])", ">"), (r"\\neq?(?![A-Za-z])", r"\\ne "),
-    (r"\\times(?![A-Za-z])", r"\\cdot "), (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\[lr]?vert(?![A-Za-z])", "|"),
-    (r"\\lbrace(?![A-Za-z])", r"\\{"), (r"\\rbrace(?![A-Za-z])", r"\\}"), (r"\\\{ *\\\}|\\varnothing", r"\\emptyset"),
-    (r"\\mathbb\{R\}|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),
-    (r'"[^"]*"|\\[A-Za-z]+|[A-Za-z]+', word),
-    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    # Arguments get their braces, other braces become parentheses
+    (r"\\[,;:! ]|~|\s+", " "), (r"(?<=\d )[mghs](?=$|\^|/)", r'"\g<0>"'), (r'(?<!")\\?%', '"%"'),
+    (r"\\\$", '"dollar"'), (r'"(dollar|euro|pound)" *(\d[\d,.]*)', r'\2 "\1"'), (r"\\cdot \\cdot ", "^"),
+    (r"<=", r"\\le "), (r">=", r"\\ge "), (r'"[^"]*"|\\?[A-Za-z]+', word),
+    (r"\^\s*\{?\s*\\circ\s*\}?", '"degree"'), (r"\\\{ *\\\}", r"\\emptyset"),
+    (r"\\mathbb\{R\}", r"(-\\infty,\\infty)"), (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    # arguments get their braces, other braces become parentheses
     (r"\s*([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"\\sqrt\s*(\[[^][]*\])?\s*([\dA-Za-z])", r"\\sqrt\1{\2}"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\(frac|binom)\s*([\dA-Za-z])\s*", r"\\\1{\2}"),
-    (r"\\(frac|binom)\s*(\{[^{}]*\})\s*([\dA-Za-z])", r"\\\1\2{\3}"),
+    (rf"\\(frac|binom)\s*({BRACED})\s*([\dA-Za-z])", r"\\\1\2{\3}"),
     (r"\{(\{[^{}]*\})\}", r"\1"), (r"(?<![A-Za-z}\]^_\\ ])\{([^{},]*)\}", r"(\1)"),
-    # Spaces, except between letters or digits; a plus that means nothing
-    (r" +", " "), (r"(?<![\dA-Za-z\"]) +| +(?![\dA-Za-z\"])", ""), (r"(?<![^(\[{,=])\+", ""))]
+    # spaces only between letters or digits, and no plus that means nothing
+    (r" +", " "), (r"(?<![\dA-Za-z\"]) | (?![\dA-Za-z\"])", ""), (r"(?<![^(\[{,=])\+", ""))]
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
-MATRIX = re.compile(r"(?:(?:\\left)?[(\[])?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end\{\1\}\s*(?:(?:\\right)?[)\]])?", re.DOTALL)
+MATRIX = re.compile(r"(?:(?:\\left)?[(\[])?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end\{\1\}"
+                    r"\s*(?:(?:\\right)?[)\]])?", re.DOTALL)
 DECIMAL = r"(?:\d{1,3000}(?:\.\d{0,3000})?|\.\d{1,3000})"
 NUMBER = re.compile(rf"([+-]?) ?(?:(\d{{1,9}}) (?=\d+/\d))?((?:(?<= )-)?{DECIMAL})(?:/(-?{DECIMAL}))?"
-                    rf"(?:(?:\\cdot *10\^|e(?=[-+\d]))\{{?([+-]?\d{{1,3}})\}}?)?")
+                    rf"(?:(?:\\cdot *10\^|[eE](?=[-+\d]))\{{?([+-]?\d{{1,3}})\}}?)?")
 UNIT = re.compile(r'(.*?[^" ]) *((?:[ /]*"[^"]*"(?:\^\{-?\d\})?)+)')
-LABEL = re.compile(r'((?:[A-Z]+|[a-z]|\\[a-z]+)(?:_\{\w+\})?\'*(?:\([\w,"]*\))?|(?:"[^"]*" ?)+)(?:=|\\in(?![a-z]) *)(?=[^=])')
+LABEL = re.compile(r'((?:[A-Z]+|[a-z]|\\[a-z]+ ?[A-Z]*)(?:_\{\w+\})?(?:\^\{-1\})?\'*(?:\([\w,"]*\))?|(?:"[^"]*" ?)+'
+                   r'|\((?:[a-z],)+[a-z]\))(?:=|\\in(?![a-z]) *)(?=[^=])')
 RELATION = r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])"
+# Not for the judge: 101_2, "3 4" and (2)3, which it adds, derivatives, powers of powers of numbers
+MISREAD = re.compile(r"\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
 
 
 def tidy(text):
@@ -278,8 +285,8 @@ def read(text):
         answer = read(match[1])
         if answer.kind in ("number", "expression") and not answer.unit and not NO_UNIT.intersection(names):
             names = [UNITS.get(name, UNITS.get(name.removesuffix("s"), name.removesuffix("s")))
-                     for name in names if name not in ("unit", "units")]
-            return replace(answer, unit=" ".join(sorted(names)).replace("{", ""))
+                     for name in names]
+            return replace(answer, unit=" ".join(sorted(filter(None, names))).replace("{", ""))
     value = plain_number(text)
     return Answer("number" if value is not None else "words" if '"' in text else "expression", text, value)
 
@@ -330,27 +337,16 @@ def same(a, b, strict, judge, top=True):
         same(x, y, strict, judge, False) for x, y in zip(a.parts, b.parts))
 
 
-GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
-EXPRESSION = re.compile(rf"(?:\\(?:frac|sqrt|pi|cdot|infty|ln|log|exp|binom|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|le|ge|ne"
-                        rf"|{GREEK})(?![A-Za-z])|[A-Za-z]|\d{{1,30}}(?:\.\d{{1,30}})?|[-+/^_(){{}}\[\]|!=<> '])+")
-# Not for the judge: 101_2, "3 4" and (2)3, which it adds, and powers of powers of numbers
-MISREAD = re.compile(r"\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
-
-
 def expression(text):
-    """Tidy text as the judge reads it right, every number exact; None if it is not for the judge."""
-    if len(text) > 400 or not EXPRESSION.fullmatch(text) or MISREAD.search(text):
+    """Tidy text for the judge, every number exact, and the operations in it that not every answer may use; None
+    for what it would misread."""
+    if len(text) > 400 or not re.fullmatch(r"[\w\\+/^(){}\[\]|!=<>' .-]+", text, re.ASCII) or MISREAD.search(text):
         return None
+    used = set(re.findall(r"\\[A-Za-z]+|!", re.sub(r"\\(?:cos|tan|cot|sec|csc)", r"\\sin", text)))
     text = re.sub(r"(\d{1,9}) ?\\frac\{(\d{1,9})\}\{(\d{1,9})\}",
                   lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}", text)
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)
-    return re.sub(r"(?<=[\d)])(?=\()", r"\\cdot ", text)
-
-
-def functions(text):
-    """The operations in an expression that a prediction may use only if the reference does."""
-    text = re.sub(r"\\(?:sin|cos|tan|cot|sec|csc)", r"\\sin", text)
-    return set(re.findall(r"\\[a-z]+|!", text)) - {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log"}
+    return re.sub(r"(?<=[\d)])(?=\()", r"\\cdot ", text), used - {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log"}
 
 
 class Verifier:
@@ -477,12 +473,10 @@ def is_equivalent(predicted, reference, strict=False):
 
     def judge(x, y):
         nonlocal seconds
-        if seconds <= 0 or not functions(x) <= functions(y):
-            return False
         x, y = expression(x), expression(y)
-        if not x or not y:
+        if seconds <= 0 or not x or not y or not x[1] <= y[1]:
             return False
-        verdict, seconds = VERIFIER(x, y, seconds)
+        verdict, seconds = VERIFIER(x[0], y[0], seconds)
         return verdict
 
     predicted, reference = (tidy(text) for text in texts)
