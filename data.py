@@ -118,29 +118,28 @@ def extract_answer(response):
     return boxed(BLOCKS.sub("\n", response))
 
 
-# A final answer is brought to one spelling (`tidy`), read as what it is (`read`: a number, a tuple, a set, ...)
+# A final answer is brought to one spelling (`tidy`), read as what it is (`read`: a number, a tuple, a set...)
 # and like is compared with like (`same`). math-verify judges only the expressions inside: left to itself it
 # takes (1,2) for {1,2}, 10 cm for 10 m, x for X, 3.14159265 for \pi, 101_2 for 101_3 and "3 4" for 7.
-SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "*": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2",
-    "³": "^3", "°": r"\degree ", "€": r"\text{euro}", "£": r"\text{pound}", "∅": r"\emptyset ", '"': None})
-# What a run of letters, or the command of that name, stands for.
-NAMES = {"and": ",", "or": r"\or ", "%": '"%"', "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ",
-         "oo": r"\infty "} | {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta".split()}
+SYMBOLS = {ord('"'): None} | {ord(pair[0]): pair[1:] + " " for pair in (
+    r"−- –- ×\cdot ·\cdot *\cdot ÷/ π\pi √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ²^2 ³^3 °^\circ ∅\emptyset "
+    r"€\text{euro} £\text{pound}").split()}
+# What a run of letters stands for, and which commands mean another.
+NAMES = {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta or".split()} | {
+    "and": ",", "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty "}
 COMMANDS = dict(pair.split(":") for pair in (
-    r"\left: \right: \big: \Big: \bigl: \bigr: \displaystyle: \leq:\le \leqslant:\le \geq:\ge \geqslant:\ge \neq:\ne "
-    r"\lt:< \gt:> \times:\cdot \dfrac:\frac \tfrac:\frac \cfrac:\frac \dbinom:\binom \lvert:| \rvert:| \vert:| "
-    r"\lbrace:\{ \rbrace:\} \varnothing:\emptyset \R:\mathbb{R} \degree:^\circ \quad: \qquad:").split(" ") if pair)
+    r"\left: \right: \big: \Big: \bigl: \bigr: \displaystyle: \quad: \qquad: \leq:\le \leqslant:\le \geq:\ge "
+    r"\geqslant:\ge \neq:\ne \lt:< \gt:> \times:\cdot \dfrac:\frac \tfrac:\frac \cfrac:\frac \dbinom:\binom "
+    r"\lvert:| \rvert:| \vert:| \lbrace:\{ \rbrace:\} \varnothing:\emptyset \degree:^\circ").split())
 # Units with several names, and short words that are no product of letters.
 UNITS = {name: names.split()[0] for names in (
-    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "mg", "ml",
-    "kg kilogram", "g gram", "ft foot feet", "in inch inche", "mi mile", "lb pound", "hr hour h", "min minute",
-    "s sec second", "^2 square sq", "^3 cubic cu", "/ per", "degree deg", "th", "st", "nd", "rd", "am", "pm", "no"
-) for name in names.split()} | {"mph": "/ hr mi", "unit": ""}
+    "cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre,m meter metre,mg,ml,"
+    "kg kilogram,g gram,ft foot feet,in inch inche,mi mile,lb pound,hr hour h,min minute,s sec second,^2 square sq,"
+    "^3 cubic cu,/ per,degree deg,th,st,nd,rd,am,pm,no").split(",") for name in names.split()
+} | {"mph": "/ hr mi", "unit": ""}
 # Words after a number that are no unit: they change it or take it back.
-NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is are "
-              "not wrong more less than least most of mod modulo remainder choose plus minus times".split())
+NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is "
+              "are not wrong more less than least most of mod modulo remainder choose plus minus times".split())
 
 
 def word(match):
@@ -155,7 +154,7 @@ def word(match):
 
 
 def unwrap(match):
-    """The content of \\text{} and the like, as words."""
+    r"""The content of \text{} and the like, as words."""
     return " " + re.sub("[A-Za-z]{2,}|[a-z](?=/)|(?<=/)[a-z]",
                         lambda run: NAMES.get(run[0].lower(), f'"{run[0]}"'), match[1]) + " "
 
@@ -169,7 +168,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\\$", '"dollar"'), (r'"(dollar|euro|pound)" *(\d[\d,.]*)', r'\2 "\1"'), (r"\\cdot \\cdot ", "^"),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r'"[^"]*"|\\?[A-Za-z]+', word),
     (r"\^\s*\{?\s*\\circ\s*\}?", '"degree"'), (r"\\\{ *\\\}", r"\\emptyset"),
-    (r"\\mathbb\{R\}", r"(-\\infty,\\infty)"), (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\\(?:mathbb\{R\}|R(?![A-Za-z]))", r"(-\\infty,\\infty)"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     # arguments get their braces, other braces become parentheses
     (r"\s*([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
@@ -186,19 +186,20 @@ DECIMAL = r"(?:\d{1,3000}(?:\.\d{0,3000})?|\.\d{1,3000})"
 NUMBER = re.compile(rf"([+-]?) ?(?:(\d{{1,9}}) (?=\d+/\d))?((?:(?<= )-)?{DECIMAL})(?:/(-?{DECIMAL}))?"
                     rf"(?:(?:\\cdot *10\^|[eE](?=[-+\d]))\{{?([+-]?\d{{1,3}})\}}?)?")
 UNIT = re.compile(r'(.*?[^" ]) *((?:[ /]*"[^"]*"(?:\^\{-?\d\})?)+)')
-LABEL = re.compile(r'((?:[A-Z]+|[a-z]|\\[a-z]+ ?[A-Z]*)(?:_\{\w+\})?(?:\^\{-1\})?\'*(?:\([\w,"]*\))?|(?:"[^"]*" ?)+'
-                   r'|\((?:[a-z],)+[a-z]\))(?:=|\\in(?![a-z]) *)(?=[^=])')
+LABEL = re.compile(
+    r'((?:[A-Z]+|[a-z]|\\[a-z]+ ?[A-Z]*)(?:_\{\w+\})?(?:\^\{-1\})?\'*(?:\([\w,"]*\))?|(?:"[^"]*" ?)+'
+    r'|\((?:[a-z],)+[a-z]\))(?:=|\\in(?![a-z]) *)(?=[^=])')
 RELATION = r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])"
 # Not for the judge: 101_2, "3 4" and (2)3, which it adds, derivatives, powers of powers of numbers
 MISREAD = re.compile(r"\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
 
 
 def tidy(text):
-    r"""One spelling for what LaTeX, Unicode and Python write in many: \frac{1}{2}, \cdot, ^{2}, "words" in double
-    quotes, no math delimiters, no thousands commas, spaces only where they separate."""
+    r"""One spelling for what LaTeX, Unicode and Python write in many: \frac{1}{2}, \cdot, ^{2}, "words" in
+    double quotes, no math delimiters, no thousands commas, spaces only where they separate."""
     text = text.strip()
     text = boxed(text) if text == rf"\boxed{{{boxed(text)}}}" else text
-    text = MATRIX.sub(lambda match: "⟦" + match[2].strip().removesuffix(r"\\").replace(r"\\", "¶") + "⟧", text)
+    text = MATRIX.sub(lambda m: "⟦" + m[2].strip().removesuffix(r"\\").replace(r"\\", "¶") + "⟧", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("\\\\", "\\").translate(SYMBOLS))
     paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0  # $ encloses mathematics; a lone one is money
     text = re.sub(r"(?<!\\)\$", "" if paired else r"\\$", text)
@@ -211,31 +212,32 @@ def tidy(text):
 
 
 def plain_number(text):
-    r"""The exact value of a number as people write it (-1,234.5, 2/3, \frac{2}{3}, 3\frac{1}{2}, 6 \times 10^{23}),
-    or None."""
-    match = NUMBER.fullmatch(re.sub(r" ?\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", tidy(text)).strip())
+    r"""The exact value of a number as people write it (-1,234.5, 2/3, \frac{2}{3}, 3\frac{1}{2}, 6 \times
+    10^{23}), or None."""
+    text = re.sub(r" ?\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", tidy(text)).strip()
+    match = NUMBER.fullmatch(text)
     if not match:
         return None
-    sign, whole, top, bottom, exponent = match[1], match[2], Fraction(match[3]), Fraction(match[4] or 1), match[5]
-    if not bottom or (whole and top >= bottom):
+    whole, top, bottom = int(match[2] or 0), Fraction(match[3]), Fraction(match[4] or 1)
+    if not bottom or (match[2] and top >= bottom):
         return None
-    value = (int(whole or 0) + top / bottom) * Fraction(10)**int(exponent or 0)
-    return -value if sign == "-" else value
+    value = (whole + top / bottom) * Fraction(10)**int(match[5] or 0)
+    return -value if match[1] == "-" else value
 
 
 @dataclass
 class Answer:
-    kind: str  # number, expression, words, relation, list, set, union, matrix, row, or brackets: "()", "[)", ...
+    kind: str  # number, expression, words, relation, list, union, row, or its brackets: "()", "[)", "{}", ...
     text: str  # as `tidy` leaves it, without label and unit
     value: Fraction = None  # of a number
-    parts: tuple = ()  # what a list, set, ... consists of
-    label: str = ""  # the x of x = 5, of x \in [1,2] and of x > 5
+    parts: list = ()  # of a list, a set, a tuple, ...
+    label: str = ""  # the x of x = 5, x \in [1,2] and x > 5
     unit: str = ""
 
 
 def split(text, separator):
-    """Cuts where a regular expression matches outside all brackets: (parts, separators); no parts if the
-    brackets do not match."""
+    """The parts of a text between the matches of a regular expression that stand outside all brackets, and
+    these matches; no parts if the brackets do not match."""
     parts, found, depth, start = [], [], 0, 0
     for match in re.finditer(rf"(\\\{{|[(\[{{⟦])|(\\\}}|[)\]}}⟧])|({separator})", text):
         depth += bool(match[1]) - bool(match[2])
@@ -250,14 +252,19 @@ def split(text, separator):
 
 def read(text):
     """Tidy text -> Answer."""
+    def several(kind, texts, label=""):
+        return Answer(kind, text, None, [read(part) for part in texts if part], label)
+
     parts, found = split(text, r"[,;]|\\or ")
     if len(parts) > 1:
-        parts = [read(part) for part in parts if part]
-        label = parts[0].label if parts else ""
-        union = bool(label) and set(found) == {r"\or"} and all(part.kind[0] in "([" for part in parts)
-        if label and all(part.label in (label, "") for part in parts):  # x=1, x=2 and x=1,2 are values of one x
-            return Answer("union" if union else "list", text, None, [replace(p, label="") for p in parts], label)
-        return Answer("list", text, None, parts)
+        answer = several("list", parts)
+        label = answer.parts[0].label if answer.parts else ""
+        # x=1, x=2 and x=1,2 are values of one x
+        if label and all(part.label in (label, "") for part in answer.parts):
+            intervals = set(found) == {r"\or"} and all(part.kind[0] in "([" for part in answer.parts)
+            return Answer("union" if intervals else "list", text, None,
+                          [replace(part, label="") for part in answer.parts], label)
+        return answer
     if match := LABEL.match(text):
         answer = read(text[match.end():])
         if not answer.label and answer.kind != "relation":
@@ -267,19 +274,17 @@ def read(text):
         return read_relation(text, parts, found)
     parts, _ = split(text, r"\\cup(?![A-Za-z])")
     if len(parts) > 1:
-        return Answer("union", text, None, [read(part) for part in parts])
+        return several("union", parts)
     if match := re.fullmatch(r"(\\\{|[(\[{⟦])(.*?)(\\\}|[)\]}⟧])", text):
         kind = match[1][-1] + match[3][-1]
         parts, _ = split(match[2], "¶" if kind == "⟦⟧" else ",")
-        if kind == "⟦⟧" and parts:
-            return Answer(kind, text, None, [Answer("row", row, None, [read(cell) for cell in split(row, "&")[0]])
+        if kind == "⟦⟧":
+            return Answer(kind, text, None, [Answer("row", row, None, [read(x) for x in split(row, "&")[0]])
                                              for row in parts])
-        if len(parts) == 1 and match[1] in "({":  # nothing but grouping
-            return read(parts[0])
-        if parts:
-            return Answer(kind, text, None, [read(part) for part in parts])
+        if parts:  # one in parentheses or plain braces is only grouped
+            return read(parts[0]) if len(parts) == 1 and match[1] in "({" else several(kind, parts)
     if text.count(r"\pm") == 1:
-        return Answer("list", text, None, [read(re.sub(r"\\pm *", sign, text).removeprefix("+")) for sign in "+-"])
+        return several("list", [re.sub(r"\\pm *", sign, text).removeprefix("+") for sign in "+-"])
     if match := UNIT.fullmatch(text):
         names = [name.lower() for name in re.findall(r"[A-Za-z%/]+|\^\{-?\d", match[2])]
         answer = read(match[1])
@@ -291,62 +296,63 @@ def read(text):
     return Answer("number" if value is not None else "words" if '"' in text else "expression", text, value)
 
 
-def read_relation(text, parts, found):
+def read_relation(text, parts, signs):
     r"""x > 5 and 1 < x \le 3 are intervals, labelled x; what cannot be read so remains a relation."""
-    if all(sign in (">", r"\ge") for sign in found):
-        parts, found = parts[::-1], [{">": "<", r"\ge": r"\le"}[sign] for sign in found[::-1]]
+    if all(sign in (">", r"\ge") for sign in signs):
+        parts, signs = parts[::-1], ["<" if sign == ">" else r"\le" for sign in signs[::-1]]
     if len(parts) == 2:
-        first = len(parts[0]) == 1 and parts[0].isalpha()
-        parts, found = (["-\\infty"] + parts, ["<"] + found) if first else (parts + ["\\infty"], found + ["<"])
-    low, x, high = parts if len(parts) == 3 else ("", "", "")
-    if not (set(found) <= {"<", r"\le"} and len(x) == 1 and x.isalpha()) or not all(
-            end and not re.search(r"(?<![\\a-z])[A-Za-z]", end) for end in (low, high)):
+        x_is_first = re.fullmatch("[A-Za-z]", parts[0])
+        parts = [r"-\infty", *parts] if x_is_first else [*parts, r"\infty"]
+        signs = ["<", *signs] if x_is_first else [*signs, "<"]
+    if (len(parts) != 3 or not set(signs) <= {"<", r"\le"} or not re.fullmatch("[A-Za-z]", parts[1]) or any(
+            not end or re.search(r"(?<![\\a-z])[A-Za-z]", end) for end in parts[::2])):
         return Answer("relation", text)
-    kind = "(["[found[0] != "<"] + ")]"[found[1] != "<"]
-    return Answer(kind, text, None, [read(low), read(high)], label=x)
+    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
+    return Answer(kind, text, None, [read(end) for end in parts[::2]], parts[1])
 
 
 def same(a, b, strict, judge, top=True):
     """Whether Answer a, predicted, is Answer b; judge(a, b) decides about two expressions."""
-    def both_ways(xs, ys):
+    def pairwise(xs, ys, ordered):
+        if ordered:
+            return len(xs) == len(ys) and all(same(x, y, strict, judge, False) for x, y in zip(xs, ys))
         return (all(any(same(x, y, strict, judge, False) for y in ys) for x in xs)
                 and all(any(same(x, y, strict, judge, False) for x in xs) for y in ys))
 
     if a == b:
         return True
-    equations = [f"{x.label}={x.text}" if x.label else x.text for x in (a, b)]
-    if "relation" in (a.kind, b.kind) or (a.label and b.label and a.label != b.label):
-        fit = all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
-        return fit and judge(*equations)
+    if "relation" in (a.kind, b.kind) or (a.label and b.label and a.label != b.label):  # two equations
+        return (all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
+                and judge(*(f"{x.label}={x.text}" if x.label else x.text for x in (a, b))))
     if (a.label != b.label and (strict or not top)) or (a.unit != b.unit and (strict or (a.unit and b.unit))):
         return False
     if a.kind == b.kind == "number":
-        percent = Fraction(1, 100) if a.unit != b.unit and "%" in (a.unit, b.unit) else 1
-        return a.value == b.value or (a.value * percent == b.value if a.unit else a.value == b.value * percent)
+        scale = {"%": Fraction(1, 100)} if a.unit != b.unit else {}
+        return a.value == b.value or a.value * scale.get(a.unit, 1) == b.value * scale.get(b.unit, 1)
     if not strict and {"list", "{}"} & {a.kind, b.kind}:
         xs, ys = (x.parts if x.kind in ("list", "{}") else [replace(x, label="", unit="")] for x in (a, b))
-        return (len(xs) == len(ys) or a.kind == b.kind == "{}") and both_ways(xs, ys)
-    if a.kind != b.kind or not a.parts:
-        if a.kind == b.kind == "words":
-            return not strict and a.text.casefold() == b.text.casefold()
-        # CRUCIAL: against a plain number 37*99 is no answer, the judge would do the arithmetic
-        return {a.kind, b.kind} <= {"number", "expression"} and b.kind != "number" and judge(a.text, b.text)
-    if a.kind in ("{}", "union"):
-        return (len(a.parts) == len(b.parts) or a.kind == "{}") and both_ways(a.parts, b.parts)
-    return len(a.parts) == len(b.parts) and all(
-        same(x, y, strict, judge, False) for x, y in zip(a.parts, b.parts))
+        return (len(xs) == len(ys) or a.kind == b.kind == "{}") and pairwise(xs, ys, ordered=False)
+    if a.kind == b.kind and a.parts:
+        return (len(a.parts) == len(b.parts) or a.kind == "{}") and pairwise(
+            a.parts, b.parts, ordered=a.kind not in ("{}", "union"))
+    if a.kind == b.kind == "words":
+        return not strict and a.text.casefold() == b.text.casefold()
+    # CRUCIAL: for a plain number 37*99 is no answer; the judge would do the arithmetic
+    return {a.kind, b.kind} <= {"number", "expression"} and b.kind != "number" and judge(a.text, b.text)
 
 
 def expression(text):
-    """Tidy text for the judge, every number exact, and the operations in it that not every answer may use; None
-    for what it would misread."""
-    if len(text) > 400 or not re.fullmatch(r"[\w\\+/^(){}\[\]|!=<>' .-]+", text, re.ASCII) or MISREAD.search(text):
+    """Tidy text for the judge, every number exact, and the operations in it that not every answer may use;
+    None for what the judge would misread."""
+    allowed = re.fullmatch(r"[\w\\+/^(){}\[\]|!=<>' .-]{1,400}", text, re.ASCII)
+    if not allowed or MISREAD.search(text):
         return None
     used = set(re.findall(r"\\[A-Za-z]+|!", re.sub(r"\\(?:cos|tan|cot|sec|csc)", r"\\sin", text)))
     text = re.sub(r"(\d{1,9}) ?\\frac\{(\d{1,9})\}\{(\d{1,9})\}",
                   lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}", text)
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)
-    return re.sub(r"(?<=[\d)])(?=\()", r"\\cdot ", text), used - {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log"}
+    text = re.sub(r"(?<=[\d)])(?=\()", r"\\cdot ", text)
+    return text, used - {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log"}
 
 
 class Verifier:
@@ -402,7 +408,7 @@ class Verifier:
 def verify_server():
     """Reads [predicted, reference, seconds] as JSON lines, answers 1 or 0 for each; every pair is judged in a
     limited fork."""
-    import gc, json, logging, math, os, resource, select, signal, sys  # noqa: E401  (it runs alone, see Verifier.start)
+    import gc, json, logging, math, os, resource, select, signal, sys  # noqa: E401  (it runs alone)
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     logging.disable()
     from math_verify import verify
@@ -410,15 +416,16 @@ def verify_server():
 
     def judge(predicted, reference):
         real = not any(map(should_treat_as_complex, (predicted, reference)))
-        gold, target = (latex2sympy(text, is_real=real, normalization_config=None,
-                                    conversion_config=ConversionConfig(lowercase_symbols=False))
+        config = ConversionConfig(lowercase_symbols=False)
+        gold, target = (latex2sympy(text, is_real=real, normalization_config=None, conversion_config=config)
                         for text in (reference, predicted))
         return verify(gold, target, numeric_precision=30, timeout_seconds=None)
 
     # The grammar's tables and sympy's caches fill as they are used: what is in them before the fork is 10
     # times as fast after it.
-    for text in (r"-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot y", r"2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)!", r"x+y=2z^{-1}",
-                 r"\frac{\ln{3}}{\log_{2}{x}}+\sin^{2}x-\cos(2x)|x|", r"e^{i\pi/3}+4i+\binom{n}{2}\alpha", r"x<5"):
+    for text in (r"-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot y", r"2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)!", "x<5",
+                 r"\frac{\ln{3}}{\log_{2}{x}}+\sin^{2}x-\cos(2x)|x|", r"e^{i\pi/3}+4i+\binom{n}{2}\alpha",
+                 r"x+y=2z^{-1}"):
         judge(text, text.replace("2", "7"))
     gc.freeze()
     print("ready", flush=True)
@@ -448,21 +455,21 @@ VERIFIER = Verifier()
 
 
 def is_equivalent(predicted, reference, strict=False):
-    r"""Whether two final answers mean the same.
+    r"""Whether two final answers mean the same, at most 1 s of judging per pair.
 
-    Either way: numbers are compared exactly (nothing is rounded: 0.333 is not 1/3, 3.14 is not \pi) and
-    expressions by math-verify; brackets, order and number of elements count; units are never converted; and
-    what still has to be computed (37*99 for 3663, \arctan(1) for \frac{\pi}{4}) is wrong, because a policy that
-    boxes the question would be rewarded for it.
+    In both modes numbers are compared exactly (nothing is rounded: 0.333 is not 1/3, 3.14 is not \pi) and
+    expressions by math-verify; the kind of brackets, the order in a tuple and the number of elements count;
+    units are never converted; and what still has to be computed (37*99 for 3663, \arctan(1) for
+    \frac{\pi}{4}) is wrong, because a policy that boxes the question would be rewarded for it.
 
-    strict: both answers have the same kind, label, unit and order of a list.
-    lenient, the default of rewards, evaluation and curation, because references leave out what the question
-    says: "x =", a unit or a percent sign may be missing on one side (5 cm is 5, but not 5 m; 50% is 50, and
-    0.5); lists have no order and may be written as a set, with \pm, or an interval as an inequality; words
-    have no case.
+    lenient: the default, for rewards, evaluation and curation, because references leave out what the question
+    says. "x =", a unit or a percent sign may be missing on one side (5 cm is 5, but not 5 m; 50% is 50, and is
+    0.5, which it equals); a list has no order, and may be written as a set or with \pm; an interval may be an
+    inequality; words have no case.
+    strict: both have the same label, unit and kind, lists the same order, words the same case. What is
+    equivalent strictly is so leniently.
 
-    At most about 1 s per pair. Never raises and never hangs, from any thread: what cannot be read or judged in
-    time is not equivalent.
+    Never raises and never hangs, from any thread: what cannot be read, or judged in time, is not equivalent.
     """
     if predicted is None or reference is None:
         return False

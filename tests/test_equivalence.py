@@ -23,21 +23,25 @@ from data import boxed, is_equivalent  # noqa: E402
 
 # Members of a row are separated by " | ".
 SAME = r"""
-5 | 5.0 | 5.00 | +5 | 05 | $5$ | 5. | \boxed{5} | \(5\) | (5) | {5} | \mathbf{5} | \text{5} | 10/2 | \frac{10}{2}
+5 | 5.0 | 5.00 | +5 | 05 | $5$ | 5. | \boxed{5} | \(5\) | (5) | {5} | \mathbf{5} | \text{5} | 10/2
+    | \frac{10}{2}
 -7 | −7 | - 7 | $-7$ | -7.0 | \left(-7\right) | -\frac{14}{2}
 0 | 0.0 | -0 | 0/3
 1234567 | 1,234,567 | 1{,}234{,}567 | 1\,234\,567 | 1,\!234,\!567 | 1234567.0
 1000 | 1,000 | 1,000.00 | 1 \times 10^3 | 1.0\times10^{3} | 1 \cdot 10^{3}
 0.00032 | 3.2 \times 10^{-4} | 3.2\times10^{-4} | .00032
-\frac{1}{2} | \dfrac{1}{2} | \tfrac12 | \frac12 | 1/2 | 0.5 | .5 | \frac{2}{4} | \cfrac{1}{2} | \frac 1 2 | \frac{1}2 | \frac1{2}
+\frac{1}{2} | \dfrac{1}{2} | \tfrac12 | \frac12 | 1/2 | 0.5 | .5 | \frac{2}{4} | \cfrac{1}{2} | \frac 1 2
+    | \frac{1}2 | \frac1{2}
 -\frac{3}{4} | \frac{-3}{4} | \frac{3}{-4} | -3/4 | -0.75 | -\left(\frac{3}{4}\right) | -.75
 \frac{7}{2} | 3\frac{1}{2} | 3 1/2 | 3 \frac12 | 3.5 | 7/2 | 3\tfrac{1}{2}
 -\frac{7}{2} | -3\frac{1}{2} | -3 1/2 | -3.5
 \frac{11}{111} | 11/111 | \frac{22}{222}
 3.0000001 | 30000001/10000000
 123456789012345678901234567890 | 123,456,789,012,345,678,901,234,567,890 | 123456789012345678901234567890.0
-2\sqrt{2} | 2 \sqrt 2 | 2\sqrt2 | \sqrt{8} | \sqrt8 | 2*sqrt(2) | 2\cdot\sqrt{2} | 2√2 | \sqrt{2}\cdot 2 | 2 \times \sqrt{2} | \frac{4}{\sqrt{2}} | 2^{3/2}
-\frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}} | \dfrac{\sqrt3}{3} | \frac{1}{3}\sqrt{3} | sqrt(3)/3 | \sqrt{3}/3 | \sqrt{\frac{1}{3}}
+2\sqrt{2} | 2 \sqrt 2 | 2\sqrt2 | \sqrt{8} | \sqrt8 | 2*sqrt(2) | 2\cdot\sqrt{2} | 2√2 | \sqrt{2}\cdot 2
+    | 2 \times \sqrt{2} | \frac{4}{\sqrt{2}} | 2^{3/2}
+\frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}} | \dfrac{\sqrt3}{3} | \frac{1}{3}\sqrt{3} | sqrt(3)/3 | \sqrt{3}/3
+    | \sqrt{\frac{1}{3}}
 \frac{\pi}{4} | \pi/4 | pi/4 | 0.25\pi | \frac{1}{4}\pi | π/4 | \frac14 \pi | {\pi \over 4}
 6\pi | 6 \pi | 6*pi | 6\cdot\pi | \pi \cdot 6 | 6π | 6{\pi}
 1+\sqrt{5} | \sqrt{5}+1 | 1 + \sqrt 5 | \left(1+\sqrt{5}\right)
@@ -69,13 +73,16 @@ e^{i\pi/3} | e^{\frac{\pi i}{3}} | e^{\pi i/3}
 (1,-2,3) | (1, -2, 3.0) | \left( 1, -2, 3 \right)
 (3, \frac{\pi}{2}) | (3,\pi/2) | \left(3,\frac{\pi}{2}\right)
 [1,2] | \left[1,2\right] | [1, 2.0]
-[0,\infty) | \left[0,\infty\right) | [0, +\infty) | x \in [0,\infty) | x \ge 0 | x \geq 0 | 0 \le x | x >= 0 | x≥0
+[0,\infty) | \left[0,\infty\right) | [0, +\infty) | x \in [0,\infty) | x \ge 0 | x \geq 0 | 0 \le x | x >= 0
+    | x≥0
 (-\infty,2) | \left(-\infty,2\right) | x<2 | x \in (-\infty, 2) | 2 > x | (-∞, 2)
 (1,3] | \left(1,3\right] | 1<x\le 3 | 1 < x \leq 3 | 3 \ge x > 1 | x \in (1,3]
-(-\infty,-1)\cup(1,\infty) | (1,\infty)\cup(-\infty,-1) | x<-1 \text{ or } x>1 | (-\infty,-1) \cup (1,+\infty) | x \in (-\infty,-1)\cup(1,\infty)
+(-\infty,-1)\cup(1,\infty) | (1,\infty)\cup(-\infty,-1) | x<-1 \text{ or } x>1 | (-\infty,-1) \cup (1,+\infty)
+    | x \in (-\infty,-1)\cup(1,\infty)
 \{1,2\} | \{2,1\} | \{1, 2\} | \left\{1,2\right\} | {1,2} | \{1,2,2\} | x \in \{1,2\} | \lbrace 1,2 \rbrace
 \{1,\sqrt{8}\} | \{2\sqrt{2}, 1\} | 1, 2\sqrt{2}
-1,2 | 1, 2 | 2,1 | 1 and 2 | 1 \text{ and } 2 | 1 \text{ or } 2 | x=1,2 | x = 1 or x = 2 | x=1, x=2 | x=2,\ x=1 | \{1,2\} | 1;2 | 1, and 2
+1,2 | 1, 2 | 2,1 | 1 and 2 | 1 \text{ and } 2 | 1 \text{ or } 2 | x=1,2 | x = 1 or x = 2 | x=1, x=2
+    | x=2,\ x=1 | \{1,2\} | 1;2 | 1, and 2
 1,2,3 | 1, 2, and 3 | 3,2,1 | 1,\, 2,\, 3
 -2,2 | \pm 2 | 2,-2 | \pm2 | x=\pm 2 | ±2
 3+\sqrt{2}, 3-\sqrt{2} | 3 \pm \sqrt{2} | 3\pm\sqrt2 | 3-\sqrt{2}, \sqrt{2}+3
@@ -104,8 +111,10 @@ e^{i\pi/3} | e^{\frac{\pi i}{3}} | e^{\pi i/3}
 x=y | x = y | y=x
 y=2x+1 | y = 1+2x | 2x+1=y
 x^2+y^2=25 | x^2 + y^2 = 25 | y^2+x^2=25 | x^2+y^2-25=0
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} | \left[\begin{matrix}1&2\\3&4\end{matrix}\right]
-\begin{pmatrix} 1/2 \\ -3 \end{pmatrix} | \begin{pmatrix} 0.5 \\ -3 \end{pmatrix} | \begin{pmatrix} \frac{1}{2} \\ -3 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+    | \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} | \left[\begin{matrix}1&2\\3&4\end{matrix}\right]
+\begin{pmatrix} 1/2 \\ -3 \end{pmatrix} | \begin{pmatrix} 0.5 \\ -3 \end{pmatrix}
+    | \begin{pmatrix} \frac{1}{2} \\ -3 \end{pmatrix}
 \begin{pmatrix} \sqrt{8} \\ 1 \end{pmatrix} | \begin{pmatrix} 2\sqrt{2} \\ 1 \end{pmatrix}
 101_2 | 101_{2} | 101_{{2}}
 2516_8 | 2516_{8} | $2516_8$
@@ -145,7 +154,8 @@ e | 2.718 | 2.718281828 | 3 | e^2
 (1000,5) | (1,000,5,0) | (1,5)
 (1,234) | (1234) | (12,34)
 [0,\infty) | (0,\infty) | [0,1) | (-\infty,0] | [0,-\infty) | \mathbb{R} | x > 0 | x \le 0
-(-\infty,-1)\cup(1,\infty) | (-\infty,1)\cup(1,\infty) | (-\infty,-1)\cap(1,\infty) | (-\infty,-1)\cup[1,\infty) | (-\infty,-1),(1,\infty) | (-1,1) | (-\infty,-1)
+(-\infty,-1)\cup(1,\infty) | (-\infty,1)\cup(1,\infty) | (-\infty,-1)\cap(1,\infty)
+    | (-\infty,-1)\cup[1,\infty) | (-\infty,-1),(1,\infty) | (-1,1) | (-\infty,-1)
 (1,2)\cup(3,4) | (1,2)\cup(3,5) | (1,4) | (1,2),(3,4) | (1,2)\cup(3,4)\cup(5,6)
 \{1,2\} | \{1\} | \{1,2,3\} | \{1,3\} | \emptyset | \{\{1,2\}\} | \{(1,2)\}
 \{1,2,3\} | \{1,2,4\} | \{1,2\} | \{1,2,3,4\} | \{-1,2,3\}
@@ -180,8 +190,11 @@ y=2x+1 | y=2x-1 | y=x+2 | x=2y+1 | y=2x | y+2x=1 | 3
 x+y=5 | x-y=5 | x+y=6 | 5 | x+y=-5 | x+y
 1<x<2 | 1\le x<2 | 1<x<3 | 1<y<2 | x<2 | 1>x>2
 x>5 | x<5 | x\ge 5 | y>5 | x>-5 | x>6
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix} | \begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix} | \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} | -2 | \{1,2,3,4\} | (1,2,3,4)
-\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix} | \begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} -1 \\ 2 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+    | \begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix} | \begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}
+    | \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} | -2 | \{1,2,3,4\} | (1,2,3,4)
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix}
+    | \begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} -1 \\ 2 \end{pmatrix}
 2\sqrt{3} | 3\sqrt{2} | \sqrt{6} | 2\sqrt[3]{3} | 2+\sqrt{3} | \sqrt{12.0001} | 2\sqrt{3}x | 2 | 6
 \frac{\pi}{4} | \frac{4}{\pi} | \frac{\pi}{3} | 0.785398 | 45^\circ | -\frac{\pi}{4} | 4\pi | \frac{\pi^2}{4}
 1+\sqrt{5} | 1-\sqrt{5} | \sqrt{6} | \sqrt{5} | 3.236067977 | \frac{1+\sqrt{5}}{2}
@@ -195,8 +208,8 @@ no idea | 5 | I do not know | ?
 UNEVALUATED = [
     (r"\gcd(12,18)", "6"), (r"7^{5} \mod 13", "11"), ("37*99", "3663"), ("12+30", "42"), ("2^{10}", "1024"),
     ("7^5", "16807"), (r"\sum_{n=1}^{10} n^2", "385"), (r"\lfloor 17/5 \rfloor", "3"), (r"\max(3,9)", "9"),
-    ("4=5", "5"), (r"37 \cdot 99", "3663"), ("5!", "120"), (r"\sqrt{9}", "3"), ("4$ $5", "5"), ("(4)(5)", "20"),
-    ("4 5", "20"), (r"\binom{5}{2}", "10"), (r"5\text{ squared}", "25"), (r"1000-7", "993"), (r"10^3", "1001"),
+    ("4=5", "5"), (r"37 \cdot 99", "3663"), ("5!", "120"), (r"\sqrt{9}", "3"), ("4$ $5", "5"),
+    ("(4)(5)", "20"), ("4 5", "20"), (r"\binom{5}{2}", "10"), (r"5\text{ squared}", "25"), ("1000-7", "993"),
     (r"\frac{2+4}{3}", "2"), ("3/4+1/4", "1"), (r"37 \times 99 \text{ cm}", "3663"), ("x=37*99", "3663"),
     (r"\cos(60^\circ)", r"\frac{1}{2}"), (r"50\% \text{ of } 10", "5"), (r"\int_0^1 2x\,dx", "1"),
     (r"|{-5}|", "5"), (r"\lcm(4,6)", "12"), ("17 mod 5", "2"), (r"17 \bmod 5", "2"), ("6 choose 2", "15"),
@@ -210,33 +223,35 @@ UNEVALUATED = [
 
 # (predicted, reference): equal by default, not with strict=True
 KEPT_APART = [
-    ("5 cm", "5"), ("5", "5 cm"), (r"\$5", "5"), ("50%", "50"), ("50%", "0.5"), (r"90^\circ", "90"), ("x=5", "5"),
-    ("2,1", "1,2"), (r"\{1,2\}", "1,2"), ("Yes", "yes"), ("x>5", r"(5,\infty)"), (r"x \in [0,1]", "[0,1]"),
+    ("5 cm", "5"), ("5", "5 cm"), (r"\$5", "5"), ("50%", "50"), ("50%", "0.5"), (r"90^\circ", "90"),
+    ("x=5", "5"), ("2,1", "1,2"), (r"\{1,2\}", "1,2"), ("Yes", "yes"), ("x>5", r"(5,\infty)"), (r"x \in [0,1]", "[0,1]"),
     (r"\pm 2", "-2,2"), (r"f(x)=2x+1", "2x+1"), (r"\{5\}", "5"), (r"12\text{ apples}", "12"),
-    (r"2\sqrt{3}\text{ cm}", r"2\sqrt{3}"), ("(A)", "A"),
+    (r"2\sqrt{3}\text{ cm}", r"2\sqrt{3}"),
 ]
 # equal in either mode
 STRICTLY_SAME = [
     ("5", "5.0"), ("1,000", "1000"), (r"\frac12", "0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("2x+1", "1+2x"),
-    ("(1,2)", "(1, 2.0)"), (r"\{2,1\}", r"\{1,2\}"), ("50%", r"50\%"), ("5 cm", r"5\text{ cm}"), ("x=5", "x = 5.0"),
-    ("1,2", "1, 2"), (r"3\frac12", "3.5"), (r"(1,2)\cup(3,4)", r"(3,4) \cup (1,2)"), (r"\$5", r"\$5.00"),
+    ("(1,2)", "(1, 2.0)"), (r"\{2,1\}", r"\{1,2\}"), ("50%", r"50\%"), ("5 cm", r"5\text{ cm}"),
+    ("x=5", "x = 5.0"), ("(A)", "A"), ("1,2", "1, 2"), (r"3\frac12", "3.5"), (r"(1,2)\cup(3,4)", r"(3,4) \cup (1,2)"), (r"\$5", r"\$5.00"),
     (r"\text{yes}", "yes"), (r"90^\circ", r"90^{\circ}"),
 ]
 
 
 def groups(table):
-    return [[member.strip() for member in line.split(" | ")] for line in table.strip().splitlines()]
+    lines = table.strip().replace("\n    | ", " | ").splitlines()
+    return [[member.strip() for member in line.split(" | ")] for line in lines]
 
 
 def formats(value):
     """Ways to write a Fraction."""
     sign, n, d = "-" if value < 0 else "", abs(value.numerator), value.denominator
     if d == 1:
-        yield from (f"{value}", f"{value}.0", f"{int(value):,}", f"${value}$", f"{int(value):,}.00", f"x = {value}",
-                    f"{value}\\text{{ units}}", f"\\boxed{{{value}}}", f" {value} ", f"{sign}{n:,}".replace(",", "{,}"))
+        yield from (f"{value}", f"{value}.0", f"{int(value):,}", f"${value}$", f"{int(value):,}.00")
+        yield from (f"x = {value}", f"{value}\\text{{ units}}", f"\\boxed{{{value}}}", f" {value} ")
+        yield f"{sign}{n:,}".replace(",", "{,}")
         return
-    yield from (f"{value}", f"{sign}\\frac{{{n}}}{{{d}}}", f"\\dfrac{{{sign}{n}}}{{{d}}}", f"\\frac{{{2 * n}}}{{{sign}{2 * d}}}",
-                f"x={sign}\\tfrac{{{n}}}{{{d}}}", f"\\left({value}\\right)")
+    yield from (f"{value}", f"{sign}\\frac{{{n}}}{{{d}}}", f"\\dfrac{{{sign}{n}}}{{{d}}}", f"\\left({value}\\right)")
+    yield from (f"\\frac{{{2 * n}}}{{{sign}{2 * d}}}", f"x={sign}\\tfrac{{{n}}}{{{d}}}")
     if n > d:
         yield from (f"{sign}{n // d}\\frac{{{n % d}}}{{{d}}}", f"{sign}{n // d} {n % d}/{d}")
     if 1000 % d == 0:
@@ -296,6 +311,66 @@ def measure(pairs, judge):
     wrong = [(verdict, *pair) for verdict, pair in zip(verdicts, pairs) if verdict != pair[2]]
     right = sum(verdict and pair[2] for verdict, pair in zip(verdicts, pairs))
     return wrong, right / sum(verdicts), right / sum(label for *_, label in pairs), len(pairs) / seconds
+
+
+# The right answers that are known to be missed.
+MISSED = [(r"-\left(\frac{3}{4}\right)", r"-\frac{3}{4}")]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_third_of_the_table_is_judged_right(part):
+    """Guards against a wrong answer that scores, and a right one that does not; running this file judges it
+    all."""
+    wrong, *_ = measure(list(table())[part::12], is_equivalent)
+    assert [pair[:3] for pair in wrong if pair[1:3] not in MISSED] == []
+
+
+@pytest.mark.parametrize("predicted, reference", UNEVALUATED)
+def test_what_still_has_to_be_computed_is_no_answer(predicted, reference):
+    """Guards against the policy that boxes the question and lets the judge do the arithmetic."""
+    assert not is_equivalent(predicted, reference) and not is_equivalent(predicted, reference, strict=True)
+
+
+def test_strict_and_lenient_differ_in_dressing_alone():
+    """Guards against one mode that does the other's work, and a strict mode that accepts more."""
+    for a, b in KEPT_APART:
+        assert is_equivalent(a, b) and not is_equivalent(a, b, strict=True), (a, b)
+        assert not is_equivalent(b, a, strict=True), (b, a)
+    for a, b in STRICTLY_SAME:
+        assert is_equivalent(a, b, strict=True) and is_equivalent(b, a, strict=True), (a, b)
+    for a, b, _ in list(generated(seed=1, n=20)):
+        assert is_equivalent(a, b) >= is_equivalent(a, b, strict=True), (a, b)
+
+
+HOSTILE = [
+    "10^{10^{10}}", "9" * 4000, r"\frac{" * 500, "(" * 1500 + "1" + ")" * 1500, "{" * 10000 + "}" * 10000, "\n\r\n",
+    "\x00\ud800\U0010ffff", "$" * 4000, "9^9^9^9^9", "(10^{10^{8}})!", "x" * 1_000_000, "5," * 1999, "x=" * 1900,
+    r"\text{" * 600, '"a' * 1900, "1 " * 1999, "-" * 3999 + "1", r"\sqrt" * 700 + "2", "(1,2," * 45 + "3" + ")" * 45,
+    "5 apples " * 440, "1,000" * 700, r"\begin{pmatrix}" * 250, r"\pm" * 1000, "x<" * 1900, "99999999999!",
+    r"\frac{x}{" * 30 + "y" + "}" * 30, "1/" + "0" * 100, "9e999999", "|" * 1000, r"\boxed{" * 500 + "}" * 500,
+    "__import__('os').system('touch {path}')", "(((x+1)^{99}+1)^{99}+1)^{99}"]
+
+
+def test_hostile_answers_are_wrong_and_soon_judged_in_threads(tmp_path):
+    """Guards against a policy that stalls, crashes or commands the trainer."""
+    hostile = [text.replace("{path}", str(tmp_path / "seen")) for text in HOSTILE]
+    pairs = [pair for text in hostile for pair in ((text, "5"), (text, r"x!+\sqrt{2}"), (text, "(1,2)"))]
+    def timed(pair):
+        begin = time.monotonic()
+        return is_equivalent(*pair), time.monotonic() - begin
+    is_equivalent("x+1", "1+x")  # starts the judge
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(timed, pairs))
+    # One judge serves all threads: a pair may wait for those that take their full second.
+    slow = [pair for pair, (verdict, seconds) in zip(pairs, outcomes) if verdict or seconds > 5]
+    assert not slow and not (tmp_path / "seen").exists() and is_equivalent("x+1", "1+x")
+
+
+def test_boxed_reads_a_text_once():
+    """Guards against a policy that writes \\boxed{ until the context ends: 100,000 scans of 700,000 characters."""
+    begin = time.monotonic()
+    assert boxed(r"\boxed{" * 100_000) is None and boxed(r"\boxed{" * 50_000 + "}" * 50_000) == ""
+    assert time.monotonic() - begin < 5
 
 
 if __name__ == "__main__":
