@@ -122,8 +122,8 @@ def extract_answer(response):
 # and like is compared with like (`same`). math-verify judges only the expressions inside: left to itself it
 # takes (1,2) for {1,2}, 10 cm for 10 m, x for X, 3.14159265 for \pi, 101_2 for 101_3 and "3 4" for 7.
 SYMBOLS = {ord('"'): None} | {ord(pair[0]): pair[1:] + " " for pair in (
-    r"−- –- ×\cdot ·\cdot *\cdot ÷/ π\pi √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ²^2 ³^3 °^\circ ∅\emptyset "
-    r"€\text{euro} £\text{pound}").split()}
+    r"−- –- ×\cdot ·\cdot *\cdot ÷/ π\pi √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ²^2 ³^3 "
+    r"°^\circ ∅\emptyset €\text{euro} £\text{pound}").split()}
 # What a run of letters stands for, and which commands mean another.
 NAMES = {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta or".split()} | {
     "and": ",", "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty "}
@@ -134,12 +134,12 @@ COMMANDS = dict(pair.split(":") for pair in (
 # Units with several names, and short words that are no product of letters.
 UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre,m meter metre,mg,ml,"
-    "kg kilogram,g gram,ft foot feet,in inch inche,mi mile,lb pound,hr hour h,min minute,s sec second,^2 square sq,"
-    "^3 cubic cu,/ per,degree deg,th,st,nd,rd,am,pm,no").split(",") for name in names.split()
+    "kg kilogram,g gram,ft foot feet,in inch inche,mi mile,lb pound,hr hour h,"
+    "min minute,s sec second,^2 square sq,^3 cubic cu,/ per,degree deg,th,st,nd,rd,am,pm,no").split(",") for name in names.split()
 } | {"mph": "/ hr mi", "unit": ""}
 # Words after a number that are no unit: they change it or take it back.
 NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is "
-              "are not wrong more less than least most of mod modulo remainder choose plus minus times".split())
+              "are not wrong more less least most of mod modulo remainder choose plus minus times".split())
 
 
 def word(match):
@@ -180,8 +180,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # spaces only between letters or digits, and no plus that means nothing
     (r" +", " "), (r"(?<![\dA-Za-z\"]) | (?![\dA-Za-z\"])", ""), (r"(?<![^(\[{,=])\+", ""))]
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
-MATRIX = re.compile(r"(?:(?:\\left)?[(\[])?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end\{\1\}"
-                    r"\s*(?:(?:\\right)?[)\]])?", re.DOTALL)
+MATRIX = re.compile(r"(?:(?:\\left)?[(\[])?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr| ]*\})?(.*?)"
+                    r"\\end\{\1\}\s*(?:(?:\\right)?[)\]])?", re.DOTALL)
 DECIMAL = r"(?:\d{1,3000}(?:\.\d{0,3000})?|\.\d{1,3000})"
 NUMBER = re.compile(rf"([+-]?) ?(?:(\d{{1,9}}) (?=\d+/\d))?((?:(?<= )-)?{DECIMAL})(?:/(-?{DECIMAL}))?"
                     rf"(?:(?:\\cdot *10\^|[eE](?=[-+\d]))\{{?([+-]?\d{{1,3}})\}}?)?")
@@ -463,9 +463,9 @@ def is_equivalent(predicted, reference, strict=False):
     \frac{\pi}{4}) is wrong, because a policy that boxes the question would be rewarded for it.
 
     lenient: the default, for rewards, evaluation and curation, because references leave out what the question
-    says. "x =", a unit or a percent sign may be missing on one side (5 cm is 5, but not 5 m; 50% is 50, and is
-    0.5, which it equals); a list has no order, and may be written as a set or with \pm; an interval may be an
-    inequality; words have no case.
+    says. "x =", a unit or a percent sign may be missing on one side (5 cm is 5, but not 5 m; 50% is 50, and
+    0.5, which it equals); a list has no order, and may be written as a set or with \pm; an interval may be
+    an inequality; words have no case.
     strict: both have the same label, unit and kind, lists the same order, words the same case. What is
     equivalent strictly is so leniently.
 
