@@ -135,11 +135,12 @@ COMMANDS = dict(pair.split(":") for pair in (
 UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre,m meter metre,mg,ml,"
     "kg kilogram,g gram,ft foot feet,in inch inche,mi mile,lb pound,hr hour h,"
-    "min minute,s sec second,^2 square sq,^3 cubic cu,/ per,degree deg,th,st,nd,rd,am,pm,no").split(",") for name in names.split()
+    "min minute,s sec second,^2 square sq,^3 cubic cu,/ per,degree deg,th,st,nd,rd,am,pm,no"
+).split(",") for name in names.split()
 } | {"mph": "/ hr mi", "unit": ""}
 # Words after a number that are no unit: they change it or take it back.
 NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is "
-              "are not wrong more less least most of mod modulo remainder choose plus minus times".split())
+              "are no not wrong more less least most of mod modulo remainder choose plus minus times".split())
 
 
 def word(match):
@@ -161,7 +162,6 @@ def unwrap(match):
 
 BRACED = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ","),
     (r"\\(?:text|mathrm|mbox)\{\s*([mghs])\s*\}(?=\s*(?:$|\^|/))", r'"\1"'),
     (r"\\(?:text|mbox|math|operatorname\*?|boldsymbol)(?:rm|bf|it|sf|tt|normal)?\s*\{([^{}]*)\}", unwrap),
     (r"\\[,;:! ]|~|\s+", " "), (r"(?<=\d )[mghs](?=$|\^|/)", r'"\g<0>"'), (r'(?<!")\\?%', '"%"'),
@@ -201,14 +201,14 @@ def tidy(text):
     text = boxed(text) if text == rf"\boxed{{{boxed(text)}}}" else text
     text = MATRIX.sub(lambda m: "⟦" + m[2].strip().removesuffix(r"\\").replace(r"\\", "¶") + "⟧", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("\\\\", "\\").translate(SYMBOLS))
+    text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ",", text)
+    if not re.search(r"[(\[]|\\{", text) or re.search(r",\s", text):  # (1,234) is a pair, 1, 234 a list
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0  # $ encloses mathematics; a lone one is money
     text = re.sub(r"(?<!\\)\$", "" if paired else r"\\$", text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = text.strip().removesuffix(".")
-    if not re.search(r"[(\[]|\\{", text) or re.search(r",\s", text):  # (1,234) is a pair
-        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    return text
+    return text.strip().removesuffix(".")
 
 
 def plain_number(text):
@@ -322,8 +322,10 @@ def same(a, b, strict, judge, top=True):
     if a == b:
         return True
     if "relation" in (a.kind, b.kind) or (a.label and b.label and a.label != b.label):  # two equations
-        return (all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
-                and judge(*(f"{x.label}={x.text}" if x.label else x.text for x in (a, b))))
+        fit = all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
+        # where the reference is x=5, 2x=10 has not been solved
+        return fit and b.kind != "number" and judge(
+            *(f"{x.label}={x.text}" if x.label else x.text for x in (a, b)))
     if (a.label != b.label and (strict or not top)) or (a.unit != b.unit and (strict or (a.unit and b.unit))):
         return False
     if a.kind == b.kind == "number":

@@ -83,6 +83,8 @@ e^{i\pi/3} | e^{\frac{\pi i}{3}} | e^{\pi i/3}
 \{1,\sqrt{8}\} | \{2\sqrt{2}, 1\} | 1, 2\sqrt{2}
 1,2 | 1, 2 | 2,1 | 1 and 2 | 1 \text{ and } 2 | 1 \text{ or } 2 | x=1,2 | x = 1 or x = 2 | x=1, x=2
     | x=2,\ x=1 | \{1,2\} | 1;2 | 1, and 2
+100, 200 | 200, 100 | 100 and 200 | \{100,200\} | \{200, 100\}
+(1000, 5) | (1,000, 5) | (1000,5)
 1,2,3 | 1, 2, and 3 | 3,2,1 | 1,\, 2,\, 3
 -2,2 | \pm 2 | 2,-2 | \pm2 | x=\pm 2 | ±2
 3+\sqrt{2}, 3-\sqrt{2} | 3 \pm \sqrt{2} | 3\pm\sqrt2 | 3-\sqrt{2}, \sqrt{2}+3
@@ -126,6 +128,8 @@ x>5 | x > 5 | 5<x | (5,\infty)
 DIFFERENT = r"""
 5 | 6 | -5 | 50 | 0.5 | 5.1 | 55 | \sqrt{5} | 5x | x | 5i | 5^2 | 5\pi | 5! | \frac{1}{5} | 5,6 | (5,6) | 1/0
 1,000 | 1.000 | 1,000,000 | 100 | 1,00
+12345 | 12, 345 | 1,2345 | (12,345) | 12.345
+5 | 5 no | no 5 | 5 \text{ is incorrect, } 6 | \text{not } 5
 12 | 1,2 | 1.2 | 1 2 | 1/2 | 21
 1234 | 1,2,3,4 | 12,34 | 1.234 | 123,4 | 1 234 5
 1/3 | 0.33 | 0.333 | 0.3333333 | 0.33333333333333333 | 33\% | 3
@@ -214,7 +218,9 @@ UNEVALUATED = [
     (r"\cos(60^\circ)", r"\frac{1}{2}"), (r"50\% \text{ of } 10", "5"), (r"\int_0^1 2x\,dx", "1"),
     (r"|{-5}|", "5"), (r"\lcm(4,6)", "12"), ("17 mod 5", "2"), (r"17 \bmod 5", "2"), ("6 choose 2", "15"),
     (r"\lim_{x\to 0} \frac{\sin x}{x}", "1"), (r"\log_2 8", "3"), (r"e^0", "1"), (r"\{37*99\}", "3663"),
-    (r"\left(37*99, 2\right)", "(3663, 2)"), ("2^{10}, 5", "1024, 5"), (r"\arctan(1)", r"\frac{\pi}{4}"),
+    (r"\left(37*99, 2\right)", "(3663, 2)"), ("2^{10}, 5", "1024, 5"),
+    ("2x=10", "x=5"), ("x+3=8", "x=5"), ("x-5=0", "x=5"), ("2x>10", "x>5"), ("x^2=4", r"x=\pm 2"),
+    (r"\arctan(1)", r"\frac{\pi}{4}"),
     (r"\sin(60^\circ)", r"\frac{\sqrt{3}}{2}"), (r"\int_0^1 \pi x\,dx", r"\frac{\pi}{2}"),
     (r"\sum_{n=1}^{\infty} \frac{1}{n^2}", r"\frac{\pi^2}{6}"), (r"\frac{d}{dx} x^2", "2x"),
     (r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}", "-2"), ("1011_2", "11"), (r"1.2.3", "6"),
@@ -349,7 +355,8 @@ HOSTILE = [
     "10^{10^{10}}", "9" * 4000, r"\frac{" * 500, "(" * 1500 + "1" + ")" * 1500, "{" * 10000 + "}" * 10000,
     "\n\r\n", "\x00\ud800\U0010ffff", "$" * 4000, "9^9^9^9^9", "(10^{10^{8}})!", "x" * 1_000_000, "5," * 1999,
     "x=" * 1900, r"\text{" * 600, '"a' * 1900, "1 " * 1999, "-" * 3999 + "1", r"\sqrt" * 700 + "2",
-    "(1,2," * 45 + "3" + ")" * 45, "5 apples " * 440, "1,000" * 700, r"\begin{pmatrix}" * 250, r"\pm" * 1000, "x<" * 1900, "99999999999!",
+    "(1,2," * 45 + "3" + ")" * 45, "5 apples " * 440,
+    "1,000" * 700, r"\begin{pmatrix}" * 250, r"\pm" * 1000, "x<" * 1900, "99999999999!",
     r"\frac{x}{" * 30 + "y" + "}" * 30, "1/" + "0" * 100, "9e999999",
     "|" * 1000, r"\boxed{" * 500 + "}" * 500,
     "__import__('os').system('touch {path}')", "(((x+1)^{99}+1)^{99}+1)^{99}"]
@@ -371,7 +378,7 @@ def test_hostile_answers_are_wrong_and_soon_judged_in_threads(tmp_path):
 
 
 def test_boxed_reads_a_text_once():
-    r"""Guards against a policy that writes \boxed{ until the context ends: 100,000 scans of the whole text."""
+    r"""Guards against a policy that writes \boxed{ until the context ends: as many scans of it all."""
     begin = time.monotonic()
     assert boxed(r"\boxed{" * 100_000) is None and boxed(r"\boxed{" * 50_000 + "}" * 50_000) == ""
     assert time.monotonic() - begin < 5
