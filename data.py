@@ -34,6 +34,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -512,17 +513,66 @@ def outcome_reward(trajectory, tokenizer, reference):
 # Loading problems
 
 
-def read_problem(row):
-    """(question, answer) of one row in a known layout, or None. Answers are text."""
-    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):  # GSM8K, or plain
-        return row["question"], row["answer"].rsplit("####", 1)[-1].strip()
-    if isinstance(row.get("input"), str) and row.get("output") is not None:  # the authors' AIME files
-        return row["input"], str(row["output"]).strip()
-    if isinstance(row.get("problem"), str):  # MATH; AIME collections with an answer field
-        if row.get("answer") is not None:
-            return row["problem"], str(row["answer"]).strip()
-        if isinstance(row.get("solution"), str):
-            return row["problem"], boxed(row["solution"])
+# (question, answer, solution) as dotted paths. The first whose question and answer are there wins; where answer
+# and solution are one field, the answer is what that marks as final (#### or \boxed).
+LAYOUTS = [
+    ("problem", "answer", "solution"),  # NuminaMath-1.5
+    ("problem", "ground_truth_solution", "deepseek_solution"),  # OpenThoughts with metadata
+    ("problem", "solution", "solution"),  # MATH, NuminaMath-CoT
+    ("question", "answer", "response"),  # traces of `curate`
+    ("question", "response", "response"),
+    ("question", "answer", "answer"),  # GSM8K, or a plain answer
+    ("input", "output", ""),  # the authors' AIME files
+    ("prompt.0.content", "reward_model.ground_truth", ""),  # DAPO-Math-17k
+    ("prompt", "reward_model.ground_truth", ""),  # its processed form
+    ("messages.0.content", "answer", "messages.1.content"),  # what `data.py curate` writes
+    ("messages.0.content", "messages.1.content", "messages.1.content"),  # the authors' released traces
+    ("conversations.0.value", "conversations.1.value", "conversations.1.value"),  # OpenThoughts
+]
+# What these sets put around the question in their prompts; it would contradict our own format.
+PROMPT_HEAD = re.compile(r".*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?"
+                         r"|Solve the following math problem step by step\. The last line [^\n]*\n+"
+                         r"|Return your final response within \\boxed\{\}\.\s*", re.DOTALL)
+PROMPT_TAIL = re.compile(r'\s*Remember to (?:put your answer on its own line after "Answer:"'
+                         r"|place the final answer in the last part using the format).*\Z", re.DOTALL)
+
+
+def dig(row, path):
+    """The value at a dotted path such as prompt.0.content, or None."""
+    for key in path.split("."):
+        if isinstance(row, list) and key.isdigit() and int(key) < len(row):
+            row = row[int(key)]
+        else:
+            row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def marked_answer(text):
+    r"""What a solution marks as its final answer: the text after #### or the last \boxed{}; or None."""
+    if "####" in text and "<answer>" not in text:
+        return text.rsplit("####", 1)[1].strip()
+    return extract_answer(text)
+
+
+def read_row(row, layouts=LAYOUTS):
+    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer" is the reference
+    and "own" the solution's final answer, None if missing; "solution" is "" if there is none."""
+    for at_question, at_answer, at_solution in layouts:
+        question, answer = dig(row, at_question), dig(row, at_answer)
+        if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
+            continue
+        if "." in at_question:
+            question = PROMPT_TAIL.sub("", PROMPT_HEAD.sub("", question, count=1))
+        answer, solution = str(answer).strip(), (at_solution and dig(row, at_solution)) or ""
+        marked = marked_answer(answer)
+        if at_answer == at_solution == "answer" and marked is None:
+            solution = ""  # nothing is marked: a bare answer, not a solution
+        elif marked is not None or at_answer == at_solution:
+            answer = marked
+        own = marked_answer(solution)
+        if "<answer>" not in solution:  # a solution still to be rewritten, not a trace
+            solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution.rsplit("####", 1)[0])
+        return {"question": question.strip(), "answer": answer, "solution": solution.strip(), "own": own}
     return None
 
 
@@ -539,32 +589,57 @@ def read_jsonl(path):
                     raise UserError(f"{path}:{number}: not JSON ({error})") from None
 
 
-def load_problems(path):
-    """JSONL -> [{"question", "answer", "family"}]; UserError names file and line of a row without the needed
-    fields."""
+def read_rows(source, split="train", config=None):
+    """Yields (place, row) of a JSONL file, a parquet file, or a hub id read as a stream; UserError if that fails.
+    """
+    is_file = Path(source).is_file()
+    if Path(source).suffix != ".parquet" and (is_file or not re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)", source)):
+        yield from ((f"{source}:{number}", row) for number, row in read_jsonl(source))
+        return
+    if Path(source).suffix == ".parquet" and not is_file:
+        raise UserError(f"{source}: no such file")
+    try:
+        import datasets
+        where = dict(path="parquet", data_files=source) if is_file else dict(path=source, name=config)
+        rows = datasets.load_dataset(**where, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{source}:{number}", row
+    except ImportError:
+        raise UserError(f"{source}: needs the package datasets (pip install datasets)") from None
+    except (OSError, ValueError) as error:  # unreachable, unknown or gated; no such split; a damaged file
+        raise UserError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def load_problems(source):
+    """A file or hub id -> [{"question", "answer", "family"}]; UserError names file and line of a row without the
+    needed fields."""
     problems = []
-    for number, row in read_jsonl(path):
-        found = read_problem(row) if isinstance(row, dict) else None
-        if not found or not found[0].strip() or not found[1]:
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{path}:{number}: needs question + answer, input + output, or problem + "
-                            f"solution (with a \\boxed answer); found {fields}")
-        problems.append({"question": found[0], "answer": found[1], "family": Path(path).stem})
+    for place, row in read_rows(str(source)):
+        found = read_row(row)
+        if not found or not found["question"] or not found["answer"]:
+            raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with a "
+                            f"\\boxed answer); found {fields(row)}")
+        problems.append({"question": found["question"], "answer": found["answer"], "family": Path(source).stem})
     if not problems:
-        raise UserError(f"{path}: no rows")
+        raise UserError(f"{source}: no rows")
     return problems
 
 
-def load_traces(path):
-    """JSONL of verified traces as `curate` returns them; "failed_calls" may be absent (no snippet is masked
-    then)."""
+def fields(row):
+    return ", ".join(row) if isinstance(row, dict) else type(row).__name__
+
+
+def load_traces(path, least=2):
+    """JSONL of verified traces, as `curate` returns them or `data.py curate` writes them; "failed_calls" may be
+    absent (no snippet is masked then)."""
     traces = []
     for number, row in read_jsonl(path):
-        if not isinstance(row, dict) or not all(
-                isinstance(row.get(name), str) for name in ("question", "response")):
-            raise UserError(f"{path}:{number}: a trace needs question and response as text")
-        traces.append({"failed_calls": []} | row)
-    if len(traces) < 2:
+        found = read_row(row)
+        if not found or not found["solution"]:
+            raise UserError(f"{path}:{number}: a trace needs question and response as text, or messages")
+        response = found.pop("solution")
+        traces.append({"failed_calls": [], "family": Path(path).stem, "response": response} | found | row)
+    if len(traces) < least:
         raise UserError(f"{path}: needs at least two traces, one is held out")
     return traces
 
@@ -977,6 +1052,138 @@ def verify_format(response):
     return None
 
 
+NUMBER_IN_TEXT = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
+TOKEN = re.compile(rf"{NUMBER_IN_TEXT.pattern}|\w+|[^\w\s]")
+
+
+def numbers(text):
+    """The unsigned numbers of a text, exactly, in order: commas as thousands, no digits of words (x1)."""
+    return [Decimal(n.replace(",", "")) for n in NUMBER_IN_TEXT.findall(text)]
+
+
+def rounds_to(exact, shown, slack=Decimal("0.5")):
+    """Whether `shown` is `exact` rounded to the decimals that it shows (slack 1: or cut off there)."""
+    return exact == shown or abs(exact - shown) < slack * Decimal(10) ** min(shown.as_tuple().exponent, 0)
+
+
+def same_output(quoted, result):
+    """Whether quoted interpreter text says what really came back: numbers by value (24 is 24.0), other tokens as
+    they are; of an error only its kind counts."""
+    output = break_tags(result.output)
+    if quoted.split() == output.split():
+        return True
+    if result.status != "ok":
+        return re.match(r"\W*(\w*)", output.strip().rpartition("\n")[2])[1] in quoted.split(":")[0].split()[-1:]
+    pairs = zip(TOKEN.findall(quoted), TOKEN.findall(output), strict=False)
+    return (len(TOKEN.findall(quoted)) == len(TOKEN.findall(output))
+            and all(a == b or (numbers(a) == numbers(b) != []) for a, b in pairs))
+
+
+def depends_on(quoted, output, later):
+    """Whether the text after a quoted output that was wrong may rest on it: it repeats a number that is not a
+    rounding of a real one. Words that differ (True, an error) always count: their use cannot be seen."""
+    wrong = {n for n in numbers(quoted) if not any(rounds_to(real, n) for real in numbers(output))}
+    words = re.compile(r"[^\W\d_]+")
+    return words.findall(quoted) != words.findall(output) or not wrong.isdisjoint(numbers(later))
+
+
+def system_access(code):
+    """What in a snippet reaches beyond mathematics (a module or a name), or None. The sandbox stops it anyway;
+    it must not be taught."""
+    for node in ast.walk(ast.parse(code)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
+            getattr(node, field, None) or "" for field in ("module", "id", "attr")]
+        for name in names:
+            if name.split(".")[0] in SYSTEM or (isinstance(node, ast.Attribute) and name.startswith("__")):
+                return name
+    return None
+
+
+SYSTEM = set("os subprocess socket ctypes shutil signal multiprocessing threading pathlib resource mmap pickle "
+             "importlib builtins asyncio gc inspect tempfile glob urllib http open exec eval compile input "
+             "__import__ __builtins__ globals".split())
+
+
+async def hard_coded(code, output, answer, run):
+    """Why a snippet is no computation, or None: all it prints, or the final answer, stands in it already.
+
+    Found out by experiment: each number of the snippet that is also printed is raised by one; where the printed
+    one follows by one, it was only passed through (`x = 24; print(x * 1)`). 0 and 1 are left alone, they count
+    and index.
+    """
+    printed, passed, target = numbers(output), set(), plain_number(answer)
+    work = (ast.BinOp, ast.Compare, ast.For, ast.While, ast.comprehension)
+    nodes = list(ast.walk(ast.parse(code)))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") != "print"]
+    if not calls and not any(isinstance(node, work) for node in nodes):
+        return "only prints a literal"
+    for match in NUMBER_IN_TEXT.finditer(code):
+        number = Decimal(match[0].replace(",", ""))
+        if number > 1 and number in printed:
+            result = await run(code[:match.start()] + str(number + 1) + code[match.end():])
+            shifted = numbers(result.output)
+            if result.status == "ok" and len(shifted) == len(printed):
+                passed |= {i for i, n in enumerate(shifted) if printed[i] == number and n == number + 1}
+    if printed and len(passed) == len(printed):
+        return "only prints a literal"
+    answers = {i for i, n in enumerate(printed) if target is not None and abs(target) == Fraction(n)}
+    return "prints the answer without computing it" if answers and answers <= passed else None
+
+
+def is_used(output, later):
+    """Whether the text after a snippet takes up what it printed: a number (also rounded) or a word of it."""
+    found, printed = numbers(later), numbers(output)
+    if printed:
+        return any(rounds_to(p, n, slack=1) for p in printed for n in found)
+    words = set(re.findall(r"\w+", output.lower()))  # "True" may be taken up as "so it is prime"
+    return bool(words & {"true", "false", "none"} or words & set(re.findall(r"\w+", later.lower())))
+
+
+async def verify(response, reference, run, wrong_output="reject", strict=False):
+    """Every check of one trace: (reason to reject it or None, response with the real outputs, snippets).
+
+    run(code) -> SandboxResult. wrong_output: what to do where a quoted output differs from the real one: "reject"
+    or "replace" (it is rejected all the same where later text depends on it). strict: what real data needs beyond
+    the embedded traces: a failed snippet is followed by one that runs; the quality checks. snippets: [{"code",
+    "status", "output"}].
+    """
+    reason = verify_format(response)
+    if reason:
+        return f"format: {reason}", response, []
+    segments = [text for _, text in split_segments(response)]
+    texts, quotes = segments[::2], segments[1::2]
+    codes = [strip_fence(text.rsplit(CODE_OPEN, 1)[1].split(CODE_CLOSE)[0]) for text in texts[:-1]]
+    for name in filter(None, map(system_access, codes if strict else [])):
+        return f"quality: snippet reaches for the system ({name})", response, []
+    results = [await run(code) for code in codes]
+    if any(result.status == "sandbox_error" for result in results):
+        raise RuntimeError("the sandbox failed during curation")
+    response = "".join(f"{text}\n{INTERPRETER_OPEN}\n" + break_tags(result.output).strip("\n")
+                       + f"\n{INTERPRETER_CLOSE}" for text, result in zip(texts, results)) + texts[-1]
+    snippets = [{"code": code, "status": result.status, "output": result.output}
+                for code, result in zip(codes, results)]
+    for i, (quoted, result) in enumerate(zip(quotes, results)):
+        if strict and result.status != "ok" and all(r.status != "ok" for r in results[i:]):
+            return f"execution: {result.status}, not corrected", response, snippets
+        if quoted.strip() and not same_output(quoted, result):
+            if wrong_output == "reject":
+                return "execution: quoted output differs", response, snippets
+            if depends_on(quoted, result.output, "".join(texts[i + 1:])):
+                return "execution: later text depends on a wrong quoted output", response, snippets
+    if not await asyncio.to_thread(is_equivalent, extract_answer(response), reference):
+        return "answer: differs from the reference", response, snippets
+    for i, result in enumerate(results if strict else []):
+        reason = await hard_coded(codes[i], result.output, reference, run) if result.status == "ok" else None
+        if result.status == "ok" and not reason and not is_used(result.output, "".join(texts[i + 1:])):
+            reason = "output is never used"
+        if reason:
+            return f"quality: snippet {reason}", response, snippets
+    stated = numbers(reference) if re.fullmatch(r"-?[\d,.]+", reference) else []
+    if strict and not set(stated) <= set(numbers(response.rsplit("<answer>", 1)[0])):
+        return "quality: the answer comes from nowhere", response, snippets
+    return None, response, snippets
+
+
 async def curate(problems, candidates, sandbox, progress=None):
     """Verify code-augmented candidates: (traces, counts of "kept" and of each reason to reject).
 
@@ -986,28 +1193,11 @@ async def curate(problems, candidates, sandbox, progress=None):
     concurrently.
     """
     async def one(problem, candidate):
-        reason = verify_format(candidate)
+        reason, response, snippets = await verify(candidate, problem.answer,
+                                                  lambda code: sandbox.run(code, seed=0))
         if reason:
-            return f"format: {reason}", None
-        response, failed, calls = "", [], 0
-        for kind, text in split_segments(candidate):
-            if kind == "model":
-                response += text
-                if text.rstrip().endswith(CODE_CLOSE):
-                    result = await sandbox.run(strip_fence(text.rsplit(CODE_OPEN, 1)[1].split(CODE_CLOSE)[0]),
-                                               seed=0)
-                continue
-            if result.status == "sandbox_error":
-                raise RuntimeError("the sandbox failed during curation")
-            if text and text.strip() != result.output.strip():
-                return "execution: quoted output differs", None
-            if result.status != "ok":
-                failed.append(calls)
-            calls += 1
-            response += "\n" + INTERPRETER_OPEN + "\n" + break_tags(
-                result.output).strip("\n") + "\n" + INTERPRETER_CLOSE
-        if not is_equivalent(extract_answer(response), problem.answer):
-            return "answer: differs from the reference", None
+            return reason, None
+        failed = [i for i, snippet in enumerate(snippets) if snippet["status"] != "ok"]
         return "kept", {"question": problem.question, "answer": problem.answer, "family": problem.family,
                         "response": response, "failed_calls": failed}
 
