@@ -20,7 +20,9 @@ A snippet that failed stays in its trace, because the text after it corrects it,
 import argparse
 import ast
 import asyncio
+import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -39,11 +41,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import sympy
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, break_tags,
-                     split_segments, strip_fence)
+                     generate, split_segments, strip_fence)
 from sandbox import Sandbox
 
 
@@ -513,12 +517,13 @@ def outcome_reward(trajectory, tokenizer, reference):
 # Loading problems
 
 
-# (question, answer, solution) as dotted paths. The first whose question and answer are there wins; where answer
+# (question, answer, solution) as dotted paths. The first whose fields are all there wins; where answer
 # and solution are one field, the answer is what that marks as final (#### or \boxed).
 LAYOUTS = [
     ("problem", "answer", "solution"),  # NuminaMath-1.5
     ("problem", "ground_truth_solution", "deepseek_solution"),  # OpenThoughts with metadata
     ("problem", "solution", "solution"),  # MATH, NuminaMath-CoT
+    ("problem", "answer", ""),  # AIME collections
     ("question", "answer", "response"),  # traces of `curate`
     ("question", "response", "response"),
     ("question", "answer", "answer"),  # GSM8K, or a plain answer
@@ -558,12 +563,13 @@ def read_row(row, layouts=LAYOUTS):
     """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer" is the reference
     and "own" the solution's final answer, None if missing; "solution" is "" if there is none."""
     for at_question, at_answer, at_solution in layouts:
-        question, answer = dig(row, at_question), dig(row, at_answer)
-        if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
+        question, answer, solution = dig(row, at_question), dig(row, at_answer), dig(row, at_solution)
+        if not isinstance(answer, (str, int, float)) or not (
+                isinstance(question, str) and (isinstance(solution, str) or not at_solution)):
             continue
         if "." in at_question:
             question = PROMPT_TAIL.sub("", PROMPT_HEAD.sub("", question, count=1))
-        answer, solution = str(answer).strip(), (at_solution and dig(row, at_solution)) or ""
+        answer, solution = str(answer).strip(), solution or ""
         marked = marked_answer(answer)
         if at_answer == at_solution == "answer" and marked is None:
             solution = ""  # nothing is marked: a bare answer, not a solution
@@ -1091,10 +1097,12 @@ def system_access(code):
     """What in a snippet reaches beyond mathematics (a module or a name), or None. The sandbox stops it anyway;
     it must not be taught."""
     for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+            return node.attr
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
-            getattr(node, field, None) or "" for field in ("module", "id", "attr")]
+            getattr(node, "module", None) or getattr(node, "id", "")]
         for name in names:
-            if name.split(".")[0] in SYSTEM or (isinstance(node, ast.Attribute) and name.startswith("__")):
+            if name.split(".")[0] in SYSTEM:
                 return name
     return None
 
@@ -1229,13 +1237,552 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=
     return await curate(problems, candidates, sandbox, progress)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Rewriters: `await rewriter(item, rng)` turns a row of D_init (see read_row) into a code-augmented candidate, or
+# returns None. Whoever wrote a candidate, it goes through `verify`.
+
+ANNOTATION = re.compile(r"\s*(=?)\s*([$€£]?)\s*<<([^<>]*)=([^<>=]*)>>([$€£]?[\d,]*\.?\d*)")
+NO_CALCULATION = re.compile(r"[\d.]*|[\d.]+[*/]1|1\*[\d.]+|[\d.]+[+-]0|0\+[\d.]+")
+SUBORDINATE = re.compile(r"(?i)(?:.*[.?!] )?(?:if|when|since|because|after|as|while|once|although)\b[^,]*")
+VERB = re.compile(r"(?: (?!that|which|who|because|so|and)[\w$']+)*? "
+                  r"(?:is|are|was|were|will|would|can|has|have|had|remain\w*)\b")
+# Up to three words that go with a number ("clips", "square feet"), before what belongs to the rest of the line.
+NOUN = re.compile(r"(?: (?!(?:in|for|at|on|of|to|from|with|by|per|each|every|an?|and|or|so|as|than|the|his|her|"
+                  r"their|this|it|he|she|they|during|until|after|before|while|when|total|not|because|since|"
+                  r"which|that|if|but|left|now|then)\b)[A-Za-z]+){1,3}")
+PURE = re.compile(r".*?[a-z:=,] ?[\d$.]+(?: ?[-+*/x] ?[\d$.]+)+")
+
+
+def calculation(line):
+    """One line of a GSM8K solution as (statement, snippet, quoted output, result, is_sentence), or None if it
+    has no calculation. "Ann sold 48/2 = <<48/2=24>>24 clips in May." -> "Ann sold 48/2 clips", "print(48/2)",
+    "24", "24 clips in May.". Where the line does not fall apart into such sentences, the calculation comes first
+    and then the whole line."""
+    match = ANNOTATION.search(line)
+    code = match and re.sub(r"(?<![\d.])0+(?=\d)", "", match[3].replace(" ", ""))
+    if not match or not re.fullmatch(r"[\d.+\-*/()]{3,100}", code) or re.search(r"\*\*|//", code):
+        return None
+    try:
+        value, shown = eval(code), float(match[4])  # digits and + - * / ( ) only, see above
+    except (SyntaxError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    if NO_CALCULATION.fullmatch(code):
+        return None
+    expression, digits = code, len(match[4].partition(".")[2])
+    if value != shown and round(value, digits) == shown:  # as people do: rounded to the digits that are used
+        code = f"round({code}, {digits})" if digits else f"round({code})"
+    head, tail = line[:match.start()], line[match.end():]
+    if (match[1] and match[5] and re.search(r"[A-Za-z]{2}", head) and head.count("(") == head.count(")")
+            and not re.match(r"[^\s.,;!]| [-=+*/x(]", tail) and not SUBORDINATE.fullmatch(head)
+            and not VERB.match(tail) and not set(numbers(match[5])) & set(numbers(head))):
+        # "7 apples * 2 = 14 apples" has its noun already, and $ is one
+        noun = NOUN.match(tail) if PURE.fullmatch(head) and not match[2] else None
+        result = (match[2] + match[5] + tail).rstrip(" .,;")
+        return head.rstrip(" :") + (noun[0] if noun else ""), f"print({code})", match[4], result, True
+    return expression, f"print({code})", match[4], unmark(line), False
+
+
+def unmark(line):
+    return re.sub(r"<<[^<>]*>>", "", line)
+
+
+async def calculator(item, rng):
+    """Turns calculator annotations into snippets in place, without a model. Consecutive short steps that do not
+    need each other's results share a snippet. None if there is no annotation."""
+    lines = [line.strip() for line in item["solution"].splitlines() if line.strip()]
+    steps, response = [(line, calculation(line)) for line in lines], ""
+    if not any(step for _, step in steps):
+        return None
+    while steps:
+        line, step = steps.pop(0)
+        if not step:
+            response += unmark(line) + "\n"
+            continue
+        group = [step]
+        while steps and len(group) < 3 and is_short(step) and is_short(steps[0][1]) and not any(
+                set(numbers(earlier[2])) & set(numbers(steps[0][1][0])) for earlier in group):
+            group.append(steps.pop(0)[1])
+        statements, codes, quotes, results, _ = zip(*group)
+        if step[4]:
+            response += " ".join(statement + "." for statement in statements) + "\n"
+            result = rng.choice(["That is ", "This is ", "So that is "])
+            result += ", ".join(results[:-1]) + " and " * (len(group) > 1) + results[-1] + "."
+        else:
+            response += rng.choice(["Let me work out ", "Let me compute ", "Let me calculate "])
+            response, result = f"{response}{step[0]}.\n", step[3]
+        response += call("\n".join(codes), "\n".join(quotes)) + result + "\n"
+    return f"{response}<answer>\\boxed{{{item['own']}}}</answer>"
+
+
+def is_short(step):
+    return step and step[4] and len(step[3].split()) < 6 and not re.search(r"[.,;:!?] ", step[3])
+
+
+# What a model is asked; --rewrite_prompt FILE replaces it.
+REWRITE_PROMPT = r"""Below are a mathematics problem and a solution in plain text. Rewrite the solution so that it \
+uses a Python interpreter wherever that helps.
+
+- Keep the line of thought as it is, also attempts that failed and how they were noticed.
+- Replace each calculation, enumeration or check that a program does better by a snippet in this form, followed by \
+the output that you expect:
+<code>
+```python
+print(...)
+```
+</code>
+<interpreter>
+...
+</interpreter>
+- Each snippet is a complete script: it has its own imports, shares no variable with the others, computes what it \
+prints, and prints what the text then uses. Never print a number that you already know.
+- Every snippet will be run, and its real output put in the place of yours.
+- Close with <answer>\boxed{...}</answer>, once, as the last thing. Write nothing before or after the solution.
+
+Problem:
+{question}
+
+Solution:
+{solution}""".replace("\\\n", "")
+
+
+class Model:
+    """A language model as rewriter: `complete` is its only method that differs between `local` and `api`."""
+
+    def __init__(self, args):
+        self.args, self.prompt, self.waiting = args, REWRITE_PROMPT, []
+        if args.rewrite_prompt:
+            self.prompt = load_template(args.rewrite_prompt)
+        if "{solution}" not in self.prompt:
+            raise UserError(f"--rewrite_prompt {args.rewrite_prompt}: the file does not contain {{solution}}")
+        if not args.model:
+            raise UserError(f"--rewriter {args.rewriter} needs --model")
+
+    async def __call__(self, item, rng):
+        prompt = self.prompt.replace("{solution}", item["solution"]).replace("{question}", item["question"])
+        return await self.complete(prompt, rng.getrandbits(31))
+
+
+class Api(Model):
+    """An OpenAI-compatible endpoint. The openai package tries again after 408, 409, 429, 5xx and lost connections,
+    waiting longer each time; then the run ends with one line, and the same command goes on from there."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        try:
+            import openai
+        except ImportError:
+            raise UserError("--rewriter api needs the package openai (pip install openai)") from None
+        self.openai, self.limit = openai, asyncio.Semaphore(args.in_flight)
+        self.client = openai.AsyncOpenAI(base_url=args.api_url or None, max_retries=args.api_retries,
+                                         api_key=os.environ.get("OPENAI_API_KEY", "none"))
+
+    async def complete(self, prompt, seed):
+        """The text, or None where the model did not come to an end or the endpoint refused this one prompt."""
+        try:
+            async with self.limit:
+                reply = await self.client.chat.completions.create(
+                    model=self.args.model, messages=[{"role": "user", "content": prompt}], seed=seed,
+                    temperature=self.args.temperature, max_tokens=self.args.max_response_tokens)
+        except self.openai.BadRequestError:
+            return None
+        except self.openai.OpenAIError as error:
+            raise UserError(f"--rewriter api: {self.client.base_url}: {' '.join(str(error).split())[:200]} "
+                            f"(tried {self.args.api_retries + 1} times; what is done is kept)") from None
+        choice = reply.choices[0] if reply.choices else None
+        return choice.message.content if choice and choice.finish_reason == "stop" else None
+
+
+class Local(Model):
+    """A checkpoint through rollout.py's engine. Rows that ask at the same time are generated as one batch."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+            self.model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="retool",
+                                                              dtype="auto")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    async def complete(self, prompt, seed):
+        if not self.waiting:
+            self.batch = asyncio.create_task(self.generate())
+        self.waiting.append((encode_prompt(self.tokenizer, "{question}", prompt), seed))
+        batch, mine = self.batch, len(self.waiting) - 1
+        return (await batch)[mine]
+
+    async def generate(self):
+        await asyncio.sleep(0.1)
+        (prompts, seeds), self.waiting = zip(*self.waiting), []
+        room = self.model.config.max_position_embeddings - max(map(len, prompts))
+        if room < 1:
+            raise UserError(f"--model {self.args.model}: a prompt has {max(map(len, prompts))} tokens, too many")
+        found = await generate(self.model, self.tokenizer, list(prompts), None, tools=False,
+                               prompt_keys=list(seeds), seed=self.args.seed, temperature=self.args.temperature,
+                               max_response_tokens=min(self.args.max_response_tokens, room))
+        return [self.tokenizer.decode(t.response_ids, skip_special_tokens=True)
+                if t.finish_reason == "eos" else None for t in found]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Contamination and duplicates
+
+NUMBER_WORD = re.compile(
+    r"(?:\d[\d.,]*|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|"
+    r"fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|half|twice|double|dozen)\b[\s-]*)+")
+
+
+def words(text, mask_numbers=False):
+    """The words of a text, in lower case, without punctuation; mask_numbers: each run of numbers becomes #."""
+    text = NUMBER_WORD.sub(" # ", text.lower()) if mask_numbers else text.lower()
+    found = re.findall(r"[^\W_]+|#", text)
+    return [word for word, before in zip(found, [""] + found) if not word == before == "#"]
+
+
+def ngrams(text, n, mask_numbers=False):
+    found = words(text, mask_numbers)
+    return [" ".join(found[i:i + n]) for i in range(len(found) - n + 1)]
+
+
+class Contamination:
+    """Finds questions that are, or share 13 words in a row with, an evaluation problem; numbers and spacing do not
+    count: digits and number words are masked, and whole questions are compared without spaces as well."""
+
+    def __init__(self, files):
+        self.whole, self.grams = {}, {}
+        for file in files:
+            for row, problem in enumerate(load_problems(file), 1):
+                where = f"{Path(file).name}:{row}"
+                self.whole[self.key(problem["question"])] = where
+                for gram in ngrams(problem["question"], 13, mask_numbers=True):
+                    self.grams[gram] = where
+
+    def key(self, question):
+        masked = "".join(words(question, mask_numbers=True))
+        # "What is 3 + 5?": without its numbers nothing is left that could be recognised
+        return masked if len(masked) > 30 else "".join(words(question))
+
+    def __call__(self, question):
+        """(kind, evaluation problem, shared text) of a hit, or None."""
+        if self.key(question) in self.whole:
+            return "same but for numbers and spacing", self.whole[self.key(question)], question
+        for gram in ngrams(question, 13, mask_numbers=True):
+            if gram in self.grams:
+                return "13-gram", self.grams[gram], gram
+        return None
+
+
+class Duplicates:
+    """Recognises questions seen before: the same words, or word triples with a Jaccard index of at least 0.8. Only
+    questions that share one of their 8 smallest hashes are compared, so that memory and time grow linearly."""
+
+    def __init__(self):
+        self.exact, self.sketches = {}, {}
+
+    def __call__(self, question, row):
+        """(kind, row) of the first question like this one, or None; in that case this one is remembered."""
+        key, triples = "".join(words(question)), frozenset(ngrams(question, 3))
+        if key in self.exact:
+            return "same question", self.exact[key]
+        smallest = sorted(zlib.crc32(triple.encode()) for triple in triples)[:8]
+        for other, other_row in [pair for h in smallest for pair in self.sketches.get(h, [])]:
+            if len(triples & other) >= 0.8 * len(triples | other):
+                return "nearly the same question", other_row
+        self.exact[key] = row
+        for h in smallest:
+            self.sketches.setdefault(h, []).append((triples, row))
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pipeline on real data: read, filter, rewrite, verify, remove duplicates, write, report
+
+
+def purpose(code, before):
+    """What a snippet is for, guessed from its syntax tree and the words before it; a heuristic, not a label."""
+    nodes = list(ast.walk(ast.parse(code)))
+    imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names} | {getattr(node, "module", "") for node in nodes}
+    if any(isinstance(node, ast.Assert) for node in nodes) or re.search(
+            r"(?i)\b(check|verif|confirm|double-check|make sure)", before[-200:]):
+        return "verification"
+    if imported & {"sympy", "symbols"}:
+        return "symbolic algebra"
+    if "random" in imported:
+        return "simulation"
+    loops = (ast.For, ast.While, ast.comprehension)
+    return "enumeration" if any(isinstance(node, loops) for node in nodes) else "calculation"
+
+
+def parses(answer):
+    """Whether an answer is short and readable as mathematics, so that a response can be compared with it."""
+    return len(answer) <= 200 and answer.lower() not in ("proof", "notfound", "none", "n/a", "") and (
+        plain_number(answer) is not None or VERIFIER(answer, answer))
+
+
+def remember(run):
+    """`run` with a memory: the same snippet gives the same result and is run once (small sums recur)."""
+    results = {}
+
+    async def remembered(code):
+        if len(results) > 50_000:
+            results.clear()
+        if code not in results:
+            results[code] = asyncio.ensure_future(run(code))
+        return await results[code]
+    return remembered
+
+
+async def judge(row, rng, args, layouts, tokenizer, contamination, rewriter, run):
+    """One row through every stage: {"reason": "kept", "trace"} or {"reason", "question", "candidate", "detail"}."""
+    item, candidate = read_row(row, layouts), None
+
+    def rejected(reason, detail=None):
+        return {"reason": reason, "question": item and item["question"], "candidate": candidate, "detail": detail}
+
+    def too_long(text, limit):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) > limit
+    if not item or not item["question"]:
+        return rejected("filter: not well-formed")
+    if not item["answer"] or not await asyncio.to_thread(parses, item["answer"]):
+        return rejected("filter: no answer that parses")
+    if not item["solution"]:
+        return rejected("filter: no solution")
+    if not await asyncio.to_thread(is_equivalent, item["own"], item["answer"]):
+        return rejected("filter: the solution's answer is not the reference")
+    if too_long(item["question"], args.max_question_tokens) or too_long(item["solution"], args.max_response_tokens):
+        return rejected("filter: too long")
+    if hit := contamination(item["question"]):
+        return rejected(f"contamination: {hit[0]}", hit[1:])
+    if args.agreement:
+        prompt = load_template("retool").replace("{question}", item["question"])
+        samples = await asyncio.gather(*[rewriter.complete(prompt, rng.getrandbits(31))
+                                         for _ in range(args.agreement)])
+        right = [is_equivalent(extract_answer(text or ""), item["answer"]) for text in samples]
+        if 2 * sum(right) <= len(right):
+            return rejected("filter: model samples disagree with the reference")
+    ready = "<answer>" in item["solution"]  # a trace already: verified, not rewritten
+    candidate = item["solution"] if ready else await rewriter(item, rng)
+    if not candidate:
+        return rejected("rewrite: nothing to rewrite" if args.rewriter == "calculator" else "rewrite: no answer")
+    reason, response, snippets = await verify(candidate.strip(), item["answer"], run, args.wrong_output, strict=True)
+    if not reason and not snippets:
+        reason = "quality: no snippet"
+    if not reason and too_long(response, args.max_response_tokens):
+        reason = "quality: too long with its snippets"
+    printed = any(rounds_to(n, m) for snippet in snippets for n in numbers(snippet["output"])
+                  for m in numbers(item["answer"]))
+    if not reason and args.answer_from_code and not printed:
+        reason = "quality: no snippet prints the answer"
+    if reason:
+        return rejected(reason)
+    texts = [text for _, text in split_segments(response)][::2]
+    return {"reason": "kept", "trace": {
+        "messages": [{"role": "user", "content": args.template.replace("{question}", item["question"])},
+                     {"role": "assistant", "content": response}],
+        "answer": item["answer"], "family": Path(args.input).stem,
+        "failed_calls": [i for i, snippet in enumerate(snippets) if snippet["status"] != "ok"],
+        "spans": [[m[1], m.start(), m.end()]  # of characters in the response; the rest is text
+                  for m in re.finditer(r"(?s)<(code|interpreter|answer)>.*?</\1>", response)],
+        "snippets": [{"status": snippet["status"], "purpose": purpose(snippet["code"], before),
+                      "lines": sum(bool(line.strip()) for line in snippet["code"].splitlines())}
+                     for snippet, before in zip(snippets, texts)],
+        "answer_printed": printed}}
+
+
+def open_journal(path, key):
+    """(file to append to, {row: offset of its record}). The journal's first line is what decides the result; a line
+    torn by a kill is cut off."""
+    offsets, end = {}, 0
+    with open(path, "a+b") as file:
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if not end and line != key:
+                raise UserError(f"{path} is of another input or other arguments: finish or delete it")
+            if end:
+                offsets[json.loads(line)["row"]] = end
+            end += len(line)
+        file.truncate(end)
+    file = open(path, "ab")
+    if not end:
+        file.write(key)
+    return file, offsets
+
+
+async def curate_file(args):
+    """`data.py curate`: see the top of this file. Every finished row is a line of OUTPUT.journal, in any order; at
+    the end they are sorted, duplicates go, and OUTPUT and its report appear by a rename."""
+    output = Path(args.output)
+    journal, report = output.with_suffix(".journal"), output.with_suffix(".report.json")
+    if output.exists() and not journal.exists():
+        raise UserError(f"--output {output}: there already; nothing is overwritten")
+    given = [args.question_field, args.answer_field, args.solution_field]
+    layouts = [tuple(given)] if any(given) else LAYOUTS
+    source = lambda: itertools.islice(read_rows(args.input, args.split, args.config), args.limit or None)  # noqa: E731
+    first = [row for _, row in itertools.islice(source(), 100)]
+    if not any(read_row(row, layouts) for row in first):
+        raise UserError(f"{args.input}: unknown layout; found " + (fields(first[0]) if first else "no rows")
+                        + "; name the fields with --question_field, --answer_field and --solution_field "
+                        "(dotted paths such as prompt.0.content)")
+    args.template = load_template(args.prompt_template)
+    contamination = Contamination(args.decontaminate)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else embedded_tokenizer()
+    rewriter = {"calculator": lambda args: calculator, "local": Local, "api": Api}[args.rewriter](args)
+    files = [file for file in [args.input, *args.decontaminate] if Path(file).is_file()]
+    decides = {name: value for name, value in vars(args).items()
+               if name not in ("command", "output", "in_flight", "sandbox_workers", "api_retries", "api_url")}
+    decides["sha256"] = {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}
+    file, offsets = open_journal(journal, json.dumps(decides, sort_keys=True).encode() + b"\n")
+    begin, done, pending = time.perf_counter(), len(offsets), {}
+
+    async def collect(limit):
+        while len(pending) > limit:
+            finished, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished:
+                number, place = pending.pop(task)
+                offsets[number] = file.tell()
+                file.write(json.dumps({"row": number, "place": place} | task.result()).encode() + b"\n")
+                bar.update()
+            file.flush()  # a killed process loses nothing that is here
+    async with Sandbox(args.sandbox_workers, args.sandbox_timeout, unsafe=args.unsafe_sandbox) as sandbox:
+        run = remember(lambda code: sandbox.run(code, seed=0))
+        with file, tqdm(desc="rows", initial=done, mininterval=1.0) as bar:
+            for number, (place, row) in enumerate(source()):
+                if number not in offsets:
+                    rng = random.Random(f"{args.seed}/{number}")
+                    task = asyncio.create_task(judge(row, rng, args, layouts, tokenizer, contamination, rewriter, run))
+                    pending[task] = number, Path(place).name
+                    await collect(args.in_flight)
+            await collect(0)
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - begin
+    summary = write_traces(journal, offsets, output, decides)
+    with open(report.with_suffix(".partial"), "w") as file:
+        json.dump(summary, file, indent=1)
+    report.with_suffix(".partial").rename(report)
+    output.with_suffix(".partial").rename(output)
+    journal.unlink()
+    print_report(summary)
+    print(f"{len(offsets) - done} rows in {seconds:.1f} s, {(len(offsets) - done) / seconds:.1f} rows/s; sandbox: "
+          f"{dict(sandbox.counts)}\n{output}, {report}")
+
+
+def write_traces(journal, offsets, output, decides):
+    """Writes the kept rows of the journal, in the order of the input and without duplicates; returns the report."""
+    reasons, examples, hits, duplicates = Counter(), {}, [], Duplicates()
+    snippets, traces, totals = [], 0, Counter()
+    with open(journal, "rb") as file, open(output.with_suffix(".partial"), "w") as out:
+        for number in sorted(offsets):
+            file.seek(offsets[number])
+            record = json.loads(file.readline())
+            trace, reason = record.get("trace"), record["reason"]
+            if trace:
+                record |= read_row(trace)
+                if found := duplicates(record["question"], record["place"]):
+                    reason, record["detail"] = f"duplicate: {found[0]}", found[1]
+            reasons[reason] += 1
+            if reason == "kept":
+                trace["provenance"] = {"place": record["place"], "rewriter": decides["rewriter"]}
+                snippets += trace["snippets"]
+                totals["answer_printed_by_a_snippet"] += trace.pop("answer_printed")
+                totals["with_a_corrected_error"] += bool(trace["failed_calls"])
+                traces += 1
+                out.write(json.dumps(trace, ensure_ascii=False) + "\n")
+                continue
+            example = {name: record.get(name) for name in ("place", "question", "candidate", "detail")}
+            examples.setdefault(reason, []).append(example)
+            del examples[reason][3:]
+            if reason.startswith("contamination"):
+                hits.append([record["place"], reason, *record["detail"]])
+        out.flush()
+        os.fsync(out.fileno())
+    left, stages = len(offsets), {}
+    for stage in ("filter", "contamination", "rewrite", "format", "execution", "answer", "quality", "duplicate"):
+        left -= sum(n for reason, n in reasons.items() if reason.split(":")[0] == stage)
+        stages[stage] = left
+    shares = {key: round(n / max(1, traces), 4) for key, n in totals.items()}
+    return {"arguments": decides, "rows": len(offsets), "kept": traces,
+            "kept_share": round(traces / max(1, len(offsets)), 4), "left_after": stages,
+            "reasons": dict(sorted(reasons.items())), "snippets": len(snippets),
+            "snippets_per_trace": round(len(snippets) / max(1, traces), 3),
+            "lines_per_snippet": round(sum(s["lines"] for s in snippets) / max(1, len(snippets)), 3),
+            "shares": shares, "outcomes": Counter(s["status"] for s in snippets),
+            "purposes (heuristic: syntax tree and words before)": Counter(s["purpose"] for s in snippets),
+            "contamination_hits": hits, "examples": examples}
+
+
+def print_report(summary):
+    print(f"{summary['rows']} rows, {summary['kept']} traces kept ({100 * summary['kept_share']:.2f} %)")
+    for reason, n in summary["reasons"].items():
+        print(f"{n:8d}  {reason}")
+    skip = ("arguments", "rows", "kept", "kept_share", "reasons", "contamination_hits", "examples")
+    for name, value in summary.items():
+        if name not in skip:
+            print(f"{name}: {dict(value) if isinstance(value, dict) else value}")
+
+
+def show(args):
+    """Prints traces with code, output and answer in colour."""
+    colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    paint = {"code": "\033[36m", "interpreter": "\033[33m", "answer": "\033[1;32m"}
+    for trace in load_traces(args.file, least=1)[:args.n]:
+        text = re.sub(r"(?s)<(code|interpreter|answer)>.*?</\1>", lambda m: f"{paint[m[1]]}{m[0]}\033[0m",
+                      trace["response"]) if colour else trace["response"]
+        print(f"{'=' * 100}\n{trace['question']}\n{'-' * 100}\n{text}")
+
+
+def add_curate_arguments(parser):
+    add = parser.add_argument
+    add("--input", required=True, help="JSONL or parquet file, or a Hugging Face hub id")
+    add("--output", required=True, help="JSONL of traces; the report lies beside it")
+    add("--rewriter", choices=("calculator", "local", "api"), default="calculator", help="traces are never rewritten")
+    add("--limit", type=int, default=0, help="first rows only; 0: all")
+    add("--seed", type=int, default=0, help="of wording and sampling")
+    add("--split", default="train", help="of a hub data set")
+    add("--config", default=None, help="of a hub data set")
+    for name in ("question", "answer", "solution"):
+        add(f"--{name}_field", default="", help="dotted path of the field in an unknown layout")
+    add("--prompt_template", default="retool", help="of the user message: plain, retool, or a file")
+    add("--tokenizer", default="", help="folder or hub id, for the limits in tokens; empty: the embedded one")
+    add("--max_question_tokens", type=int, default=2048, help="longer questions are left out")
+    add("--max_response_tokens", type=int, default=16384, help="longer solutions and traces are left out")
+    add("--wrong_output", choices=("reject", "replace"), default="reject", help="a quoted output that is not the "
+        "real one: reject the trace, or put in the real one unless later text depends on the wrong one")
+    add("--answer_from_code", action="store_true", help="some snippet must print the final answer")
+    add("--decontaminate", nargs="*", default=[], help="evaluation sets whose problems must not occur")
+    add("--model", default="", help="of --rewriter local (folder or hub id) or api (name)")
+    add("--temperature", type=float, default=0.7, help="of the model")
+    add("--rewrite_prompt", default="", help="file with {question} and {solution}")
+    add("--agreement", type=int, default=0, help="samples of the model, of which most must be right; 0: off")
+    add("--api_url", default="", help="base URL; empty: OpenAI's; the key is read from OPENAI_API_KEY")
+    add("--api_retries", type=int, default=6, help="further tries of one request")
+    add("--in_flight", type=int, default=64, help="rows, and requests, at the same time")
+    add("--sandbox_workers", type=int, default=2, help="snippets at the same time")
+    add("--sandbox_timeout", type=float, default=5.0, help="seconds per snippet")
+    add("--unsafe_sandbox", action="store_true", help="run snippets although a layer of the sandbox is missing")
+
+
 async def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", default="", help="JSONL of problems to load; empty: the embedded problems")
     parser.add_argument("--n", type=int, default=1000, help="embedded problems to curate")
     parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")
+    commands = parser.add_subparsers(dest="command")
+    add_curate_arguments(commands.add_parser("curate", help="real data -> verified traces",
+                                             formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    shown = commands.add_parser("show", help="print traces in colour")
+    shown.add_argument("file", help="JSONL of traces")
+    shown.add_argument("--n", type=int, default=10, help="how many")
+    shown.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
     args = parser.parse_args()
+    if args.command == "show":
+        return show(args)
+    if args.command == "curate":
+        return await curate_file(args)
     if args.file:
         problems = load_problems(args.file)
         print(f"{args.file}: {len(problems)} problems; the first and the last:")
