@@ -20,6 +20,7 @@ A snippet that failed stays in its trace, because the text after it corrects it,
 import argparse
 import ast
 import asyncio
+import functools
 import hashlib
 import inspect
 import itertools
@@ -1094,47 +1095,54 @@ def depends_on(quoted, output, later):
 
 
 def system_access(code):
-    """What in a snippet reaches beyond mathematics (a module or a name), or None. The sandbox stops it anyway;
-    it must not be taught."""
+    """A module or name in a snippet that reaches beyond mathematics, or None. The sandbox stops it anyway, but it
+    must not be taught."""
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
-            return node.attr
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
-            getattr(node, "module", None) or getattr(node, "id", "")]
+        names = [getattr(node, "module", None) or "", getattr(node, "id", "")]
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             if name.split(".")[0] in SYSTEM:
                 return name
+        if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+            return node.attr
     return None
 
 
 SYSTEM = set("os subprocess socket ctypes shutil signal multiprocessing threading pathlib resource mmap pickle "
              "importlib builtins asyncio gc inspect tempfile glob urllib http open exec eval compile input "
              "__import__ __builtins__ globals".split())
+LITERAL = re.compile(r"(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?!\w)")
 
 
 async def hard_coded(code, output, answer, run):
-    """Why a snippet is no computation, or None: all it prints, or the final answer, stands in it already.
+    """Why a snippet is no computation, or None: all that it prints, or the final answer, stands in it already.
 
-    Found out by experiment: each number of the snippet that is also printed is raised by one; where the printed
-    one follows by one, it was only passed through (`x = 24; print(x * 1)`). 0 and 1 are left alone, they count
-    and index.
+    Found out by experiment: a number of the snippet that is also printed is raised by one. Where the printed one
+    follows by one, and does not move with the snippet's other numbers, it was only passed through
+    (`x = 24; print(x * 1)`). 0 and 1 are left alone, they count and index.
     """
-    printed, passed, target = numbers(output), set(), plain_number(answer)
-    work = (ast.BinOp, ast.Compare, ast.For, ast.While, ast.comprehension)
     nodes = list(ast.walk(ast.parse(code)))
-    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") != "print"]
-    if not calls and not any(isinstance(node, work) for node in nodes):
+    if not any(isinstance(node, (ast.BinOp, ast.Compare, ast.For, ast.While, ast.comprehension)) or (
+            isinstance(node, ast.Call) and getattr(node.func, "id", "") != "print") for node in nodes):
         return "only prints a literal"
-    for match in NUMBER_IN_TEXT.finditer(code):
-        number = Decimal(match[0].replace(",", ""))
-        if number > 1 and number in printed:
-            result = await run(code[:match.start()] + str(number + 1) + code[match.end():])
-            shifted = numbers(result.output)
-            if result.status == "ok" and len(shifted) == len(printed):
-                passed |= {i for i, n in enumerate(shifted) if printed[i] == number and n == number + 1}
+    printed, target, passed = numbers(output), plain_number(answer), set()
+    literals = [match for match in LITERAL.finditer(code) if Decimal(match[0]) not in (0, 1)]
+
+    async def moved(chosen):
+        """By how much each printed number moves when the chosen ones are raised by 1, 2, 3, ..."""
+        changed = code
+        for step, match in reversed(list(enumerate(chosen, 1))):
+            changed = changed[:match.start()] + str(Decimal(match[0]) + step) + changed[match.end():]
+        after = numbers((await run(changed)).output)
+        return [b - a for a, b in zip(printed, after)] if len(after) == len(printed) else [None] * len(printed)
+    for match in literals:
+        if Decimal(match[0]) in printed:
+            others = await moved([other for other in literals if other is not match])
+            passed |= {i for i, step in enumerate(await moved([match])) if step == 1 and others[i] == 0
+                       and printed[i] == Decimal(match[0])}
     if printed and len(passed) == len(printed):
         return "only prints a literal"
-    answers = {i for i, n in enumerate(printed) if target is not None and abs(target) == Fraction(n)}
+    answers = {i for i, number in enumerate(printed) if target is not None and abs(target) == number}
     return "prints the answer without computing it" if answers and answers <= passed else None
 
 
@@ -1238,8 +1246,7 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rewriters: `await rewriter(item, rng)` turns a row of D_init (see read_row) into a code-augmented candidate, or
-# returns None. Whoever wrote a candidate, it goes through `verify`.
+# Rewriters of D_init. Whoever wrote a candidate, it goes through `verify`.
 
 ANNOTATION = re.compile(r"\s*(=?)\s*([$€£]?)\s*<<([^<>]*)=([^<>=]*)>>([$€£]?[\d,]*\.?\d*)")
 NO_CALCULATION = re.compile(r"[\d.]*|[\d.]+[*/]1|1\*[\d.]+|[\d.]+[+-]0|0\+[\d.]+")
@@ -1286,7 +1293,7 @@ def unmark(line):
     return re.sub(r"<<[^<>]*>>", "", line)
 
 
-async def calculator(item, rng):
+def calculator(item, rng):
     """Turns calculator annotations into snippets in place, without a model. Consecutive short steps that do not
     need each other's results share a snippet. None if there is no annotation."""
     lines = [line.strip() for line in item["solution"].splitlines() if line.strip()]
@@ -1345,84 +1352,61 @@ Solution:
 {solution}""".replace("\\\n", "")
 
 
-class Model:
-    """A language model as rewriter: `complete` is its only method that differs between `local` and `api`."""
+def api_model(args):
+    """complete(prompt, seed) -> text of an OpenAI-compatible endpoint, or None where it did not come to an end or
+    refused this one prompt. The openai package tries again after 408, 409, 429, 5xx and lost connections, waiting
+    longer each time; after that the run ends with one line, and the same command goes on from there."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError("--rewriter api needs the package openai (pip install openai)") from None
+    client = openai.AsyncOpenAI(base_url=args.api_url or None, max_retries=args.api_retries,
+                                api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
-    def __init__(self, args):
-        self.args, self.prompt, self.waiting = args, REWRITE_PROMPT, []
-        if args.rewrite_prompt:
-            self.prompt = load_template(args.rewrite_prompt)
-        if "{solution}" not in self.prompt:
-            raise UserError(f"--rewrite_prompt {args.rewrite_prompt}: the file does not contain {{solution}}")
-        if not args.model:
-            raise UserError(f"--rewriter {args.rewriter} needs --model")
-
-    async def __call__(self, item, rng):
-        prompt = self.prompt.replace("{solution}", item["solution"]).replace("{question}", item["question"])
-        return await self.complete(prompt, rng.getrandbits(31))
-
-
-class Api(Model):
-    """An OpenAI-compatible endpoint. The openai package tries again after 408, 409, 429, 5xx and lost connections,
-    waiting longer each time; then the run ends with one line, and the same command goes on from there."""
-
-    def __init__(self, args):
-        super().__init__(args)
+    async def complete(prompt, seed):
         try:
-            import openai
-        except ImportError:
-            raise UserError("--rewriter api needs the package openai (pip install openai)") from None
-        self.openai, self.limit = openai, asyncio.Semaphore(args.in_flight)
-        self.client = openai.AsyncOpenAI(base_url=args.api_url or None, max_retries=args.api_retries,
-                                         api_key=os.environ.get("OPENAI_API_KEY", "none"))
-
-    async def complete(self, prompt, seed):
-        """The text, or None where the model did not come to an end or the endpoint refused this one prompt."""
-        try:
-            async with self.limit:
-                reply = await self.client.chat.completions.create(
-                    model=self.args.model, messages=[{"role": "user", "content": prompt}], seed=seed,
-                    temperature=self.args.temperature, max_tokens=self.args.max_response_tokens)
-        except self.openai.BadRequestError:
+            reply = await client.chat.completions.create(
+                model=args.model, messages=[{"role": "user", "content": prompt}], seed=seed,
+                temperature=args.temperature, max_tokens=args.max_response_tokens)
+        except openai.BadRequestError:
             return None
-        except self.openai.OpenAIError as error:
-            raise UserError(f"--rewriter api: {self.client.base_url}: {' '.join(str(error).split())[:200]} "
-                            f"(tried {self.args.api_retries + 1} times; what is done is kept)") from None
-        choice = reply.choices[0] if reply.choices else None
-        return choice.message.content if choice and choice.finish_reason == "stop" else None
+        except openai.OpenAIError as error:
+            raise UserError(f"--rewriter api: {client.base_url}: {' '.join(str(error).split())[:200]} (tried "
+                            f"{args.api_retries + 1} times; finished rows are kept)") from None
+        done = reply.choices and reply.choices[0].finish_reason == "stop"
+        return reply.choices[0].message.content if done else None
+    return complete
 
 
-class Local(Model):
-    """A checkpoint through rollout.py's engine. Rows that ask at the same time are generated as one batch."""
+def local_model(args):
+    """complete(prompt, seed) -> text of a checkpoint through rollout.py's engine, or None where it did not come to
+    an end. Rows that ask at the same time are generated as one batch."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="retool", dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    waiting, positions, batch = [], model.config.max_position_embeddings, None
 
-    def __init__(self, args):
-        super().__init__(args)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-            self.model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="retool",
-                                                              dtype="auto")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    async def complete(prompt, seed):
+        nonlocal batch
+        if not waiting:
+            batch = asyncio.create_task(whole_batch())
+        waiting.append((encode_prompt(tokenizer, "{question}", prompt)[:positions - 1], seed))
+        mine, index = batch, len(waiting) - 1
+        return (await mine)[index]
 
-    async def complete(self, prompt, seed):
-        if not self.waiting:
-            self.batch = asyncio.create_task(self.generate())
-        self.waiting.append((encode_prompt(self.tokenizer, "{question}", prompt), seed))
-        batch, mine = self.batch, len(self.waiting) - 1
-        return (await batch)[mine]
-
-    async def generate(self):
+    async def whole_batch():
         await asyncio.sleep(0.1)
-        (prompts, seeds), self.waiting = zip(*self.waiting), []
-        room = self.model.config.max_position_embeddings - max(map(len, prompts))
-        if room < 1:
-            raise UserError(f"--model {self.args.model}: a prompt has {max(map(len, prompts))} tokens, too many")
-        found = await generate(self.model, self.tokenizer, list(prompts), None, tools=False,
-                               prompt_keys=list(seeds), seed=self.args.seed, temperature=self.args.temperature,
-                               max_response_tokens=min(self.args.max_response_tokens, room))
-        return [self.tokenizer.decode(t.response_ids, skip_special_tokens=True)
-                if t.finish_reason == "eos" else None for t in found]
+        prompts, seeds = map(list, zip(*waiting))
+        waiting.clear()
+        room = min(args.max_response_tokens, positions - max(map(len, prompts)))
+        found = await generate(model, tokenizer, prompts, None, tools=False, prompt_keys=seeds, seed=args.seed,
+                               temperature=args.temperature, max_response_tokens=room)
+        return [tokenizer.decode(t.response_ids, skip_special_tokens=True) if t.finish_reason == "eos" else None
+                for t in found]
+    return complete
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1521,22 +1505,9 @@ def parses(answer):
         plain_number(answer) is not None or VERIFIER(answer, answer))
 
 
-def remember(run):
-    """`run` with a memory: the same snippet gives the same result and is run once (small sums recur)."""
-    results = {}
-
-    async def remembered(code):
-        if len(results) > 50_000:
-            results.clear()
-        if code not in results:
-            results[code] = asyncio.ensure_future(run(code))
-        return await results[code]
-    return remembered
-
-
-async def judge(row, rng, args, layouts, tokenizer, contamination, rewriter, run):
+async def judge(row, rng, args, tokenizer, contamination, complete, run):
     """One row through every stage: {"reason": "kept", "trace"} or {"reason", "question", "candidate", "detail"}."""
-    item, candidate = read_row(row, layouts), None
+    item, candidate = read_row(row, args.layouts), None
 
     def rejected(reason, detail=None):
         return {"reason": reason, "question": item and item["question"], "candidate": candidate, "detail": detail}
@@ -1556,172 +1527,160 @@ async def judge(row, rng, args, layouts, tokenizer, contamination, rewriter, run
     if hit := contamination(item["question"]):
         return rejected(f"contamination: {hit[0]}", hit[1:])
     if args.agreement:
-        prompt = load_template("retool").replace("{question}", item["question"])
-        samples = await asyncio.gather(*[rewriter.complete(prompt, rng.getrandbits(31))
-                                         for _ in range(args.agreement)])
-        right = [is_equivalent(extract_answer(text or ""), item["answer"]) for text in samples]
-        if 2 * sum(right) <= len(right):
+        prompt = PROMPT_TEMPLATES["retool"].replace("{question}", item["question"])
+        samples = await asyncio.gather(*[complete(prompt, rng.getrandbits(31)) for _ in range(args.agreement)])
+        if 2 * sum(is_equivalent(extract_answer(text or ""), item["answer"]) for text in samples) <= len(samples):
             return rejected("filter: model samples disagree with the reference")
-    ready = "<answer>" in item["solution"]  # a trace already: verified, not rewritten
-    candidate = item["solution"] if ready else await rewriter(item, rng)
+    if "<answer>" in item["solution"]:  # a trace already: verified, not rewritten
+        candidate = item["solution"]
+    elif args.rewriter == "calculator":
+        candidate = calculator(item, rng)
+    else:
+        prompt = args.rewrite_template.replace("{solution}", item["solution"])
+        candidate = await complete(prompt.replace("{question}", item["question"]), rng.getrandbits(31))
     if not candidate:
-        return rejected("rewrite: nothing to rewrite" if args.rewriter == "calculator" else "rewrite: no answer")
-    reason, response, snippets = await verify(candidate.strip(), item["answer"], run, args.wrong_output, strict=True)
-    if not reason and not snippets:
-        reason = "quality: no snippet"
-    if not reason and too_long(response, args.max_response_tokens):
-        reason = "quality: too long with its snippets"
-    printed = any(rounds_to(n, m) for snippet in snippets for n in numbers(snippet["output"])
-                  for m in numbers(item["answer"]))
-    if not reason and args.answer_from_code and not printed:
-        reason = "quality: no snippet prints the answer"
+        return rejected("rewrite: no calculation" if args.rewriter == "calculator" else "rewrite: unfinished")
+    reason, response, snippets = await verify(candidate.strip(), item["answer"], run, args.wrong_output, True)
+    printed = numbers(" ".join(snippet["output"] for snippet in snippets))
+    printed = any(rounds_to(n, answer) for n in printed for answer in numbers(item["answer"]))
+    reason = (reason or (not snippets and "quality: no snippet")
+              or (args.answer_from_code and not printed and "quality: no snippet prints the answer")
+              or (too_long(response, args.max_response_tokens) and "quality: too long with its snippets"))
     if reason:
         return rejected(reason)
     texts = [text for _, text in split_segments(response)][::2]
-    return {"reason": "kept", "trace": {
+    return {"reason": "kept", "answer_printed": printed, "trace": {
         "messages": [{"role": "user", "content": args.template.replace("{question}", item["question"])},
                      {"role": "assistant", "content": response}],
         "answer": item["answer"], "family": Path(args.input).stem,
         "failed_calls": [i for i, snippet in enumerate(snippets) if snippet["status"] != "ok"],
-        "spans": [[m[1], m.start(), m.end()]  # of characters in the response; the rest is text
-                  for m in re.finditer(r"(?s)<(code|interpreter|answer)>.*?</\1>", response)],
+        "spans": [[m[1], *m.span()] for m in BLOCK.finditer(response)],  # in characters; the rest is text
         "snippets": [{"status": snippet["status"], "purpose": purpose(snippet["code"], before),
                       "lines": sum(bool(line.strip()) for line in snippet["code"].splitlines())}
-                     for snippet, before in zip(snippets, texts)],
-        "answer_printed": printed}}
+                     for snippet, before in zip(snippets, texts)]}}
+
+
+BLOCK = re.compile(r"(?s)<(code|interpreter|answer)>.*?</\1>")
 
 
 def open_journal(path, key):
-    """(file to append to, {row: offset of its record}). The journal's first line is what decides the result; a line
-    torn by a kill is cut off."""
-    offsets, end = {}, 0
-    with open(path, "a+b") as file:
-        file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if not end and line != key:
-                raise UserError(f"{path} is of another input or other arguments: finish or delete it")
-            if end:
-                offsets[json.loads(line)["row"]] = end
-            end += len(line)
-        file.truncate(end)
-    file = open(path, "ab")
-    if not end:
-        file.write(key)
+    """(file to append to, {row: offset of its record}); the first line is `key`, what decides the result. A line torn
+    by a kill is cut off."""
+    offsets, end, file = {}, 0, open(path, "a+b")
+    file.seek(0)
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        if not end and line != key:
+            raise UserError(f"{path} belongs to another input or other arguments: finish that or delete it")
+        if end:
+            offsets[json.loads(line)["row"]] = end
+        end += len(line)
+    file.truncate(end)
+    file.write(b"" if end else key)
     return file, offsets
 
 
 async def curate_file(args):
-    """`data.py curate`: see the top of this file. Every finished row is a line of OUTPUT.journal, in any order; at
-    the end they are sorted, duplicates go, and OUTPUT and its report appear by a rename."""
+    """`data.py curate`. Every finished row becomes a line of OUTPUT's journal, in any order, and is not done again;
+    at the end they are sorted, duplicates go, and OUTPUT and its report appear by a rename."""
     output = Path(args.output)
     journal, report = output.with_suffix(".journal"), output.with_suffix(".report.json")
     if output.exists() and not journal.exists():
         raise UserError(f"--output {output}: there already; nothing is overwritten")
-    given = [args.question_field, args.answer_field, args.solution_field]
-    layouts = [tuple(given)] if any(given) else LAYOUTS
-    source = lambda: itertools.islice(read_rows(args.input, args.split, args.config), args.limit or None)  # noqa: E731
-    first = [row for _, row in itertools.islice(source(), 100)]
-    if not any(read_row(row, layouts) for row in first):
-        raise UserError(f"{args.input}: unknown layout; found " + (fields(first[0]) if first else "no rows")
-                        + "; name the fields with --question_field, --answer_field and --solution_field "
-                        "(dotted paths such as prompt.0.content)")
+    names = (args.question_field, args.answer_field, args.solution_field)
+    args.layouts = [names] if any(names) else LAYOUTS
+    first = [row for _, row in itertools.islice(read_rows(args.input, args.split, args.config), 100)]
+    if not any(read_row(row, args.layouts) for row in first):
+        raise UserError(f"{args.input}: unknown layout; found {fields(first[0]) if first else 'no rows'}. Name the "
+                        "fields with --question_field, --answer_field, --solution_field (as prompt.0.content)")
     args.template = load_template(args.prompt_template)
+    args.rewrite_template = load_template(args.rewrite_prompt) if args.rewrite_prompt else REWRITE_PROMPT
+    complete = None
+    if args.rewriter != "calculator":
+        if not args.model or "{solution}" not in args.rewrite_template:
+            raise UserError(f"--rewriter {args.rewriter} needs --model, and {{solution}} in --rewrite_prompt")
+        complete = (local_model if args.rewriter == "local" else api_model)(args)
+    elif args.agreement:
+        raise UserError("--agreement needs --rewriter local or api: their model is what is asked")
     contamination = Contamination(args.decontaminate)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else embedded_tokenizer()
-    rewriter = {"calculator": lambda args: calculator, "local": Local, "api": Api}[args.rewriter](args)
-    files = [file for file in [args.input, *args.decontaminate] if Path(file).is_file()]
-    decides = {name: value for name, value in vars(args).items()
-               if name not in ("command", "output", "in_flight", "sandbox_workers", "api_retries", "api_url")}
-    decides["sha256"] = {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}
-    file, offsets = open_journal(journal, json.dumps(decides, sort_keys=True).encode() + b"\n")
+    # What decides the result, the content of the files included; paths and speed do not.
+    decides = {name: value for name, value in vars(args).items() if name not in (
+        "command", "file", "n", "input", "output", "decontaminate", "in_flight", "sandbox_workers", "api_retries",
+        "api_url", "unsafe_sandbox")}
+    decides["files"] = {Path(name).name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
+                        if Path(name).is_file() else name for name in [args.input, *args.decontaminate]}
+    file, offsets = open_journal(journal, json.dumps(decides).encode() + b"\n")
     begin, done, pending = time.perf_counter(), len(offsets), {}
 
     async def collect(limit):
         while len(pending) > limit:
-            finished, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
+            for task in (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]:
                 number, place = pending.pop(task)
                 offsets[number] = file.tell()
                 file.write(json.dumps({"row": number, "place": place} | task.result()).encode() + b"\n")
                 bar.update()
-            file.flush()  # a killed process loses nothing that is here
+            file.flush()  # from here on a kill loses nothing of it
     async with Sandbox(args.sandbox_workers, args.sandbox_timeout, unsafe=args.unsafe_sandbox) as sandbox:
-        run = remember(lambda code: sandbox.run(code, seed=0))
-        with file, tqdm(desc="rows", initial=done, mininterval=1.0) as bar:
-            for number, (place, row) in enumerate(source()):
+        # The same snippet gives the same result: small sums recur, and are run once.
+        run = functools.lru_cache(50_000)(lambda code: asyncio.ensure_future(sandbox.run(code, seed=0)))
+        with file, tqdm(desc="rows", initial=done, total=args.limit or None, mininterval=1.0) as bar:
+            rows = itertools.islice(read_rows(args.input, args.split, args.config), args.limit or None)
+            for number, (place, row) in enumerate(rows):
                 if number not in offsets:
                     rng = random.Random(f"{args.seed}/{number}")
-                    task = asyncio.create_task(judge(row, rng, args, layouts, tokenizer, contamination, rewriter, run))
-                    pending[task] = number, Path(place).name
+                    task = judge(row, rng, args, tokenizer, contamination, complete, run)
+                    pending[asyncio.create_task(task)] = number, Path(place).name
                     await collect(args.in_flight)
             await collect(0)
-            os.fsync(file.fileno())
-    seconds = time.perf_counter() - begin
-    summary = write_traces(journal, offsets, output, decides)
-    with open(report.with_suffix(".partial"), "w") as file:
-        json.dump(summary, file, indent=1)
+    seconds, new = time.perf_counter() - begin, len(offsets) - done
+    summary = write_traces(journal, offsets, output.with_suffix(".partial"), decides)
+    report.with_suffix(".partial").write_text(json.dumps(summary, indent=1))
     report.with_suffix(".partial").rename(report)
     output.with_suffix(".partial").rename(output)
     journal.unlink()
-    print_report(summary)
-    print(f"{len(offsets) - done} rows in {seconds:.1f} s, {(len(offsets) - done) / seconds:.1f} rows/s; sandbox: "
-          f"{dict(sandbox.counts)}\n{output}, {report}")
+    brief = {name: value for name, value in summary.items() if name not in ("arguments", "examples", "hits")}
+    print(json.dumps(brief, indent=1))
+    print(f"{new} rows in {seconds:.1f} s, {new / seconds:.1f} rows/s; sandbox: {dict(sandbox.counts)}; {report}")
 
 
-def write_traces(journal, offsets, output, decides):
-    """Writes the kept rows of the journal, in the order of the input and without duplicates; returns the report."""
-    reasons, examples, hits, duplicates = Counter(), {}, [], Duplicates()
-    snippets, traces, totals = [], 0, Counter()
-    with open(journal, "rb") as file, open(output.with_suffix(".partial"), "w") as out:
+def write_traces(journal, offsets, path, decides):
+    """Write the kept rows of the journal in the order of the input, without duplicates; returns the report."""
+    reasons, examples, hits, snippets, duplicates = Counter(), {}, [], [], Duplicates()
+    with open(journal, "rb") as file, open(path, "w") as out:
         for number in sorted(offsets):
             file.seek(offsets[number])
             record = json.loads(file.readline())
-            trace, reason = record.get("trace"), record["reason"]
-            if trace:
-                record |= read_row(trace)
+            if trace := record.get("trace"):
+                record["question"] = read_row(trace)["question"]
                 if found := duplicates(record["question"], record["place"]):
-                    reason, record["detail"] = f"duplicate: {found[0]}", found[1]
+                    record["reason"], record["detail"] = f"duplicate: {found[0]}", found[1]
+            reason = record["reason"]
             reasons[reason] += 1
-            if reason == "kept":
-                trace["provenance"] = {"place": record["place"], "rewriter": decides["rewriter"]}
-                snippets += trace["snippets"]
-                totals["answer_printed_by_a_snippet"] += trace.pop("answer_printed")
-                totals["with_a_corrected_error"] += bool(trace["failed_calls"])
-                traces += 1
-                out.write(json.dumps(trace, ensure_ascii=False) + "\n")
+            if reason != "kept":
+                example = {name: record.get(name) for name in ("place", "question", "candidate", "detail")}
+                examples[reason] = (examples.get(reason, []) + [example])[:3]
+                hits += [[record["place"], *record["detail"]]] if reason.startswith("contamination") else []
                 continue
-            example = {name: record.get(name) for name in ("place", "question", "candidate", "detail")}
-            examples.setdefault(reason, []).append(example)
-            del examples[reason][3:]
-            if reason.startswith("contamination"):
-                hits.append([record["place"], reason, *record["detail"]])
+            reasons["kept, the answer printed by a snippet"] += record["answer_printed"]
+            reasons["kept, with an error that is corrected"] += bool(trace["failed_calls"])
+            snippets += trace["snippets"]
+            trace["provenance"] = {"place": record["place"], "rewriter": decides["rewriter"]}
+            out.write(json.dumps(trace, ensure_ascii=False) + "\n")
         out.flush()
         os.fsync(out.fileno())
-    left, stages = len(offsets), {}
+    left, left_after, kept = len(offsets), {}, reasons["kept"]
     for stage in ("filter", "contamination", "rewrite", "format", "execution", "answer", "quality", "duplicate"):
-        left -= sum(n for reason, n in reasons.items() if reason.split(":")[0] == stage)
-        stages[stage] = left
-    shares = {key: round(n / max(1, traces), 4) for key, n in totals.items()}
-    return {"arguments": decides, "rows": len(offsets), "kept": traces,
-            "kept_share": round(traces / max(1, len(offsets)), 4), "left_after": stages,
-            "reasons": dict(sorted(reasons.items())), "snippets": len(snippets),
-            "snippets_per_trace": round(len(snippets) / max(1, traces), 3),
-            "lines_per_snippet": round(sum(s["lines"] for s in snippets) / max(1, len(snippets)), 3),
-            "shares": shares, "outcomes": Counter(s["status"] for s in snippets),
-            "purposes (heuristic: syntax tree and words before)": Counter(s["purpose"] for s in snippets),
-            "contamination_hits": hits, "examples": examples}
-
-
-def print_report(summary):
-    print(f"{summary['rows']} rows, {summary['kept']} traces kept ({100 * summary['kept_share']:.2f} %)")
-    for reason, n in summary["reasons"].items():
-        print(f"{n:8d}  {reason}")
-    skip = ("arguments", "rows", "kept", "kept_share", "reasons", "contamination_hits", "examples")
-    for name, value in summary.items():
-        if name not in skip:
-            print(f"{name}: {dict(value) if isinstance(value, dict) else value}")
+        left -= sum(n for reason, n in reasons.items() if reason.startswith(stage + ":"))
+        left_after[stage] = left
+    return {"arguments": decides, "rows": len(offsets), "kept": kept, "kept_share": kept / max(1, len(offsets)),
+            "left_after": left_after, "reasons": dict(sorted(reasons.items())),
+            "snippets_per_trace": len(snippets) / max(1, kept),
+            "lines_per_snippet": sum(s["lines"] for s in snippets) / max(1, len(snippets)),
+            "outcomes": Counter(s["status"] for s in snippets),
+            "purposes, guessed from syntax and words": Counter(s["purpose"] for s in snippets),
+            "hits": hits, "examples": examples}
 
 
 def show(args):
@@ -1729,8 +1688,8 @@ def show(args):
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     paint = {"code": "\033[36m", "interpreter": "\033[33m", "answer": "\033[1;32m"}
     for trace in load_traces(args.file, least=1)[:args.n]:
-        text = re.sub(r"(?s)<(code|interpreter|answer)>.*?</\1>", lambda m: f"{paint[m[1]]}{m[0]}\033[0m",
-                      trace["response"]) if colour else trace["response"]
+        text = trace["response"]
+        text = BLOCK.sub(lambda m: f"{paint[m[1]]}{m[0]}\033[0m", text) if colour else text
         print(f"{'=' * 100}\n{trace['question']}\n{'-' * 100}\n{text}")
 
 
