@@ -1149,7 +1149,7 @@ async def hard_coded(code, output, answer, run):
 def is_used(output, later):
     """Whether the text after a snippet takes up what it printed: a number (also rounded) or a word of it."""
     found, printed = numbers(later), numbers(output)
-    if printed:
+    if printed or output.startswith("[no output"):
         return any(rounds_to(p, n, slack=1) for p in printed for n in found)
     words = set(re.findall(r"\w+", output.lower()))  # "True" may be taken up as "so it is prime"
     return bool(words & {"true", "false", "none"} or words & set(re.findall(r"\w+", later.lower())))
@@ -1249,14 +1249,14 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=
 # Rewriters of D_init. Whoever wrote a candidate, it goes through `verify`.
 
 ANNOTATION = re.compile(r"\s*(=?)\s*([$€£]?)\s*<<([^<>]*)=([^<>=]*)>>([$€£]?[\d,]*\.?\d*)")
-NO_CALCULATION = re.compile(r"[\d.]*|[\d.]+[*/]1|1\*[\d.]+|[\d.]+[+-]0|0\+[\d.]+")
+NO_CALCULATION = re.compile(r"[+-]?[\d.]*|[\d.]+[*/]1|1\*[\d.]+|[\d.]+[+-]0|0\+[\d.]+")
 SUBORDINATE = re.compile(r"(?i)(?:.*[.?!] )?(?:if|when|since|because|after|as|while|once|although)\b[^,]*")
 VERB = re.compile(r"(?: (?!that|which|who|because|so|and)[\w$']+)*? "
                   r"(?:is|are|was|were|will|would|can|has|have|had|remain\w*)\b")
 # Up to three words that go with a number ("clips", "square feet"), before what belongs to the rest of the line.
 NOUN = re.compile(r"(?: (?!(?:in|for|at|on|of|to|from|with|by|per|each|every|an?|and|or|so|as|than|the|his|her|"
                   r"their|this|it|he|she|they|during|until|after|before|while|when|total|not|because|since|"
-                  r"which|that|if|but|left|now|then)\b)[A-Za-z]+){1,3}")
+                  r"which|that|if|but|left|now|then)\b)[A-Za-z]+){1,3}(?![\w&'/-])")
 PURE = re.compile(r".*?[a-z:=,] ?[\d$.]+(?: ?[-+*/x] ?[\d$.]+)+")
 
 
@@ -1275,13 +1275,14 @@ def calculation(line):
         return None
     if NO_CALCULATION.fullmatch(code):
         return None
-    expression, digits = code, len(match[4].partition(".")[2])
+    expression, digits = match[3], len(match[4].partition(".")[2])
     if value != shown and round(value, digits) == shown:  # as people do: rounded to the digits that are used
         code = f"round({code}, {digits})" if digits else f"round({code})"
     head, tail = line[:match.start()], line[match.end():]
     if (match[1] and match[5] and re.search(r"[A-Za-z]{2}", head) and head.count("(") == head.count(")")
             and not re.match(r"[^\s.,;!]| [-=+*/x(]", tail) and not SUBORDINATE.fullmatch(head)
-            and not VERB.match(tail) and not set(numbers(match[5])) & set(numbers(head))):
+            and not VERB.match(tail)
+            and numbers(match[5])[0] not in Counter(numbers(head)) - Counter(numbers(expression))):
         # "7 apples * 2 = 14 apples" has its noun already, and $ is one
         noun = NOUN.match(tail) if PURE.fullmatch(head) and not match[2] else None
         result = (match[2] + match[5] + tail).rstrip(" .,;")
@@ -1520,7 +1521,8 @@ async def judge(row, rng, args, tokenizer, contamination, complete, run):
         return rejected("filter: no answer that parses")
     if not item["solution"]:
         return rejected("filter: no solution")
-    if not await asyncio.to_thread(is_equivalent, item["own"], item["answer"]):
+    is_trace = "<answer>" in item["solution"]  # then it is verified, not rewritten
+    if not is_trace and not await asyncio.to_thread(is_equivalent, item["own"], item["answer"]):
         return rejected("filter: the solution's answer is not the reference")
     if too_long(item["question"], args.max_question_tokens) or too_long(item["solution"], args.max_response_tokens):
         return rejected("filter: too long")
@@ -1531,7 +1533,7 @@ async def judge(row, rng, args, tokenizer, contamination, complete, run):
         samples = await asyncio.gather(*[complete(prompt, rng.getrandbits(31)) for _ in range(args.agreement)])
         if 2 * sum(is_equivalent(extract_answer(text or ""), item["answer"]) for text in samples) <= len(samples):
             return rejected("filter: model samples disagree with the reference")
-    if "<answer>" in item["solution"]:  # a trace already: verified, not rewritten
+    if is_trace:
         candidate = item["solution"]
     elif args.rewriter == "calculator":
         candidate = calculator(item, rng)
@@ -1576,7 +1578,8 @@ def open_journal(path, key):
         if end:
             offsets[json.loads(line)["row"]] = end
         end += len(line)
-    file.truncate(end)
+    file.seek(end)
+    file.truncate()
     file.write(b"" if end else key)
     return file, offsets
 
@@ -1616,7 +1619,8 @@ async def curate_file(args):
 
     async def collect(limit):
         while len(pending) > limit:
-            for task in (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]:
+            finished, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(finished, key=lambda task: task.exception() is not None):  # keep all that is done
                 number, place = pending.pop(task)
                 offsets[number] = file.tell()
                 file.write(json.dumps({"row": number, "place": place} | task.result()).encode() + b"\n")
@@ -1627,13 +1631,18 @@ async def curate_file(args):
         run = functools.lru_cache(50_000)(lambda code: asyncio.ensure_future(sandbox.run(code, seed=0)))
         with file, tqdm(desc="rows", initial=done, total=args.limit or None, mininterval=1.0) as bar:
             rows = itertools.islice(read_rows(args.input, args.split, args.config), args.limit or None)
-            for number, (place, row) in enumerate(rows):
-                if number not in offsets:
-                    rng = random.Random(f"{args.seed}/{number}")
-                    task = judge(row, rng, args, tokenizer, contamination, complete, run)
-                    pending[asyncio.create_task(task)] = number, Path(place).name
-                    await collect(args.in_flight)
-            await collect(0)
+            try:
+                for number, (place, row) in enumerate(rows):
+                    if number not in offsets:
+                        rng = random.Random(f"{args.seed}/{number}")
+                        task = judge(row, rng, args, tokenizer, contamination, complete, run)
+                        pending[asyncio.create_task(task)] = number, Path(place).name
+                        await collect(args.in_flight)
+                await collect(0)
+            finally:
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
     seconds, new = time.perf_counter() - begin, len(offsets) - done
     summary = write_traces(journal, offsets, output.with_suffix(".partial"), decides)
     report.with_suffix(".partial").write_text(json.dumps(summary, indent=1))
