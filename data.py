@@ -2,20 +2,29 @@
 
 The embedded default needs no download: an endless, seeded generator of number problems (`embedded_problem`),
 a small byte-level BPE tokenizer trained on them (`embedded_tokenizer`), and for each problem a solution as a
-person would write it by hand (the paper's D_init) and a code-augmented rewriting of it. `curate` takes
-rewritings, whoever wrote them, through the paper's two checks, and through one the paper lacks:
+person would write it by hand (the paper's D_init) and a code-augmented rewriting of it. `verify` takes
+rewritings, whoever wrote them, through the paper's two checks, and through two the paper lacks:
 
     1. format verification   tags balanced and ordered, snippets parse, exactly one final answer
     2. execution             every snippet runs in the sandbox; the interpreter text is what really came back,
                              and a quoted result that differs from it rejects the trace (the paper lets an LLM
                              invent these outputs)
     3. answer verification   the final answer equals the reference
+    4. quality               (real data) snippets compute what they print, and the text uses it
 
 A snippet that failed stays in its trace, because the text after it corrects it, but the trace says so
 (`failed_calls`), and SFT masks it: the model learns to recover from errors, not to make them.
 
+`data.py curate` does the same for real data: it reads solutions, filters them, has them rewritten (by rule
+from calculator annotations, by a checkpoint, or by an endpoint), verifies, and removes duplicates and what
+occurs in evaluation sets. The final answer must stand in the trace before the answer line; that a snippet
+has printed it is asked for only with --answer_from_code, for a last step without a calculation is no fault.
+
     python data.py                   # sample problems and traces, counts of each stage and rejection
-    python data.py --file FILE       # loads a JSONL file of problems, prints how it was understood
+    python data.py --file FILE       # loads a file of problems (or a hub id), prints how it was understood
+    python data.py curate --input gsm8k_train.jsonl --decontaminate gsm8k_test.jsonl --output traces.jsonl
+    python data.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces once more
+    python data.py show traces.jsonl
 """
 import argparse
 import ast
@@ -561,8 +570,8 @@ def marked_answer(text):
 
 
 def read_row(row, layouts=LAYOUTS):
-    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer" is the reference
-    and "own" the solution's final answer, None if missing; "solution" is "" if there is none."""
+    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer" is the
+    reference and "own" the solution's final answer, None if missing; "solution" is "" if there is none."""
     for at_question, at_answer, at_solution in layouts:
         question, answer, solution = dig(row, at_question), dig(row, at_answer), dig(row, at_solution)
         if not isinstance(answer, (str, int, float)) or not (
@@ -597,14 +606,14 @@ def read_jsonl(path):
 
 
 def read_rows(source, split="train", config=None):
-    """Yields (place, row) of a JSONL file, a parquet file, or a hub id read as a stream; UserError if that fails.
-    """
-    is_file = Path(source).is_file()
-    if Path(source).suffix != ".parquet" and (is_file or not re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)", source)):
+    """Yields (place, row) of a JSONL file, a parquet file, or a hub id read as a stream; UserError if that
+    fails."""
+    is_file, ending = Path(source).is_file(), Path(source).suffix
+    if ending == ".parquet" and not is_file:
+        raise UserError(f"{source}: no such file")
+    if ending != ".parquet" and (is_file or ending.startswith(".json") or source.count("/") != 1):
         yield from ((f"{source}:{number}", row) for number, row in read_jsonl(source))
         return
-    if Path(source).suffix == ".parquet" and not is_file:
-        raise UserError(f"{source}: no such file")
     try:
         import datasets
         where = dict(path="parquet", data_files=source) if is_file else dict(path=source, name=config)
@@ -618,15 +627,16 @@ def read_rows(source, split="train", config=None):
 
 
 def load_problems(source):
-    """A file or hub id -> [{"question", "answer", "family"}]; UserError names file and line of a row without the
-    needed fields."""
+    """A file or hub id -> [{"question", "answer", "family"}]; UserError names file and line of a row without
+    the needed fields."""
     problems = []
     for place, row in read_rows(str(source)):
         found = read_row(row)
         if not found or not found["question"] or not found["answer"]:
-            raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with a "
-                            f"\\boxed answer); found {fields(row)}")
-        problems.append({"question": found["question"], "answer": found["answer"], "family": Path(source).stem})
+            raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with "
+                            f"a \\boxed answer); found {fields(row)}")
+        problems.append({"question": found["question"], "answer": found["answer"],
+                         "family": Path(source).stem})
     if not problems:
         raise UserError(f"{source}: no rows")
     return problems
@@ -637,8 +647,8 @@ def fields(row):
 
 
 def load_traces(path, least=2):
-    """JSONL of verified traces, as `curate` returns them or `data.py curate` writes them; "failed_calls" may be
-    absent (no snippet is masked then)."""
+    """JSONL of verified traces, as `curate` returns them or `data.py curate` writes them; "failed_calls" may
+    be absent (no snippet is masked then)."""
     traces = []
     for number, row in read_jsonl(path):
         found = read_row(row)
@@ -1074,16 +1084,17 @@ def rounds_to(exact, shown, slack=Decimal("0.5")):
 
 
 def same_output(quoted, result):
-    """Whether quoted interpreter text says what really came back: numbers by value (24 is 24.0), other tokens as
-    they are; of an error only its kind counts."""
+    """Whether quoted interpreter text says what really came back: numbers by value (24 is 24.0), other tokens
+    as they are; of an error only its kind counts."""
     output = break_tags(result.output)
     if quoted.split() == output.split():
         return True
     if result.status != "ok":
-        return re.match(r"\W*(\w*)", output.strip().rpartition("\n")[2])[1] in quoted.split(":")[0].split()[-1:]
-    pairs = zip(TOKEN.findall(quoted), TOKEN.findall(output), strict=False)
-    return (len(TOKEN.findall(quoted)) == len(TOKEN.findall(output))
-            and all(a == b or (numbers(a) == numbers(b) != []) for a, b in pairs))
+        kind = re.search(r"(\w+)[^\n]*\Z", output.strip())  # the last line is "ZeroDivisionError: ..."
+        return kind is not None and kind[1] in re.findall(r"\w+", quoted.strip().rpartition("\n")[2])[:1]
+    quoted, real = TOKEN.findall(quoted), TOKEN.findall(output)
+    return len(quoted) == len(real) and all(a == b or numbers(a) == numbers(b) != []
+                                            for a, b in zip(quoted, real))
 
 
 def depends_on(quoted, output, later):
@@ -1095,8 +1106,8 @@ def depends_on(quoted, output, later):
 
 
 def system_access(code):
-    """A module or name in a snippet that reaches beyond mathematics, or None. The sandbox stops it anyway, but it
-    must not be taught."""
+    """A module or name in a snippet that reaches beyond mathematics, or None. The sandbox stops it anyway,
+    but it must not be taught."""
     for node in ast.walk(ast.parse(code)):
         names = [getattr(node, "module", None) or "", getattr(node, "id", "")]
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -1108,17 +1119,17 @@ def system_access(code):
     return None
 
 
-SYSTEM = set("os subprocess socket ctypes shutil signal multiprocessing threading pathlib resource mmap pickle "
-             "importlib builtins asyncio gc inspect tempfile glob urllib http open exec eval compile input "
-             "__import__ __builtins__ globals".split())
+SYSTEM = set("os subprocess socket ctypes shutil signal multiprocessing threading pathlib resource mmap "
+             "pickle importlib builtins asyncio gc inspect tempfile glob urllib http open exec eval compile "
+             "input __import__ __builtins__ globals".split())
 LITERAL = re.compile(r"(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?!\w)")
 
 
 async def hard_coded(code, output, answer, run):
-    """Why a snippet is no computation, or None: all that it prints, or the final answer, stands in it already.
+    """Why a snippet is no computation, or None: all that it prints, or the final answer, stands in it.
 
-    Found out by experiment: a number of the snippet that is also printed is raised by one. Where the printed one
-    follows by one, and does not move with the snippet's other numbers, it was only passed through
+    Found out by experiment: a number of the snippet that is also printed is raised by one. Where the printed
+    one follows by one, and does not move with the snippet's other numbers, it was only passed through
     (`x = 24; print(x * 1)`). 0 and 1 are left alone, they count and index.
     """
     nodes = list(ast.walk(ast.parse(code)))
@@ -1134,12 +1145,12 @@ async def hard_coded(code, output, answer, run):
         for step, match in reversed(list(enumerate(chosen, 1))):
             changed = changed[:match.start()] + str(Decimal(match[0]) + step) + changed[match.end():]
         after = numbers((await run(changed)).output)
-        return [b - a for a, b in zip(printed, after)] if len(after) == len(printed) else [None] * len(printed)
+        return [b - a for a, b in zip(printed, after)] if len(after) == len(printed) else []
     for match in literals:
         if Decimal(match[0]) in printed:
             others = await moved([other for other in literals if other is not match])
-            passed |= {i for i, step in enumerate(await moved([match])) if step == 1 and others[i] == 0
-                       and printed[i] == Decimal(match[0])}
+            passed |= {i for i, (step, other) in enumerate(zip(await moved([match]), others))
+                       if step == 1 and other == 0 and printed[i] == Decimal(match[0])}
     if printed and len(passed) == len(printed):
         return "only prints a literal"
     answers = {i for i, number in enumerate(printed) if target is not None and abs(target) == number}
@@ -1158,10 +1169,10 @@ def is_used(output, later):
 async def verify(response, reference, run, wrong_output="reject", strict=False):
     """Every check of one trace: (reason to reject it or None, response with the real outputs, snippets).
 
-    run(code) -> SandboxResult. wrong_output: what to do where a quoted output differs from the real one: "reject"
-    or "replace" (it is rejected all the same where later text depends on it). strict: what real data needs beyond
-    the embedded traces: a failed snippet is followed by one that runs; the quality checks. snippets: [{"code",
-    "status", "output"}].
+    run(code) -> SandboxResult. wrong_output: what to do where a quoted output differs from the real one:
+    "reject" or "replace" (where later text depends on it, the trace is rejected all the same). strict: what
+    real data needs beyond the embedded traces: a failed snippet is followed by one that runs; the quality
+    checks. snippets: [{"code", "status", "output"}].
     """
     reason = verify_format(response)
     if reason:
@@ -1253,18 +1264,18 @@ NO_CALCULATION = re.compile(r"[+-]?[\d.]*|[\d.]+[*/]1|1\*[\d.]+|[\d.]+[+-]0|0\+[
 SUBORDINATE = re.compile(r"(?i)(?:.*[.?!] )?(?:if|when|since|because|after|as|while|once|although)\b[^,]*")
 VERB = re.compile(r"(?: (?!that|which|who|because|so|and)[\w$']+)*? "
                   r"(?:is|are|was|were|will|would|can|has|have|had|remain\w*)\b")
-# Up to three words that go with a number ("clips", "square feet"), before what belongs to the rest of the line.
-NOUN = re.compile(r"(?: (?!(?:in|for|at|on|of|to|from|with|by|per|each|every|an?|and|or|so|as|than|the|his|her|"
-                  r"their|this|it|he|she|they|during|until|after|before|while|when|total|not|because|since|"
-                  r"which|that|if|but|left|now|then)\b)[A-Za-z]+){1,3}(?![\w&'/-])")
+# Up to three words that go with a number ("clips", "square feet"), before the rest of the line.
+NOUN = re.compile(r"(?: (?!(?:in|for|at|on|of|to|from|with|by|per|each|every|an?|and|or|so|as|than|the|his|"
+                  r"her|their|this|it|he|she|they|during|until|after|before|while|when|total|not|because|"
+                  r"since|which|that|if|but|left|now|then)\b)[A-Za-z]+){1,3}(?![\w&'/-])")
 PURE = re.compile(r".*?[a-z:=,] ?[\d$.]+(?: ?[-+*/x] ?[\d$.]+)+")
 
 
 def calculation(line):
     """One line of a GSM8K solution as (statement, snippet, quoted output, result, is_sentence), or None if it
     has no calculation. "Ann sold 48/2 = <<48/2=24>>24 clips in May." -> "Ann sold 48/2 clips", "print(48/2)",
-    "24", "24 clips in May.". Where the line does not fall apart into such sentences, the calculation comes first
-    and then the whole line."""
+    "24", "24 clips in May", True. Where the line does not fall apart into such sentences, the calculation
+    comes first and then the whole line: ("48/2", "print(48/2)", "24", the line, False)."""
     match = ANNOTATION.search(line)
     code = match and re.sub(r"(?<![\d.])0+(?=\d)", "", match[3].replace(" ", ""))
     if not match or not re.fullmatch(r"[\d.+\-*/()]{3,100}", code) or re.search(r"\*\*|//", code):
@@ -1295,8 +1306,8 @@ def unmark(line):
 
 
 def calculator(item, rng):
-    """Turns calculator annotations into snippets in place, without a model. Consecutive short steps that do not
-    need each other's results share a snippet. None if there is no annotation."""
+    """Turns calculator annotations into snippets in place, without a model. Consecutive short steps that do
+    not need each other's results share a snippet. None if there is nothing to calculate."""
     lines = [line.strip() for line in item["solution"].splitlines() if line.strip()]
     steps, response = [(line, calculation(line)) for line in lines], ""
     if not any(step for _, step in steps):
@@ -1327,12 +1338,11 @@ def is_short(step):
 
 
 # What a model is asked; --rewrite_prompt FILE replaces it.
-REWRITE_PROMPT = r"""Below are a mathematics problem and a solution in plain text. Rewrite the solution so that it \
-uses a Python interpreter wherever that helps.
-
-- Keep the line of thought as it is, also attempts that failed and how they were noticed.
-- Replace each calculation, enumeration or check that a program does better by a snippet in this form, followed by \
-the output that you expect:
+REWRITE_PROMPT = r"""Rewrite the solution of the problem below so that it uses a Python interpreter wherever \
+that helps.
+- Keep the line of thought, also attempts that failed and how that was noticed.
+- Replace each calculation, enumeration or check that a program does better by a snippet, followed by the \
+output that you expect:
 <code>
 ```python
 print(...)
@@ -1341,10 +1351,10 @@ print(...)
 <interpreter>
 ...
 </interpreter>
-- Each snippet is a complete script: it has its own imports, shares no variable with the others, computes what it \
-prints, and prints what the text then uses. Never print a number that you already know.
+- Each snippet is a complete script: it has its own imports, shares no variable with the others, computes \
+what it prints, and prints what the text then uses. Never print a number that you already know.
 - Every snippet will be run, and its real output put in the place of yours.
-- Close with <answer>\boxed{...}</answer>, once, as the last thing. Write nothing before or after the solution.
+- Close with <answer>\boxed{...}</answer>, once. Write nothing but the rewritten solution.
 
 Problem:
 {question}
@@ -1354,9 +1364,9 @@ Solution:
 
 
 def api_model(args):
-    """complete(prompt, seed) -> text of an OpenAI-compatible endpoint, or None where it did not come to an end or
-    refused this one prompt. The openai package tries again after 408, 409, 429, 5xx and lost connections, waiting
-    longer each time; after that the run ends with one line, and the same command goes on from there."""
+    """complete(prompt, seed) -> text of an OpenAI-compatible endpoint, or None where it came to no end or
+    refused this one prompt. The openai package tries again after 408, 409, 429, 5xx and lost connections,
+    waiting longer each time; after that the run ends with one line, and the same command goes on."""
     try:
         import openai
     except ImportError:
@@ -1380,8 +1390,8 @@ def api_model(args):
 
 
 def local_model(args):
-    """complete(prompt, seed) -> text of a checkpoint through rollout.py's engine, or None where it did not come to
-    an end. Rows that ask at the same time are generated as one batch."""
+    """complete(prompt, seed) -> text of a checkpoint through rollout.py's engine, or None where it came to no
+    end. Rows that ask at the same time are generated as one batch."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="retool", dtype="auto")
@@ -1403,10 +1413,10 @@ def local_model(args):
         prompts, seeds = map(list, zip(*waiting))
         waiting.clear()
         room = min(args.max_response_tokens, positions - max(map(len, prompts)))
-        found = await generate(model, tokenizer, prompts, None, tools=False, prompt_keys=seeds, seed=args.seed,
-                               temperature=args.temperature, max_response_tokens=room)
-        return [tokenizer.decode(t.response_ids, skip_special_tokens=True) if t.finish_reason == "eos" else None
-                for t in found]
+        found = await generate(model, tokenizer, prompts, None, tools=False, prompt_keys=seeds,
+                               seed=args.seed, temperature=args.temperature, max_response_tokens=room)
+        return [tokenizer.decode(t.response_ids, skip_special_tokens=True)
+                if t.finish_reason == "eos" else None for t in found]
     return complete
 
 
@@ -1414,12 +1424,12 @@ def local_model(args):
 # Contamination and duplicates
 
 NUMBER_WORD = re.compile(
-    r"(?:\d[\d.,]*|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|"
-    r"fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|half|twice|double|dozen)\b[\s-]*)+")
+    r"(?:\d[\d.,]*|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|"
+    r"forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|half|twice|double|dozen)\b[\s-]*)+")
 
 
 def words(text, mask_numbers=False):
-    """The words of a text, in lower case, without punctuation; mask_numbers: each run of numbers becomes #."""
+    """The words of a text, in lower case, without punctuation; mask_numbers: runs of numbers become #."""
     text = NUMBER_WORD.sub(" # ", text.lower()) if mask_numbers else text.lower()
     found = re.findall(r"[^\W_]+|#", text)
     return [word for word, before in zip(found, [""] + found) if not word == before == "#"]
@@ -1431,8 +1441,8 @@ def ngrams(text, n, mask_numbers=False):
 
 
 class Contamination:
-    """Finds questions that are, or share 13 words in a row with, an evaluation problem; numbers and spacing do not
-    count: digits and number words are masked, and whole questions are compared without spaces as well."""
+    """Finds questions that are, or share 13 words in a row with, an evaluation problem. Numbers and spacing
+    do not count: digits and number words are masked, whole questions are compared without spaces as well."""
 
     def __init__(self, files):
         self.whole, self.grams = {}, {}
@@ -1459,8 +1469,8 @@ class Contamination:
 
 
 class Duplicates:
-    """Recognises questions seen before: the same words, or word triples with a Jaccard index of at least 0.8. Only
-    questions that share one of their 8 smallest hashes are compared, so that memory and time grow linearly."""
+    """Recognises questions seen before: the same words, or word triples with a Jaccard index of at least 0.8.
+    Only questions that share one of their 8 smallest hashes are compared: time and memory grow linearly."""
 
     def __init__(self):
         self.exact, self.sketches = {}, {}
@@ -1485,7 +1495,7 @@ class Duplicates:
 
 
 def purpose(code, before):
-    """What a snippet is for, guessed from its syntax tree and the words before it; a heuristic, not a label."""
+    """What a snippet is for, guessed from its syntax tree and the words before it: a heuristic."""
     nodes = list(ast.walk(ast.parse(code)))
     imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
                 for alias in node.names} | {getattr(node, "module", "") for node in nodes}
@@ -1507,13 +1517,14 @@ def parses(answer):
 
 
 async def judge(row, rng, args, tokenizer, contamination, complete, run):
-    """One row through every stage: {"reason": "kept", "trace"} or {"reason", "question", "candidate", "detail"}."""
+    """One row through all stages: {"reason": "kept", "trace", ...} or why and where it was rejected."""
     item, candidate = read_row(row, args.layouts), None
 
     def rejected(reason, detail=None):
-        return {"reason": reason, "question": item and item["question"], "candidate": candidate, "detail": detail}
+        question = item and item["question"]
+        return {"reason": reason, "question": question, "candidate": candidate, "detail": detail}
 
-    def too_long(text, limit):
+    def too_long(text, limit=args.max_response_tokens):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) > limit
     if not item or not item["question"]:
         return rejected("filter: not well-formed")
@@ -1524,14 +1535,16 @@ async def judge(row, rng, args, tokenizer, contamination, complete, run):
     is_trace = "<answer>" in item["solution"]  # then it is verified, not rewritten
     if not is_trace and not await asyncio.to_thread(is_equivalent, item["own"], item["answer"]):
         return rejected("filter: the solution's answer is not the reference")
-    if too_long(item["question"], args.max_question_tokens) or too_long(item["solution"], args.max_response_tokens):
+    if too_long(item["question"], args.max_question_tokens) or too_long(item["solution"]):
         return rejected("filter: too long")
     if hit := contamination(item["question"]):
         return rejected(f"contamination: {hit[0]}", hit[1:])
     if args.agreement:
         prompt = PROMPT_TEMPLATES["retool"].replace("{question}", item["question"])
-        samples = await asyncio.gather(*[complete(prompt, rng.getrandbits(31)) for _ in range(args.agreement)])
-        if 2 * sum(is_equivalent(extract_answer(text or ""), item["answer"]) for text in samples) <= len(samples):
+        samples = await asyncio.gather(*[complete(prompt, rng.getrandbits(31))
+                                         for _ in range(args.agreement)])
+        agree = sum(is_equivalent(extract_answer(text or ""), item["answer"]) for text in samples)
+        if 2 * agree <= args.agreement:
             return rejected("filter: model samples disagree with the reference")
     if is_trace:
         candidate = item["solution"]
@@ -1547,7 +1560,7 @@ async def judge(row, rng, args, tokenizer, contamination, complete, run):
     printed = any(rounds_to(n, answer) for n in printed for answer in numbers(item["answer"]))
     reason = (reason or (not snippets and "quality: no snippet")
               or (args.answer_from_code and not printed and "quality: no snippet prints the answer")
-              or (too_long(response, args.max_response_tokens) and "quality: too long with its snippets"))
+              or (too_long(response) and "quality: too long with its snippets"))
     if reason:
         return rejected(reason)
     texts = [text for _, text in split_segments(response)][::2]
@@ -1566,8 +1579,8 @@ BLOCK = re.compile(r"(?s)<(code|interpreter|answer)>.*?</\1>")
 
 
 def open_journal(path, key):
-    """(file to append to, {row: offset of its record}); the first line is `key`, what decides the result. A line torn
-    by a kill is cut off."""
+    """(file to append to, {row: offset of its record}). The first line is `key`, what decides the result; a
+    line torn by a kill is cut off."""
     offsets, end, file = {}, 0, open(path, "a+b")
     file.seek(0)
     for line in file:
@@ -1585,8 +1598,8 @@ def open_journal(path, key):
 
 
 async def curate_file(args):
-    """`data.py curate`. Every finished row becomes a line of OUTPUT's journal, in any order, and is not done again;
-    at the end they are sorted, duplicates go, and OUTPUT and its report appear by a rename."""
+    """`data.py curate`. Every finished row becomes a line of OUTPUT's journal, in any order, and is not done
+    again; at the end they are sorted, duplicates go, and OUTPUT and its report appear by a rename."""
     output = Path(args.output)
     journal, report = output.with_suffix(".journal"), output.with_suffix(".report.json")
     if output.exists() and not journal.exists():
@@ -1595,8 +1608,9 @@ async def curate_file(args):
     args.layouts = [names] if any(names) else LAYOUTS
     first = [row for _, row in itertools.islice(read_rows(args.input, args.split, args.config), 100)]
     if not any(read_row(row, args.layouts) for row in first):
-        raise UserError(f"{args.input}: unknown layout; found {fields(first[0]) if first else 'no rows'}. Name the "
-                        "fields with --question_field, --answer_field, --solution_field (as prompt.0.content)")
+        raise UserError(
+            f"{args.input}: unknown layout; found {fields(first[0]) if first else 'no rows'}. Name the "
+            "fields with --question_field, --answer_field, --solution_field (dotted paths: prompt.0.content)")
     args.template = load_template(args.prompt_template)
     args.rewrite_template = load_template(args.rewrite_prompt) if args.rewrite_prompt else REWRITE_PROMPT
     complete = None
@@ -1610,8 +1624,8 @@ async def curate_file(args):
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else embedded_tokenizer()
     # What decides the result, the content of the files included; paths and speed do not.
     decides = {name: value for name, value in vars(args).items() if name not in (
-        "command", "file", "n", "input", "output", "decontaminate", "in_flight", "sandbox_workers", "api_retries",
-        "api_url", "unsafe_sandbox")}
+        "command", "file", "n", "input", "output", "decontaminate", "in_flight", "sandbox_workers",
+        "api_retries", "api_url", "unsafe_sandbox")}
     decides["files"] = {Path(name).name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
                         if Path(name).is_file() else name for name in [args.input, *args.decontaminate]}
     file, offsets = open_journal(journal, json.dumps(decides).encode() + b"\n")
@@ -1620,7 +1634,8 @@ async def curate_file(args):
     async def collect(limit):
         while len(pending) > limit:
             finished, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(finished, key=lambda task: task.exception() is not None):  # keep all that is done
+            # errors last: what is done is kept
+            for task in sorted(finished, key=lambda task: task.exception() is not None):
                 number, place = pending.pop(task)
                 offsets[number] = file.tell()
                 file.write(json.dumps({"row": number, "place": place} | task.result()).encode() + b"\n")
@@ -1651,11 +1666,11 @@ async def curate_file(args):
     journal.unlink()
     brief = {name: value for name, value in summary.items() if name not in ("arguments", "examples", "hits")}
     print(json.dumps(brief, indent=1))
-    print(f"{new} rows in {seconds:.1f} s, {new / seconds:.1f} rows/s; sandbox: {dict(sandbox.counts)}; {report}")
+    print(f"{new} rows in {seconds:.1f} s, {new / seconds:.1f} rows/s; sandbox: {dict(sandbox.counts)}")
 
 
 def write_traces(journal, offsets, path, decides):
-    """Write the kept rows of the journal in the order of the input, without duplicates; returns the report."""
+    """Write the kept rows of the journal in the input's order, without duplicates; returns the report."""
     reasons, examples, hits, snippets, duplicates = Counter(), {}, [], [], Duplicates()
     with open(journal, "rb") as file, open(path, "w") as out:
         for number in sorted(offsets):
@@ -1680,11 +1695,12 @@ def write_traces(journal, offsets, path, decides):
         out.flush()
         os.fsync(out.fileno())
     left, left_after, kept = len(offsets), {}, reasons["kept"]
-    for stage in ("filter", "contamination", "rewrite", "format", "execution", "answer", "quality", "duplicate"):
+    for stage in "filter contamination rewrite format execution answer quality duplicate".split():
         left -= sum(n for reason, n in reasons.items() if reason.startswith(stage + ":"))
         left_after[stage] = left
-    return {"arguments": decides, "rows": len(offsets), "kept": kept, "kept_share": kept / max(1, len(offsets)),
-            "left_after": left_after, "reasons": dict(sorted(reasons.items())),
+    return {"arguments": decides, "rows": len(offsets), "kept": kept,
+            "kept_share": kept / max(1, len(offsets)), "left_after": left_after,
+            "reasons": dict(sorted(reasons.items())),
             "snippets_per_trace": len(snippets) / max(1, kept),
             "lines_per_snippet": sum(s["lines"] for s in snippets) / max(1, len(snippets)),
             "outcomes": Counter(s["status"] for s in snippets),
@@ -1706,7 +1722,8 @@ def add_curate_arguments(parser):
     add = parser.add_argument
     add("--input", required=True, help="JSONL or parquet file, or a Hugging Face hub id")
     add("--output", required=True, help="JSONL of traces; the report lies beside it")
-    add("--rewriter", choices=("calculator", "local", "api"), default="calculator", help="traces are never rewritten")
+    add("--rewriter", choices=("calculator", "local", "api"), default="calculator",
+        help="of solutions; rows that are traces already are verified only")
     add("--limit", type=int, default=0, help="first rows only; 0: all")
     add("--seed", type=int, default=0, help="of wording and sampling")
     add("--split", default="train", help="of a hub data set")
@@ -1717,8 +1734,8 @@ def add_curate_arguments(parser):
     add("--tokenizer", default="", help="folder or hub id, for the limits in tokens; empty: the embedded one")
     add("--max_question_tokens", type=int, default=2048, help="longer questions are left out")
     add("--max_response_tokens", type=int, default=16384, help="longer solutions and traces are left out")
-    add("--wrong_output", choices=("reject", "replace"), default="reject", help="a quoted output that is not the "
-        "real one: reject the trace, or put in the real one unless later text depends on the wrong one")
+    add("--wrong_output", choices=("reject", "replace"), default="reject",
+        help="where a quoted output is not the real one: reject, or replace it if no later text needs it")
     add("--answer_from_code", action="store_true", help="some snippet must print the final answer")
     add("--decontaminate", nargs="*", default=[], help="evaluation sets whose problems must not occur")
     add("--model", default="", help="of --rewriter local (folder or hub id) or api (name)")
@@ -1730,7 +1747,7 @@ def add_curate_arguments(parser):
     add("--in_flight", type=int, default=64, help="rows, and requests, at the same time")
     add("--sandbox_workers", type=int, default=2, help="snippets at the same time")
     add("--sandbox_timeout", type=float, default=5.0, help="seconds per snippet")
-    add("--unsafe_sandbox", action="store_true", help="run snippets although a layer of the sandbox is missing")
+    add("--unsafe_sandbox", action="store_true", help="run snippets although the sandbox lacks a layer")
 
 
 async def main():
@@ -1745,7 +1762,8 @@ async def main():
     shown = commands.add_parser("show", help="print traces in colour")
     shown.add_argument("file", help="JSONL of traces")
     shown.add_argument("--n", type=int, default=10, help="how many")
-    shown.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
+    shown.add_argument("--color", choices=("auto", "always", "never"), default="auto",
+                       help="auto: on a terminal")
     args = parser.parse_args()
     if args.command == "show":
         return show(args)
@@ -1758,24 +1776,17 @@ async def main():
             print(f"\n{problem['question']}\n-> {problem['answer']}")
         return
     print(f"problems shared with the training split, of 2000 each: {embedded_overlap(args.seed)}\n")
-    for index in range(2):
-        problem = embedded_problem("train", args.seed, index)
-        print(
-            f"{problem.family} {problem.operands}\n{problem.question}\n"
-            f"--- by hand\n{problem.by_hand}\n--- with code, not yet "
-            f"run\n{problem.by_code}\n")
+    for problem in (embedded_problem("train", args.seed, index) for index in range(2)):
+        print(f"{problem.family} {problem.operands}\n{problem.question}\n--- by hand\n{problem.by_hand}\n"
+              f"--- with code, not yet run\n{problem.by_code}\n")
     async with Sandbox(workers=2, timeout=0.5) as sandbox:
         traces, counts = await embedded_traces(args.n, 1.0, args.seed, sandbox)
-    corrected = next((trace for trace in traces if trace["failed_calls"]), None)
-    if corrected:
-        print(
-            "--- a verified trace with a script that failed\n"
-            f"{corrected['question']}\n{corrected['response']}\n"
-        )
-    print(
-        f"curated {args.n} code-augmented candidates: {dict(counts)}; "
-            "with a failed script that is then corrected: "
-        f"{sum(bool(trace['failed_calls']) for trace in traces)}")
+    corrected = [trace for trace in traces if trace["failed_calls"]]
+    for trace in corrected[:1]:
+        print("--- a verified trace with a script that failed\n"
+              f"{trace['question']}\n{trace['response']}\n")
+    print(f"curated {args.n} code-augmented candidates: {dict(counts)}; with a failed script that is then "
+          f"corrected: {len(corrected)}")
 
 
 if __name__ == "__main__":

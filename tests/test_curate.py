@@ -22,6 +22,7 @@ from conftest import StubSandbox
 import data
 import sft
 from data import Contamination, Duplicates, UserError, calculator, load_problems, load_traces, read_row
+from rollout import encode_text
 from sandbox import SandboxResult
 
 ROOT = Path(data.__file__).parent
@@ -77,8 +78,8 @@ def trace(question, response, answer="4"):
             "answer": answer}
 
 
-GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold half of them. Bob sold {n + 3} more "
-                      "than she did. How many did Bob sell?",
+GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold half of them. Bob sold {n + 3} "
+                      "more than she did. How many did Bob sell?",
           "answer": f"Ann sold {2 * n}/2 = <<{2 * n}/2={n}>>{n} boxes of fruit.\nSo Bob sold {n} + {n + 3} = "
                     f"<<{n}+{n + 3}={2 * n + 3}>>{2 * n + 3} boxes.\n#### {2 * n + 3}"} for n in range(2, 62)]
 
@@ -90,27 +91,28 @@ GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold ha
 @pytest.mark.parametrize("row, question, answer, solution, own", [
     ({"question": "Q", "answer": "2+3=<<2+3=5>>5\n#### 5"}, "Q", "5", "2+3=<<2+3=5>>5", "5"),
     ({"question": "Q", "answer": "5"}, "Q", "5", "", None),
-    ({"problem": "Q", "solution": r"so \boxed{\frac12}", "level": "3"}, "Q", r"\frac12", r"so \boxed{\frac12}",
-     r"\frac12"),
-    ({"problem": "Q", "solution": r"so \boxed{7}", "answer": "7", "source": "x"}, "Q", "7", r"so \boxed{7}", "7"),
-    ({"problem": "Q", "solution": "s", "messages": [{"content": "Q"}, {"content": "s"}], "answer": "7"}, "Q", "7",
-     "s", None),
+    ({"problem": "Q", "solution": r"so \boxed{\frac12}", "level": "3"}, "Q", r"\frac12",
+     r"so \boxed{\frac12}", r"\frac12"),
+    ({"problem": "Q", "solution": r"so \boxed{7}", "answer": "7", "source": "x"}, "Q", "7", r"so \boxed{7}",
+     "7"),
+    ({"problem": "Q", "solution": "s", "messages": [{"content": "Q"}, {"content": "s"}], "answer": "7"}, "Q",
+     "7", "s", None),
     ({"problem": "Q", "answer": 7}, "Q", "7", "", None),
-    ({"prompt": [{"role": "user", "content": "Solve the following math problem step by step. The last line of your "
-                  "response should be of the form Answer: $Answer (without quotes).\n\nQ?\n\nRemember to put your "
-                  'answer on its own line after "Answer:".'}],
+    ({"prompt": [{"role": "user", "content": "Solve the following math problem step by step. The last line "
+                  "of your response should be of the form Answer: $Answer (without quotes).\n\nQ?\n\n"
+                  'Remember to put your answer on its own line after "Answer:".'}],
       "reward_model": {"ground_truth": "34", "style": "rule"}}, "Q?", "34", "", None),
     ({"conversations": [{"from": "user", "value": r"Return your final response within \boxed{}. Q"},
-                        {"from": "assistant", "value": r"<|begin_of_thought|>hm<|end_of_thought|> \boxed{3}"}]},
+                        {"from": "gpt", "value": r"<|begin_of_thought|>hm<|end_of_thought|> \boxed{3}"}]},
      "Q", "3", r"hm \boxed{3}", "3"),
-    ({"messages": [{"role": "user", "content": "Solve it.\n\n*user question:*\nAnswer the following Math Problem and "
-                    "put the answer in the format of \\boxed{answer}\n\nQ\n\n\nRemember to place the final answer in "
-                    "the last part using the format: \n<answer>\n\\boxed{'The final answer goes here.'}\n</answer>"},
+    ({"messages": [{"role": "user", "content": "Solve it.\n\n*user question:*\nAnswer the following Math "
+                    "Problem and put the answer in the format of \\boxed{answer}\n\nQ\n\n\nRemember to place "
+                    "the final answer in the last part using the format: \n<answer>\n\\boxed{}\n</answer>"},
                    {"role": "assistant", "content": fenced("# #### no\nprint(2+2)", "4") + ANSWER}]},
      "Q", "4", fenced("# #### no\nprint(2+2)", "4") + ANSWER, "4"),
 ])
 def test_layouts_of_real_sets_are_understood(row, question, answer, solution, own):
-    """Guards against a prompt's own instructions being taken for the question, and #### in code for an answer."""
+    """Guards against a prompt's instructions being taken for the question, and #### in code for an answer."""
     assert read_row(row) == {"question": question, "answer": answer, "solution": solution, "own": own}
 
 
@@ -135,7 +137,7 @@ def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nmore")
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert len(load_problems("some/set")) == 1
-    with pytest.raises(UserError, match=r"other/set: cannot be read \(Couldn't reach 'other/set' on the Hub\)$"):
+    with pytest.raises(UserError, match=r"^other/set: cannot be read \(Couldn't reach .* on the Hub\)$"):
         load_problems("other/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs the package datasets"):
@@ -156,8 +158,8 @@ def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
 def test_bad_input_is_one_line(tmp_path, monkeypatch, rows, options, message):
     """Guards against tracebacks, and against a set that is silently read as empty."""
     with pytest.raises(UserError) as error:
-        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
-                   *options)
+        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", rows), "--output",
+                   tmp_path / "out.jsonl", *options)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -176,7 +178,7 @@ def test_fields_of_an_unknown_layout_can_be_named(tmp_path, monkeypatch):
 
 
 def test_annotations_become_snippets_in_place():
-    """Guards against a result that stands in the text before its snippet, and annotations left in the text."""
+    """Guards against a result that stands in the text before its snippet, and annotations left there."""
     text = calculator(read_row(GSM8K[0]), random.Random(0))
     first, second = fenced("print(4/2)", "2").strip(), fenced("print(2+5)", "7").strip()
     assert re.fullmatch(re.escape(f"Ann sold 4/2 boxes.\n{first}\n") + r"\w[\w ]* is 2 boxes of fruit\."
@@ -197,7 +199,8 @@ def test_annotations_become_snippets_in_place():
      "</interpreter>\nIf she eats 2*3 = 6 of them, none is left."),
     ("In total 4*5 = <<4*5=20>>20 are left.", ["print(4*5)"], "</interpreter>\nIn total 4*5 = 20 are left."),
     ("Twice (2*3 = <<2*3=6>>6) is it.", ["print(2*3)"], "</interpreter>\nTwice (2*3 = 6) is it."),
-    ("He is 6 because 12/2 = <<12/2=6>>6 years.", ["print(12/2)"], "</interpreter>\nHe is 6 because 12/2 = 6 years."),
+    ("He is 6 because 12/2 = <<12/2=6>>6 years.", ["print(12/2)"],
+     "</interpreter>\nHe is 6 because 12/2 = 6 years."),
 ])
 def test_lines_become_sentences_around_their_snippet(solution, code, text):
     """Guards against broken grammar and wrong rounding."""
@@ -209,7 +212,7 @@ def test_lines_become_sentences_around_their_snippet(solution, code, text):
 @pytest.mark.parametrize("solution", ["No calculation.", "It is <<60=60>>60.", "<<9**9**9=1>>1", "<<x+1=3>>3",
                                       "<<1/0=5>>5", "<<5*1=5>>5", "<<+7=7>>7", "<<(((((=1>>1", "<<3//2=1>>1"])
 def test_what_is_no_calculation_is_not_turned_into_code(solution):
-    """Guards against snippets that print a literal, and data that make the rewriter itself compute for ever."""
+    """Guards against snippets that print a literal, and data that make the rewriter compute for ever."""
     assert calculator({"solution": solution, "own": "4"}, random.Random(0)) is None
 
 
@@ -217,14 +220,14 @@ def test_what_is_no_calculation_is_not_turned_into_code(solution):
 # Verification
 
 
-EVALUATION = ("A farmer in the northern valley keeps 12 cows, 7 goats and 31 hens on his land and sells 5 hens to a "
-              "neighbour each week. After how many weeks are fewer hens than cows left?")
+EVALUATION = ("A farmer in the northern valley keeps 12 cows, 7 goats and 31 hens on his land and sells 5 "
+              "hens to a neighbour each week. After how many weeks are fewer hens than cows left?")
 GOOD = "Two and two.\n" + fenced("print(2+2)", "4") + "So it is 4.\n" + ANSWER
 # reason, response[, question[, answer]]
 PLANTED = [
     ("kept", GOOD, "A first question that is good."),
-    ("kept", fenced("print(1/0)", "ZeroDivisionError") + "Again.\n" + fenced("print(12/3)", "4.0") + "It is 4.\n"
-     + ANSWER, "Another good one: the error is corrected."),
+    ("kept", fenced("print(1/0)", "ZeroDivisionError") + "Again.\n" + fenced("print(12/3)", "4.0")
+     + "It is 4.\n" + ANSWER, "Another good one: the error is corrected."),
     ("execution: quoted output differs", GOOD.replace("\n4\n", "\n5\n")),
     ("answer: differs from the reference", GOOD.replace("boxed{4}", "boxed{5}")),
     ("format: tags", GOOD.replace("</code>", "", 1)),
@@ -241,19 +244,24 @@ PLANTED = [
     ("quality: the answer comes from nowhere", fenced("print(3+2)", "5") + "It is 5.\n" + ANSWER),
     ("quality: no snippet", "It is 4.\n" + ANSWER),
     ("contamination: same but for numbers and spacing", GOOD, EVALUATION),
-    ("contamination: same but for numbers and spacing", GOOD, EVALUATION.replace("31", "1,250").replace(" 5", " six")),
-    ("contamination: same but for numbers and spacing", GOOD, re.sub(r"(\w) (\w\w)", r"\1  \2", EVALUATION.upper())),
-    ("contamination: same but for numbers and spacing", GOOD, EVALUATION.replace("northern valley", "northernvalley")),
+    ("contamination: same but for numbers and spacing", GOOD,
+     EVALUATION.replace("31", "1,250").replace(" 5", " six")),
+    ("contamination: same but for numbers and spacing", GOOD,
+     re.sub(r"(\w) (\w\w)", r"\1  \2", EVALUATION.upper())),
+    ("contamination: same but for numbers and spacing", GOOD,
+     EVALUATION.replace("northern valley", "northernvalley")),
     ("contamination: 13-gram", GOOD, "Once more: " + EVALUATION.replace("12", "99").replace("After", "In")),
     ("duplicate: same question", GOOD, "A first question,  that is GOOD"),
     ("execution: timeout, not corrected", GOOD.replace("print(2+2)", "while True: pass")),
     ("execution: error, not corrected", GOOD.replace("print(2+2)", "print(1/0)")),
     ("execution: error, not corrected", GOOD.replace("print(2+2)", "def f(): return f()\nf()")),
     ("execution: output_limit, not corrected", GOOD.replace("print(2+2)", "while True: print('x'*1000)")),
-    ("quality: snippet reaches for the system (os)", GOOD.replace("print(", "import os\nos.kill(os.getppid(), 9)\nprint(")),
+    ("quality: snippet reaches for the system (os)",
+     GOOD.replace("print(", "import os\nos.kill(os.getppid(), 9)\nprint(")),
     ("quality: snippet reaches for the system (subprocess)",
      GOOD.replace("print(", "from subprocess import run\nrun('id')\nprint(")),
-    ("quality: snippet reaches for the system (open)", GOOD.replace("print(", "open('/etc/passwd').read()\nprint(")),
+    ("quality: snippet reaches for the system (open)",
+     GOOD.replace("print(", "open('/etc/passwd').read()\nprint(")),
     ("quality: snippet reaches for the system (__class__)", GOOD.replace("print(", "().__class__\nprint(")),
     ("filter: no answer that parses", GOOD, None, "proof"),
     ("filter: not well-formed", GOOD, " "),
@@ -263,8 +271,10 @@ PLANTED = [
 
 def test_planted_faults_are_each_rejected_for_their_reason(tmp_path, monkeypatch):
     """Guards against a fault that slips through, is counted under another name, or stops the run."""
-    rows = [trace(rest[0] if rest and rest[0] else f"What is fact number {'xyz'[i % 3] * (i + 1)} about pears and figs?",
-                  response, rest[1] if len(rest) > 1 else "4") for i, (_, response, *rest) in enumerate(PLANTED)]
+    rows = []
+    for i, (_, response, *rest) in enumerate(PLANTED):
+        question = rest[0] if rest and rest[0] else f"What is {'xyz'[i % 3] * (i + 1)} of pears and figs?"
+        rows.append(trace(question, response, rest[1] if len(rest) > 1 else "4"))
     bad = write(tmp_path / "evaluation.jsonl", [{"question": EVALUATION, "answer": "4"}])
     curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
                "--decontaminate", bad, "--sandbox_timeout", "1")
@@ -282,7 +292,7 @@ def test_planted_faults_are_each_rejected_for_their_reason(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("reason, response", [
-    (None, fenced("print(10/4)", "2.4") + "So we go on.\n" + fenced("print(2+2)", "4") + "2.5 and 4.\n" + ANSWER),
+    (None, fenced("print(10/4)", "2.4") + "Go on.\n" + fenced("print(2+2)", "4") + "2.5 and 4.\n" + ANSWER),
     (None, fenced("print(10/3)", "3.33") + "It is 3.33.\n" + fenced("print(2+2)", "4") + "4.\n" + ANSWER),
     ("execution: later text depends on a wrong quoted output",
      fenced("print(10/4)", "2.4") + "It is 2.4.\n" + fenced("print(2+2)", "4") + "4.\n" + ANSWER),
@@ -315,7 +325,7 @@ def test_a_wrong_quoted_output_is_replaced_only_where_nothing_depends_on_it(reas
     ("y = 3 * 5\nprint(y, 24)", "24", "prints the answer without computing it"),
 ])
 def test_what_a_snippet_computes_is_told_from_what_it_repeats(code, answer, reason):
-    """Guards against hard-coded results, and against rejecting a sum that happens to equal one of its terms."""
+    """Guards against hard-coded results, and against rejecting a sum that equals one of its terms."""
     async def run(code):
         return execute(code)
     assert asyncio.run(data.hard_coded(code, execute(code).output, answer, run)) == reason
@@ -323,21 +333,24 @@ def test_what_a_snippet_computes_is_told_from_what_it_repeats(code, answer, reas
 
 def test_contamination_does_not_depend_on_numbers_case_or_spacing(tmp_path):
     """Guards against an evaluation problem with other numbers, and against short questions all being one."""
-    file = write(tmp_path / "e.jsonl", [{"question": q, "answer": "1"} for q in (EVALUATION, "What is 3 + 5?")])
+    questions = EVALUATION, "What is 3 + 5?"
+    file = write(tmp_path / "e.jsonl", [{"question": question, "answer": "1"} for question in questions])
     find = Contamination([file])
     for changed in (EVALUATION, EVALUATION.replace("12 cows", "twelve cows"), EVALUATION.replace(" ", "\n\t"),
                     EVALUATION.replace("12", "$12.50$").replace("7", "1,000"), EVALUATION.replace(" ", "")):
         assert find(changed)[:2] == ("same but for numbers and spacing", "e.jsonl:1")
     assert find("What is 3+5 ?")[1] == "e.jsonl:2" and find("What is 3 + 6?") is None
     assert find("A farmer in the northern valley keeps 12 cows, and he has 3 sons.") is None
-    assert find("Say: a farmer in the northern valley keeps 1 cow, 2 goats and 3 hens on his land today.") is None
-    assert find("A farmer in the northern valley keeps 9 cows, 8 goats and 1 hens on his hill.")[0] == "13-gram"
+    assert find("A farmer in the northern valley keeps 1 cow, 2 goats and 3 hens on his land today.") is None
+    assert find("A farmer in the northern valley keeps 9 cows, 8 goats and 1 hens there.")[0] == "13-gram"
 
 
 def test_near_duplicates_differ_in_a_word_not_in_a_number():
-    """Guards against copies with a changed word, and against taking another instance of a problem for a copy."""
-    question, find = " ".join(f"word{'abcdefghij'[i % 10] * (1 + i // 10)}" for i in range(40)) + " 17", Duplicates()
-    assert find(question, 1) is None and find(question.replace("wordb ", "wort "), 2) == ("nearly the same question", 1)
+    """Guards against copies with a changed word, and against taking another instance for a copy."""
+    question = " ".join(f"word{'abcdefghij'[i % 10] * (1 + i // 10)}" for i in range(40)) + " 17"
+    find = Duplicates()
+    assert find(question, 1) is None
+    assert find(question.replace("wordb ", "wort "), 2) == ("nearly the same question", 1)
     assert find("What is 3 + 5?", 3) is None and find("What is 3 + 6?", 4) is None
     assert find("what is 3+5", 5) == ("same question", 3)
 
@@ -346,17 +359,18 @@ def test_near_duplicates_differ_in_a_word_not_in_a_number():
 # The run
 
 
-def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_path, monkeypatch, tokenizer, capsys):
+def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_path, monkeypatch, capsys):
     """Guards against an order that depends on timing, spans that are off, and another chat format."""
     monkeypatch.setattr(data, "Sandbox", Trusted)
     source = write(tmp_path / "gsm.jsonl", GSM8K)
     for name, in_flight in (("a", 64), ("b", 3)):
-        curate_cli(monkeypatch, "--input", source, "--output", tmp_path / f"{name}.jsonl", "--in_flight", in_flight)
+        curate_cli(monkeypatch, "--input", source, "--output", tmp_path / f"{name}.jsonl", "--in_flight",
+                   in_flight)
     for end in (".jsonl", ".report.json"):
         assert (tmp_path / f"a{end}").read_bytes() == (tmp_path / f"b{end}").read_bytes()
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.journal"))
     rows = read(tmp_path / "a.jsonl")
-    assert len(rows) == len(GSM8K) and "\n".join(row["messages"][0]["content"] for row in rows).count("*user") == 60
+    assert len(rows) == len(GSM8K) and all("*user question:*" in r["messages"][0]["content"] for r in rows)
     traces = load_traces(tmp_path / "a.jsonl")
     for source_row, row, t in zip(GSM8K, rows, traces):
         response = row["messages"][1]["content"]
@@ -369,7 +383,8 @@ def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_
     curate_cli(monkeypatch, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
     assert [r["messages"] for r in read(tmp_path / "again.jsonl")] == [r["messages"] for r in rows]
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["data.py", "show", str(tmp_path / "a.jsonl"), "--n", "1", "--color", "always"])
+    arguments = ["data.py", "show", f"{tmp_path}/a.jsonl", "--n", "1", "--color", "always"]
+    monkeypatch.setattr(sys, "argv", arguments)
     asyncio.run(data.main())
     shown = capsys.readouterr().out
     assert "\033[36m<code>" in shown and re.sub(r"\033\[[\d;]*m", "", shown).count(traces[0]["response"]) == 1
@@ -386,8 +401,8 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, monkeyp
             "data.Sandbox, judge = test_curate.Trusted, data.judge\n"
             "async def slowly(*a):\n    await asyncio.sleep(0.05)\n    return await judge(*a)\n"
             "data.judge = slowly; sys.argv[:3] = ['data.py']; asyncio.run(data.main())")
-    process = subprocess.Popen([sys.executable, "-c", slow, str(ROOT), str(ROOT / "tests"), "curate", "--input", source,
-                                "--output", out, "--in_flight", "4"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", slow, ROOT, ROOT / "tests", "curate", "--input", source, "--output", out]
+    process = subprocess.Popen([*map(str, command), "--in_flight", "4"], stderr=subprocess.DEVNULL)
     journal = tmp_path / "out.journal"
     deadline = time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
@@ -433,8 +448,8 @@ def endpoint(answer):
                 state.most, n = max(state.most, state.at_once), state.requests
             time.sleep(0.05)
             status, text = answer(body, n)
-            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
             content = json.dumps(reply if status == 200 else {"error": {"message": text}}).encode()
             with state.lock:
                 state.at_once -= 1
@@ -459,11 +474,12 @@ def endpoint(answer):
 def model_reply(body):
     """What a good model would write for a row of GSM8K."""
     a, b = map(int, re.findall(r"(\d+)\+(\d+)=", body["messages"][0]["content"])[-1])
-    return f"Sum up.\n{fenced(f'print({a}+{b})', a + b)}So Bob sold {a + b}.\n<answer>\\boxed{{{a + b}}}</answer>"
+    text = f"Sum up.\n{fenced(f'print({a}+{b})', a + b)}So Bob sold {a + b}.\n"
+    return f"{text}<answer>\\boxed{{{a + b}}}</answer>"
 
 
 def test_an_endpoint_is_asked_concurrently_and_again_after_errors(tmp_path, monkeypatch):
-    """Guards against requests one after the other, rows lost to a 429 or 500, and a run stopped by one prompt."""
+    """Guards against requests one by one, rows lost to a 429 or 500, and a run stopped by one prompt."""
     pytest.importorskip("openai")
     monkeypatch.setattr(data, "Sandbox", Trusted)
 
@@ -474,19 +490,20 @@ def test_an_endpoint_is_asked_concurrently_and_again_after_errors(tmp_path, monk
             return 400, "I do not like this prompt"
         return 200, "Sorry." if "number 9 " in body["messages"][0]["content"] else model_reply(body)
     with endpoint(answer) as (url, state):
-        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:20]), "--output", tmp_path / "out.jsonl",
-                   "--rewriter", "api", "--model", "m", "--api_url", url)
+        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:20]), "--output",
+                   tmp_path / "out.jsonl", "--rewriter", "api", "--model", "m", "--api_url", url)
     report = json.loads((tmp_path / "out.report.json").read_text())
     assert report["kept"] == 18 and state.requests == 23 and state.most >= 8
-    assert report["reasons"]["rewrite: unfinished"] == report["reasons"]["format: no single final answer"] == 1
+    reasons = report["reasons"]
+    assert reasons["rewrite: unfinished"] == reasons["format: no single final answer"] == 1
 
 
 def test_an_endpoint_that_gives_up_ends_the_run_with_one_line_and_keeps_what_is_done(tmp_path, monkeypatch):
     """Guards against a paid run that starts from nothing after the quota is used up."""
     pytest.importorskip("openai")
     monkeypatch.setattr(data, "Sandbox", Trusted)
-    arguments = ["--input", write(tmp_path / "in.jsonl", GSM8K[:12]), "--output", tmp_path / "out.jsonl", "--rewriter",
-                 "api", "--model", "m", "--api_retries", "1", "--in_flight", "2"]
+    arguments = ["--input", write(tmp_path / "in.jsonl", GSM8K[:12]), "--output", tmp_path / "out.jsonl",
+                 "--rewriter", "api", "--model", "m", "--api_retries", "1", "--in_flight", "2"]
     with endpoint(lambda body, n: (200, model_reply(body)) if n < 8 else (429, "quota")) as (url, state):
         with pytest.raises(UserError, match=r"--rewriter api: http://127.*quota.*tried 2 times") as error:
             curate_cli(monkeypatch, *arguments, "--api_url", url)
@@ -507,15 +524,16 @@ def test_problems_on_which_the_model_s_samples_disagree_are_filtered(tmp_path, m
             return 200, model_reply(body)
         return 200, r"\boxed{7}"  # right for the first problem only
     with endpoint(answer) as (url, state):
-        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:4]), "--output", tmp_path / "out.jsonl",
-                   "--rewriter", "api", "--model", "m", "--api_url", url, "--agreement", "3")
+        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:4]), "--output",
+                   tmp_path / "out.jsonl", "--rewriter", "api", "--model", "m", "--api_url", url,
+                   "--agreement", "3")
     report = json.loads((tmp_path / "out.report.json").read_text())
     assert report["kept"] == 1 and state.requests == 4 * 3 + 1
     assert report["reasons"]["filter: model samples disagree with the reference"] == 3
 
 
 def test_a_local_checkpoint_rewrites_in_batches(tmp_path, monkeypatch, tokenizer):
-    """Guards against one generation per row, texts given to the wrong row, and a crash on a useless rewriting."""
+    """Guards against one generation per row, texts given to the wrong row, and a crash on a useless text."""
     monkeypatch.setattr(data, "Sandbox", Trusted)
     sft.load_model("", tokenizer, "cpu").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -528,11 +546,11 @@ def test_a_local_checkpoint_rewrites_in_batches(tmp_path, monkeypatch, tokenizer
             content = tokenizer.decode(prompt)
             if "number 4 " not in content:  # the first row keeps what an untrained model says
                 text = model_reply({"messages": [{"content": content}]})
-                t.response_ids, t.finish_reason = data.encode_text(tokenizer, text), "eos"
+                t.response_ids, t.finish_reason = encode_text(tokenizer, text), "eos"
         return found
     monkeypatch.setattr(data, "generate", generate)
-    monkeypatch.setattr(data, "encode_text", __import__("rollout").encode_text, raising=False)
-    curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:6]), "--output", tmp_path / "out.jsonl",
-               "--rewriter", "local", "--model", tmp_path / "model", "--max_response_tokens", "300")
+    curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:6]), "--output",
+               tmp_path / "out.jsonl", "--rewriter", "local", "--model", tmp_path / "model",
+               "--max_response_tokens", "300")
     report = json.loads((tmp_path / "out.report.json").read_text())
     assert batches == [6] and report["kept"] == 5 and report["reasons"]["rewrite: unfinished"] == 1
