@@ -1146,7 +1146,7 @@ async def hard_coded(code, output, answer, run):
             changed = changed[:match.start()] + str(Decimal(match[0]) + step) + changed[match.end():]
         after = numbers((await run(changed)).output)
         return [b - a for a, b in zip(printed, after)] if len(after) == len(printed) else []
-    for match in literals:
+    for match in literals[:20]:  # each costs two runs
         if Decimal(match[0]) in printed:
             others = await moved([other for other in literals if other is not match])
             passed |= {i for i, (step, other) in enumerate(zip(await moved([match]), others))
@@ -1166,12 +1166,16 @@ def is_used(output, later):
     return bool(words & {"true", "false", "none"} or words & set(re.findall(r"\w+", later.lower())))
 
 
+NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug|instead|again|timed? ?out|"
+                     r"too (slow|long|large|small|many|deep)|(does|did) not work|retry)")
+
+
 async def verify(response, reference, run, wrong_output="reject", strict=False):
     """Every check of one trace: (reason to reject it or None, response with the real outputs, snippets).
 
     run(code) -> SandboxResult. wrong_output: what to do where a quoted output differs from the real one:
     "reject" or "replace" (where later text depends on it, the trace is rejected all the same). strict: what
-    real data needs beyond the embedded traces: a failed snippet is followed by one that runs; the quality
+    real data needs beyond the embedded traces: a failed snippet is noticed and corrected; the quality
     checks. snippets: [{"code", "status", "output"}].
     """
     reason = verify_format(response)
@@ -1190,7 +1194,11 @@ async def verify(response, reference, run, wrong_output="reject", strict=False):
     snippets = [{"code": code, "status": result.status, "output": result.output}
                 for code, result in zip(codes, results)]
     for i, (quoted, result) in enumerate(zip(quotes, results)):
-        if strict and result.status != "ok" and all(r.status != "ok" for r in results[i:]):
+        # A failure is admitted where the trace quotes it, or notices it in the text that follows, and a later
+        # snippet runs: to go on as if nothing had happened must not be taught.
+        noticed = result.status in ("error", "timeout") and (quoted.strip() or NOTICED.search(texts[i + 1]))
+        corrected = noticed and any(later.status == "ok" for later in results[i:])
+        if strict and result.status != "ok" and not corrected:
             return f"execution: {result.status}, not corrected", response, snippets
         if quoted.strip() and not same_output(quoted, result):
             if wrong_output == "reject":
@@ -1526,8 +1534,8 @@ async def judge(row, rng, args, tokenizer, contamination, complete, run):
 
     def too_long(text, limit=args.max_response_tokens):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) > limit
-    if not item or not item["question"]:
-        return rejected("filter: not well-formed")
+    if not item or not item["question"] or re.search("[\ud800-\udfff]", item["question"] + item["solution"]):
+        return rejected("filter: not well-formed")  # lone surrogates are no text: nothing can encode them
     if not item["answer"] or not await asyncio.to_thread(parses, item["answer"]):
         return rejected("filter: no answer that parses")
     if not item["solution"]:
@@ -1555,7 +1563,8 @@ async def judge(row, rng, args, tokenizer, contamination, complete, run):
         candidate = await complete(prompt.replace("{question}", item["question"]), rng.getrandbits(31))
     if not candidate:
         return rejected("rewrite: no calculation" if args.rewriter == "calculator" else "rewrite: unfinished")
-    reason, response, snippets = await verify(candidate.strip(), item["answer"], run, args.wrong_output, True)
+    candidate = candidate.encode("utf-8", "replace").decode().strip()
+    reason, response, snippets = await verify(candidate, item["answer"], run, args.wrong_output, strict=True)
     printed = numbers(" ".join(snippet["output"] for snippet in snippets))
     printed = any(rounds_to(n, answer) for n in printed for answer in numbers(item["answer"]))
     reason = (reason or (not snippets and "quality: no snippet")
@@ -1691,7 +1700,7 @@ def write_traces(journal, offsets, path, decides):
             reasons["kept, with an error that is corrected"] += bool(trace["failed_calls"])
             snippets += trace["snippets"]
             trace["provenance"] = {"place": record["place"], "rewriter": decides["rewriter"]}
-            out.write(json.dumps(trace, ensure_ascii=False) + "\n")
+            out.write(json.dumps(trace) + "\n")
         out.flush()
         os.fsync(out.fileno())
     left, left_after, kept = len(offsets), {}, reasons["kept"]

@@ -253,6 +253,10 @@ PLANTED = [
     ("contamination: 13-gram", GOOD, "Once more: " + EVALUATION.replace("12", "99").replace("After", "In")),
     ("duplicate: same question", GOOD, "A first question,  that is GOOD"),
     ("execution: timeout, not corrected", GOOD.replace("print(2+2)", "while True: pass")),
+    ("kept", fenced("print(1/0)") + "That failed.\n" + GOOD, "A third good one: it is noticed."),
+    ("execution: error, not corrected", fenced("print(1/0)") + "So far so good.\n" + GOOD),
+    ("execution: killed, not corrected", fenced("import sys\nsys.setrecursionlimit(10**9)\nx = []\n"
+     "for _ in range(10**6): x = [x]\nrepr(x)") + "That failed.\n" + GOOD),
     ("execution: error, not corrected", GOOD.replace("print(2+2)", "print(1/0)")),
     ("execution: error, not corrected", GOOD.replace("print(2+2)", "def f(): return f()\nf()")),
     ("execution: output_limit, not corrected", GOOD.replace("print(2+2)", "while True: print('x'*1000)")),
@@ -265,6 +269,7 @@ PLANTED = [
     ("quality: snippet reaches for the system (__class__)", GOOD.replace("print(", "().__class__\nprint(")),
     ("filter: no answer that parses", GOOD, None, "proof"),
     ("filter: not well-formed", GOOD, " "),
+    ("filter: not well-formed", GOOD.replace("Two", "\ud800")),
     ("filter: no solution", ""),
 ]
 
@@ -281,13 +286,13 @@ def test_planted_faults_are_each_rejected_for_their_reason(tmp_path, monkeypatch
     report = json.loads((tmp_path / "out.report.json").read_text())
     found = {name: n for name, n in report["reasons"].items() if not name.startswith("kept,")}
     assert found == Counter(reason for reason, *_ in PLANTED)
-    assert report["left_after"]["duplicate"] == report["kept"] == 2 and report["reasons"][
-        "kept, with an error that is corrected"] == 1
+    assert report["left_after"]["duplicate"] == report["kept"] == 3 and report["reasons"][
+        "kept, with an error that is corrected"] == 2
     for reason, examples in report["examples"].items():
         assert all(PLANTED[int(e["place"].split(":")[1]) - 1][0] == reason for e in examples)
     assert len(report["hits"]) == 5 and all(hit[1] == "evaluation.jsonl:1" for hit in report["hits"])
     traces = load_traces(tmp_path / "out.jsonl")
-    assert [t["failed_calls"] for t in traces] == [[], [0]]
+    assert [t["failed_calls"] for t in traces] == [[], [0], [0]]
     assert "ZeroDivisionError: division by zero" in traces[1]["response"]  # what really came back
 
 
