@@ -1520,8 +1520,11 @@ def purpose(code, before):
 
 def parses(answer):
     """Whether an answer is short and readable as mathematics, so that a response can be compared with it."""
-    return len(answer) <= 200 and answer.lower() not in ("proof", "notfound", "none", "n/a", "") and (
-        plain_number(answer) is not None or VERIFIER(answer, answer))
+    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
+        return False
+    found = read(tidy(answer))
+    text = expression(found.text)
+    return found.kind != "expression" or bool(text and VERIFIER(text[0], text[0], 1.0)[0])
 
 
 async def judge(row, rng, args, tokenizer, contamination, complete, run):
