@@ -31,7 +31,6 @@ Letters in shape comments: B responses of a batch, T tokens (of the padded batch
 import argparse
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -214,6 +213,9 @@ class Prompts:
 # One PPO update
 
 
+START = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run that has no checkpoint yet
+
+
 class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
@@ -261,8 +263,8 @@ class Trainer:
             found = [sft.find_checkpoint(run / "checkpoints")]
         dist.broadcast_object_list(found)
         path, record = found[0]
-        if path is None:
-            return {"step": 0, "seconds": 0.0, "bytes": {}}
+        if path is None:  # killed before its first checkpoint
+            return START
         if record["model"] != self.model_key:
             raise UserError(f"--resume {run}: its checkpoints are of another model")
         dcp.load(self.state(), checkpoint_id=path)
@@ -436,16 +438,17 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 # Memory, before anything is loaded
 
 
-def plan(config, args, gpus):
-    """GiB that one GPU of `gpus` will hold, by part, for a model of this config and these flags; ("total"
-    is their sum, "parameters" their number in billions). The critic is taken to be of the same size.
+def plan(config, args, gpus, gib=math.inf):
+    """GiB that one GPU of `gpus`, of `gib` usable GiB each, will hold, by part, for a model of this config
+    and these flags; ("total" is their sum, "parameters" their number in billions). The critic is taken to be
+    of the same size.
 
     Sharded: fp32 weight and gradient, 8 bytes per parameter, of actor and critic, and as much again for
     AdamW's two moments (optimiser). Not sharded: the sampler's copy, its KV cache, two layers and the
     embeddings that FSDP has gathered, and the activations of one micro-batch: per token and layer the layer's
     input, and unless they are computed again what its backward needs (about 10 hidden + 3 feed-forward sizes
-    and 2 of queries, keys, values; attention itself is never stored). An estimate of what has to fit, not a measurement. Host memory: while loading, 4
-    bytes per parameter and process.
+    and 2 of queries, keys, values; attention itself is never stored). An estimate of what has to fit, not a
+    measurement.
     """
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
@@ -465,12 +468,16 @@ def plan(config, args, gpus):
         "actor": on_gpu * actor,
         "critic": on_gpu * critic,
         "optimiser": on_gpu * (actor + critic),
-        "gathered": 2 * size * (2 * layer + total - layer * config.num_hidden_layers),  # weights, gradients
+        # Weights and gradients of two layers, and of what is no layer, the critic's too; fp32 while reduced.
+        "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
         "activations": max(args.token_budget, tokens) * per_token * size + 3 * sft.LOGIT_BYTES,
         "sampler": total * size,
-        "KV cache": min(args.n_slots * tokens * kv_bytes, args.kv_gib * 2**30 or math.inf),
     }
     parts = {name: value / 2**30 for name, value in parts.items()}
+    # As many slots as are wanted, or fewer: as `generate` does it, but at least one.
+    row = tokens * kv_bytes / 2**30
+    room = min(args.kv_gib or math.inf, gib - sum(parts.values()))
+    parts["KV cache"] = row * max(1, int(min(args.n_slots, room / row)))
     return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}
 
 
@@ -489,14 +496,16 @@ def print_plan(args):
     config = sft.load_config(args.model)
     if gpus < 1 or gpus % args.replicas:
         raise UserError(f"--replicas {args.replicas} does not divide {gpus} GPUs")
-    found = plan(config, args, gpus)
+    found = plan(config, args, gpus, 0.9 * gib)
     print("| " + " | ".join(["GPUs of GiB", *found]) + " |\n" + "|---" * (len(found) + 1) + "|")
     print(f"| {gpus} of {gib} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
     if found["total"] > 0.9 * gib:
         largest = max(list(found)[1:-1], key=found.get)
         raise UserError(f"does not fit: {found['total']:.1f} GiB per GPU are needed, {0.9 * gib:.1f} are "
                         f"there; the largest part is {largest} with {found[largest]:.1f} GiB")
-    print(f"fits: {found['total']:.1f} of {0.9 * gib:.1f} GiB per GPU")
+    slots = found["KV cache"] / plan(config, args, gpus, 0)["KV cache"]
+    print(f"fits: {found['total']:.1f} of {0.9 * gib:.1f} GiB per GPU, with {slots:.0f} slots; while loading "
+          f"{4e9 * found['parameters'] / 2**30:.0f} GiB of host memory per process")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -559,14 +568,15 @@ def parse_arguments(argv=None):
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
-        except (OSError, ValueError) as error:
+            parser.set_defaults(**record["arguments"])
+        except (OSError, ValueError, KeyError) as error:
             parser.error(f"--resume {args.resume}: not the folder of a run ({error})")
-        parser.set_defaults(**record["arguments"])
         args = parser.parse_args(argv)
         args.run_dir = args.resume
     if args.export and not args.resume:
         parser.error("--export needs --resume")
     evaluation.check_limits(parser, args)
+    sft.check_arguments(parser, args)
     for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "eval_samples",
                  "save_every", "keep_checkpoints"):
         if getattr(args, name) < 1:
@@ -640,17 +650,22 @@ def write_record(args, run, world, device):
     """arguments.json: what the run was started with; a resumed run adds a line about itself."""
     record = {"versions": sft.versions(), "commit": commit(), "world_size": world,
               "threads": torch.get_num_threads(), "device": str(device)}
-    path = run / "arguments.json"
-    if args.resume:
-        before = json.loads(path.read_text())
-        record = before | {"resumed": before.get("resumed", []) + [record]}
     run.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record | {"arguments": vars(args)}, indent=1))
+    if args.resume:
+        before = json.loads((run / "arguments.json").read_text())
+        record = before | {"resumed": before.get("resumed", []) + [record]}
+    add_to_record(run, record | {"arguments": vars(args)})
 
 
 def add_to_record(run, entries):
-    record = json.loads((run / "arguments.json").read_text())
-    (run / "arguments.json").write_text(json.dumps(record | entries, indent=1))
+    """Update arguments.json by a rename: a kill at any moment leaves the old one or the new one."""
+    path, partial = run / "arguments.json", run / "arguments.partial"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    with open(partial, "w") as file:
+        json.dump(record | entries, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
 
 
 def open_cut(path, size):
@@ -665,7 +680,9 @@ async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
     if args.plan:
         return print_plan(args) if rank == 0 else None
-    run = Path(args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}")
+    name = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)  # the clocks of the ranks may be a second apart
+    run = Path(name[0])
     # rank 0 alone: it is the one that will write there
     if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
@@ -678,14 +695,19 @@ async def main(rank, world, device):
     train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
     sets = evaluation_sets(args)
     if rank == 0 and not args.export:
-        write_record(args, run, world, device)
+        if not args.resume:
+            write_record(args, run, world, device)
         print(f"run folder: {run}\n{json.dumps(vars(args))}")
 
     model_path = args.model or await sft.warm_start(args, rank, world, device)
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, tokenizer, rank, world, device)
     prompts = Prompts(args, tokenizer, template, train_problems)
-    start = trainer.resume(run) if args.resume else {"step": 0, "seconds": 0.0, "bytes": {}}
+    start = trainer.resume(run) if args.resume else START
+    if args.export and not start["step"]:
+        raise UserError(f"--resume {run}: there is no checkpoint to export")
+    if args.resume and not args.export and rank == 0:  # not before: what is refused must leave no trace
+        write_record(args, run, world, device)
     if rank == 0:
         print(f"warm start ready after {time.perf_counter() - begin:.0f} s; "
               f"prompts skipped as too long: {prompts.skipped}")
@@ -697,7 +719,7 @@ async def main(rank, world, device):
             tokenizer.save_pretrained(args.export)
             print(f"step {start['step']} of {run} exported to {args.export}")
         return
-    files = {name: open_cut(run / name, start["bytes"].get(name, 0)) if rank == 0 else io.StringIO()
+    files = {name: open_cut(run / name, start["bytes"].get(name, 0)) if rank == 0 else open(os.devnull, "w")
              for name in ("metrics.jsonl", "rollouts.jsonl")}
     results, rows = {}, []
     for line in open(run / "metrics.jsonl") if rank == 0 else ():

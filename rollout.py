@@ -190,13 +190,13 @@ def find_snippet(pieces, ids, begin, overrun):
 # The cache and the attention function, shared by sampler and trainer
 
 
-def at_least_fp32(logits):
-    """Softmax and logsumexp are never done in half precision."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def at_least_fp32(x):
+    """Softmax and logsumexp, and what goes into them, are never in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class CacheError(ValueError):
-    """Not even one row fits into the memory for keys and values."""
+class RolloutError(ValueError):
+    """What this engine cannot serve: attention of another kind, not even one row that fits into memory."""
 
 
 class KVCache:
@@ -275,6 +275,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     with a cache, where each one's earlier keys are. Registered with transformers; `attention_mask` is None
     (see the registration below).
     """
+    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise RolloutError(f"this model's attention has {', '.join(unknown)}, which is not implemented")
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     gqa = q.shape[0] != k.shape[0]
     cache, lengths = packing.cache, packing.lengths
@@ -303,8 +306,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         grouped = grouped.view(n_view, heads, -1, q.shape[2])
         keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
         # Written out: for one query per row this is twice as fast on CPU as the fused kernel.
-        scores = grouped @ keys.transpose(-1, -2) * scaling + packing.bias  # (slots, K, H/K, longest)
-        decoded = torch.softmax(at_least_fp32(scores), -1).to(values.dtype) @ values
+        # In fp32 from the start: scores rounded to bf16 are not those that the trainer's kernel sees.
+        scores = at_least_fp32(grouped) @ at_least_fp32(keys).transpose(-1, -2) * scaling
+        probs = torch.softmax(scores + packing.bias, -1)  # (slots, K, H/K, longest)
+        decoded = probs.to(values.dtype) @ values
         out[:n] = decoded.reshape(n_view, *q.shape[::2])[packing.decode_slots]
     begin = n
     for slot, past, new in zip(packing.slots[n:], packing.past[n:], lengths[n:]):
@@ -329,8 +334,8 @@ AttentionInterface.register("retool", packed_attention)
 def free_bytes(device):
     """Memory that a cache may take: what is free on the device, less a tenth. Infinite where nobody tells."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
+        torch.cuda.empty_cache()  # pieces that PyTorch keeps do not make one large block
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
     if sys.platform == "linux":
         with open("/proc/meminfo") as file:
             return 0.9 * 1024 * int(re.search(r"MemAvailable:\s*(\d+)", file.read())[1])
@@ -394,6 +399,9 @@ def sample(logits, uniform, temperature, top_p):
 # The engine
 
 
+PREFILL_TOKENS = 16384  # of prompts in one tick, about: their activations need memory beside the cache
+
+
 @dataclass
 class ToolCall:
     code: str
@@ -455,14 +463,14 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
 
     prompts: list of token-id lists. sandbox: an entered Sandbox (unused, may be None, with tools=False: tags
     then mean nothing and nothing is run). Limits are in tokens; max_response_tokens counts interpreter tokens
-    too. n_slots is reduced to what fits into kv_gib GiB (0: into the free memory); rows beyond it queue in
-    order.
+    too. n_slots is reduced to what fits into kv_gib GiB (0: no such limit) and into the free memory; rows
+    beyond it queue in order. Where that binds, batch shapes, and so rounding, depend on it.
     rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not reproducible).
     prompt_keys: integers naming the prompts to the noise (default: their index).
     logits_processor(logits (N, V), trajectories) -> logits, for forced decoding and ablations. stats: a dict
     that receives counts and seconds. progress: called with 1 for each finished row.
-    Raises ValueError for an empty prompt and where prompt + response exceed the model's positions, CacheError
-    where not even one row fits into the memory.
+    Raises ValueError for an empty prompt and where prompt + response exceed the model's positions,
+    RolloutError where not even one row fits into the memory.
     """
     longest = max((len(p) for p in prompts), default=0) + max_response_tokens
     if not all(prompts):
@@ -480,9 +488,9 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     results, active, paused = [row.trajectory for row in queue], [], []
     weight = next(model.parameters())
     slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
-    budget = kv_gib * 2**30 or free_bytes(weight.device)
+    budget = min(kv_gib * 2**30 or math.inf, free_bytes(weight.device))
     if budget < slot_bytes:
-        raise CacheError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV cache, "
+        raise RolloutError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV cache, "
                          f"there are {budget / 2**30:.2g} (--kv_gib, or free)")
     n_slots = int(min(n_slots, len(queue), budget / slot_bytes))
     cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
@@ -572,8 +580,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
     def admit():
         """Fill free slots: (rows that must compute their prompt, rows whose prompt another sample has or will
         have computed)."""
-        leaders, followers = {}, []
-        while queue and free:
+        leaders, followers, tokens = {}, [], 0
+        while queue and free and tokens < PREFILL_TOKENS:
             row = queue.popleft()
             row.slot = heapq.heappop(free)
             index = row.trajectory.prompt_index
@@ -581,6 +589,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
                 followers.append(row)
             else:
                 leaders[index] = row
+                tokens += len(row.pending)
         return list(leaders.values()), followers
 
     def compact():

@@ -26,6 +26,7 @@ import resource
 import shutil
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,7 +46,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 
 import data
 from data import UserError
-from rollout import CacheError, Packing, at_least_fp32, encode_response
+from rollout import Packing, RolloutError, at_least_fp32, encode_response
 from sandbox import Sandbox
 
 # ------------------------------------------------------------------------------------------------------------
@@ -84,9 +86,29 @@ def run_script(main):
     """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
     try:
         with distributed() as (rank, world, device):
-            asyncio.run(main(rank, world, device))
-    except (UserError, CacheError, FloatingPointError) as error:  # the last: a loss that is not finite
-        sys.exit(f"error: {error}")
+            try:
+                asyncio.run(main(rank, world, device))
+            except Exception as error:
+                if world == 1:
+                    raise
+                # The other ranks may wait in a collective for ever, and so would an orderly end of the group:
+                # leave at once, torchrun ends them.
+                print(describe_error(error) or traceback.format_exc(), file=sys.stderr, flush=True)
+                os._exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        line = describe_error(error)
+        if not line:
+            raise
+        sys.exit(line)
+
+
+def describe_error(error):
+    """One line for what the user or the machine has to change, None for a bug."""
+    # the latter two: a loss that is not finite; a path or a disk (a TimeoutError has no errno)
+    if isinstance(error, (UserError, RolloutError, FloatingPointError)) or (
+            isinstance(error, OSError) and error.errno):
+        return f"error: {error}"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -149,7 +171,7 @@ def load_model(path, tokenizer, device, seed=0, dtype="fp32"):
                                                 attn_implementation="retool").to(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="retool", dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.to(device)
 
@@ -371,27 +393,32 @@ def save_checkpoint(folder, state, record, keep, rank):
     def publish():
         manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
         manifest["files"][".metadata"] = file_hash(partial / ".metadata")
+        for name in manifest["files"]:
+            os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(partial / "manifest.json")
         sync_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
         partial.rename(final)
         sync_to_disk(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        found = sorted(folder.glob("step-*"))
+        later = found.index(final) + 1  # damaged ones, which the run has gone back behind
+        for old in found[:later][:-keep] + found[later:]:
             shutil.rmtree(old)
 
     on_rank_0(begin)
     try:
         dcp.save(state, checkpoint_id=partial)
     except CheckpointException as error:  # the same on all ranks
-        refuse(str(error).strip().splitlines()[-1])
+        refuse(f"{str(error).strip().splitlines()[-1]}: disk full?")
     hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
     on_rank_0(publish)
 
 
 def find_checkpoint(folder):
-    """The newest undamaged checkpoint, (path, record), or (None, None). Says which ones it passes over."""
+    """The newest undamaged checkpoint, (path, record); (None, None) if there is none at all, UserError if all
+    are damaged. Says which ones it passes over."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             record = json.loads((path / "manifest.json").read_text())
@@ -401,6 +428,8 @@ def find_checkpoint(folder):
         if not damaged:
             return path, record
         print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
+    if any(folder.glob("step-*")):
+        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
     return None, None
 
 
@@ -449,6 +478,13 @@ def add_arguments(parser):
     add_format_arguments(parser)
 
 
+def check_arguments(parser, args):
+    """The parser's error (one line, exit status 2) for a number that cannot be meant."""
+    for name in ("sft_traces", "sft_steps", "sft_batch_size", "token_budget"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+
+
 def make_sandbox(args):
     return Sandbox(workers=args.sandbox_workers, timeout=args.sandbox_timeout, unsafe=args.unsafe_sandbox)
 
@@ -465,6 +501,10 @@ async def sft(policy, tokenizer, traces, held_out, args, rank, world, device, lo
         return example(prompt + ids, [0] * len(prompt) + mask)
 
     examples, fresh = [tokenise(t) for t in traces], [tokenise(t) for t in held_out]
+    positions = policy.lm.config.max_position_embeddings
+    longest = max(len(e["input_ids"]) for e in examples + fresh)
+    if longest > positions:
+        raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.sft_lr, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
     rng = random.Random(args.sft_seed)
@@ -572,6 +612,7 @@ async def warm_start(args, rank, world, device, traces_file=""):
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shared = [None]
     if rank == 0:  # curation runs once
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed under the same process id
         partial.mkdir(parents=True)
         if traces_file:
             split = len(rows) - max(1, len(rows) // 50)
@@ -682,7 +723,9 @@ def parse_arguments():
     parser.add_argument("--traces", default="", help="JSONL of verified traces; empty: the embedded ones")
     parser.add_argument("--benchmark", action="store_true",
                         help="instead: packed against padded training, memory of the chunked head")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    return args
 
 
 async def main(rank, world, device):
@@ -691,6 +734,7 @@ async def main(rank, world, device):
         head_benchmark()
         return packing_benchmark()
     check_mesh(args, world)
+    check_model(args.model)
     if rank == 0:
         print(json.dumps(vars(args)))
     folder = await warm_start(args, rank, world, device, args.traces)

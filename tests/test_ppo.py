@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -211,8 +212,10 @@ def launch(*flags):
 
 def one_rank(environment, script, flags, output):
     """Runs in a process of its own, with what torchrun would tell it."""
-    os.environ |= environment
+    os.environ |= environment | {"TZ": f"UTC{environment['RANK']}"}  # clocks that differ
+    time.tzset()
     torch.set_num_threads(1)
+    os.chdir(Path(output).parent)
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = [script, *flags]
@@ -279,7 +282,9 @@ def runs(tmp_path_factory):
     for name, start in (("first", launch), ("again", run_here)):
         results[name] = start(*TINY, "--run_dir", str(folder / name), *warm)
         assert results[name].returncode == 0, results[name].stdout[-3000:] + results[name].stderr[-3000:]
-    run_ranks(2, folder / "two.log", *TINY, "--run_dir", str(folder / "two"), *warm)
+    run_ranks(2, folder / "two.log", *TINY, *warm)  # no --run_dir: the ranks must agree on one
+    [run] = (folder / "out" / "ppo").iterdir()
+    run.rename(folder / "two")
     return folder, results
 
 
@@ -359,15 +364,20 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     folder, _ = runs
     run, exported = folder / "two_more", folder / "exported"
     shutil.copytree(folder / "first", run)
-    run_ranks(2, folder / "two_more.log", "--resume", str(run), "--steps", "3")
+    run_ranks(2, folder / "two_more.log", "--resume", str(run), "--steps", "3", "--replicas", "2")
     assert [row["step"] for row in metrics_of(run) if "step" in row] == [0, 1, 2]
-    result = run_here("--resume", str(run), "--export", str(exported))
+    result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
     assert result.returncode == 0 and "step 3 of" in result.stdout, result.stderr[-3000:]
     a, b = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "checkpoint", exported))
     ids = torch.tensor([[5, 6, 7, 300, 301]])
     assert torch.equal(a(ids).logits, b(ids).logits)
-    result = run_here("--resume", str(run), "--model", str(other_model(folder)))
+    record = (run / "arguments.json").read_text()
+    result = run_here("--resume", str(run), "--replicas", "1", "--model", str(other_model(folder)))
     assert result.returncode == 1 and "of another model" in result.stderr
+    assert (run / "arguments.json").read_text() == record  # what is refused leaves no trace
+    shutil.rmtree(run / "checkpoints")
+    result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
+    assert result.returncode == 1 and "no checkpoint to export" in result.stderr
 
 
 def other_model(folder):
@@ -400,7 +410,7 @@ def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
     assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
     with pytest.raises(data.UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
         ppo.print_plan(args)
-    with pytest.raises(data.UserError, match="sampler's copy in bf16 needs 61.0 GiB on every GPU, this one has"):
+    with pytest.raises(data.UserError, match="copy in bf16 needs 61.0 GiB on every GPU, this one has"):
         ppo.check_sampler(args, 47.5)
     ppo.check_sampler(args, 79.0)
     ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "16", "141", "--cpu_offload"]))
@@ -413,15 +423,37 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
     trainer.save(tmp_path, 1, {}, 0.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards are larger
+    with pytest.raises(data.UserError, match="disk full.*intact"):
+        trainer.save(tmp_path, 2, {}, 0.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sft.Path, "write_text", full)
-    with pytest.raises(data.UserError, match="No space left on device.*intact"):
-        trainer.save(tmp_path, 2, {}, 0.0)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.Path, "write_text", full)
+        with pytest.raises(data.UserError, match="No space left on device.*intact"):
+            trainer.save(tmp_path, 2, {}, 0.0)
     assert trainer.resume(tmp_path)["step"] == 1
+
+
+def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_examples, tmp_path):
+    """Guards against pruning by name alone: after going back to step 1 behind a damaged step 5, step 2 is the
+    newest."""
+    trainer, _ = trainer_and_examples
+    folder = tmp_path / "checkpoints"
+    for step in (1, 5):
+        trainer.save(tmp_path, step, {}, 0.0)
+    (folder / "step-000005" / "manifest.json").write_text("{")
+    assert trainer.resume(tmp_path)["step"] == 1
+    trainer.save(tmp_path, 2, {}, 0.0)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
+    for path in folder.iterdir():
+        (path / ".metadata").write_text("")
+    with pytest.raises(data.UserError, match="every checkpoint is damaged"):
+        trainer.resume(tmp_path)
 
 
 def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
@@ -502,12 +534,13 @@ def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, ar
 
 def test_counted_operations_are_those_that_torch_counts(tokenizer):
     """Guards against a utilisation that is measured against the wrong work."""
-    lm = AutoModelForCausalLM.from_config(CONFIGS["qwen3"](
-        vocab_size=500, hidden_size=64, num_hidden_layers=2, intermediate_size=96), attn_implementation="eager")
+    config = CONFIGS["qwen3"](vocab_size=500, hidden_size=64, num_hidden_layers=2, intermediate_size=96)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter:
         lm(torch.arange(50)[None])
     square = 2 * 2 * 6 * 16 * 50**2  # eager attention computes the masked half as well
-    assert ppo.forward_flops(lm.model, [50], 50) + square == pytest.approx(counter.get_total_flops(), rel=0.01)
+    counted = ppo.forward_flops(lm.model, [50], 50) + square
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
@@ -620,7 +653,8 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
 
 def test_the_other_scripts_run(monkeypatch, capsys):
     """One real run of what has no run above: each prints what its docstring promises."""
-    for script, flags, line in ((rollout, ["--rows", "6", "--check_rows", "6", "--batch_sizes", "3"], '"ratio"'),
+    small = ["--rows", "6", "--check_rows", "6", "--batch_sizes", "3"]
+    for script, flags, line in ((rollout, small, '"ratio"'),
                                 (data, ["--n", "12"], "curated 12 code-augmented candidates")):
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
         coroutine = script.main()
@@ -640,6 +674,11 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--critic_model", "OTHER"], "its vocabulary is not the policy's"),
     (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
     (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
+    (["--token_budget", "0"], "--token_budget must be at least 1"),
+    (["--resume", "EMPTY"], "not the folder of a run"),
+    (["--run_dir", "BROKEN"], "Not a directory"),
+    (["--model", "CUT"], "cannot be loaded"),
+    (["--model", "WINDOW"], "attention has sliding_window, which is not implemented"),
     (["--n_slots", "0"], "--n_slots must be at least 1"),
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
@@ -660,7 +699,12 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, 
               "SMALL": random_checkpoint(tmp_path / "small", "qwen2", tokenizer, vocab_size=100),
               "OTHER": random_checkpoint(tmp_path / "other", "llama", other),
               "SILENT": random_checkpoint(tmp_path / "silent", "llama", silent),
+              "CUT": random_checkpoint(tmp_path / "cut", "llama", tokenizer, max_position_embeddings=2048),
+              "WINDOW": random_checkpoint(tmp_path / "window", "qwen2", tokenizer, use_sliding_window=True,
+                                          sliding_window=8, max_window_layers=0, max_position_embeddings=2048),
               "FINE": random_checkpoint(tmp_path / "fine", "llama", tokenizer, max_position_embeddings=2048)}
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     flags = [str(places.get(flag, flag)) for flag in flags]
     if "--run_dir" not in flags:
         flags += ["--run_dir", str(tmp_path / "run")]
