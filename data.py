@@ -1009,6 +1009,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
+@functools.cache  # training it takes seconds
 def embedded_tokenizer(vocabulary=896, documents=3000):
     """A byte-level BPE tokenizer trained on the embedded problems, with Qwen's pre-tokenisation (digits one
     by one).

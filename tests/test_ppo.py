@@ -653,7 +653,7 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
 
 def test_the_other_scripts_run(monkeypatch, capsys):
     """One real run of what has no run above: each prints what its docstring promises."""
-    small = ["--rows", "6", "--check_rows", "6", "--batch_sizes", "3"]
+    small = ["--rows", "2", "--check_rows", "2", "--batch_sizes", "2"]
     for script, flags, line in ((rollout, small, '"ratio"'),
                                 (data, ["--n", "12"], "curated 12 code-augmented candidates")):
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
