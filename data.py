@@ -154,8 +154,10 @@ UNITS = {name: names.split()[0] for names in (
 ).split(",") for name in names.split()
 } | {"mph": "/ hr mi", "unit": ""}
 # Words after a number that are no unit: they change it or take it back.
-NO_UNIT = set("hundred thousand million billion trillion dozen squared cubed factorial half third quarter is "
-              "are no not wrong more less least most of mod modulo remainder choose plus minus times".split())
+NO_UNIT = set("ten hundred thousand million mil billion trillion lakh crore dozen squared cubed factorial half "
+              "halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth "
+              "is are no not nope wrong incorrect false negative zero below more less least most of mod modulo "
+              "remainder choose plus minus times".split())
 
 
 def word(match):
@@ -206,7 +208,7 @@ LABEL = re.compile(
     r'|\((?:[a-z],)+[a-z]\))(?:=|\\in(?![a-z]) *)(?=[^=])')
 RELATION = r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])"
 # Not for the judge: 101_2, "3 4" and (2)3, which it adds, derivatives, powers of powers of numbers
-MISREAD = re.compile(r"\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
+MISREAD = re.compile(r"'|\\not(?![a-z])|\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
 
 
 def tidy(text):
@@ -214,8 +216,11 @@ def tidy(text):
     double quotes, no math delimiters, no thousands commas, spaces only where they separate."""
     text = text.strip()
     text = boxed(text) if text == rf"\boxed{{{boxed(text)}}}" else text
+    text = re.sub(r"^(?i:(?:the )?(?:final )?answer(?: is\b|:| is:))\s*|^=\s*", "", text)
+    text = text[2:-2] if re.fullmatch(r"\*\*[^*]+\*\*", text) else text
     text = MATRIX.sub(lambda m: "⟦" + m[2].strip().removesuffix(r"\\").replace(r"\\", "¶") + "⟧", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("\\\\", "\\").translate(SYMBOLS))
+    text = re.sub(r"\\not\s*=", r"\\ne ", text)
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ",", text)
     if not re.search(r"[(\[]|\\{", text) or re.search(r",\s", text):  # (1,234) is a pair, 1, 234 a list
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
@@ -270,7 +275,10 @@ def read(text):
     def several(kind, texts, label=""):
         return Answer(kind, text, None, [read(part) for part in texts if part], label)
 
-    parts, found = split(text, r"[,;]|\\or ")
+    parts, _ = split(text, ";")
+    if len(parts) > 1:
+        return several("list", parts)
+    parts, found = split(text, r",|\\or ")
     if len(parts) > 1:
         answer = several("list", parts)
         label = answer.parts[0].label if answer.parts else ""
@@ -292,7 +300,7 @@ def read(text):
         return several("union", parts)
     if match := re.fullmatch(r"(\\\{|[(\[{⟦])(.*?)(\\\}|[)\]}⟧])", text):
         kind = match[1][-1] + match[3][-1]
-        parts, _ = split(match[2], "¶" if kind == "⟦⟧" else ",")
+        parts, _ = split(match[2], "¶" if kind == "⟦⟧" else "[,;]")
         if kind == "⟦⟧":
             return Answer(kind, text, None, [Answer("row", row, None, [read(x) for x in split(row, "&")[0]])
                                              for row in parts])
@@ -303,7 +311,8 @@ def read(text):
     if match := UNIT.fullmatch(text):
         names = [name.lower() for name in re.findall(r"[A-Za-z%/]+|\^\{-?\d", match[2])]
         answer = read(match[1])
-        if answer.kind in ("number", "expression") and not answer.unit and not NO_UNIT.intersection(names):
+        changed = NO_UNIT.intersection(names + [name.removesuffix("s") for name in names])
+        if answer.kind in ("number", "expression") and not answer.unit and not changed:
             names = [UNITS.get(name, UNITS.get(name.removesuffix("s"), name.removesuffix("s")))
                      for name in names]
             return replace(answer, unit=" ".join(sorted(filter(None, names))).replace("{", ""))
@@ -326,22 +335,35 @@ def read_relation(text, parts, signs):
     return Answer(kind, text, None, [read(end) for end in parts[::2]], parts[1])
 
 
-def same(a, b, strict, judge, top=True):
+def same(a, b, strict, judge, depth=0):
     """Whether Answer a, predicted, is Answer b; judge(a, b) decides about two expressions."""
+    def alike(x, y):
+        return same(x, y, strict, judge, depth + 1)
+
     def pairwise(xs, ys, ordered):
         if ordered:
-            return len(xs) == len(ys) and all(same(x, y, strict, judge, False) for x, y in zip(xs, ys))
-        return (all(any(same(x, y, strict, judge, False) for y in ys) for x in xs)
-                and all(any(same(x, y, strict, judge, False) for x in xs) for y in ys))
+            return len(xs) == len(ys) and all(map(alike, xs, ys))
+        if len(xs) != len(ys):  # sets, in which something may stand twice
+            return all(any(alike(x, y) for y in ys) for x in xs) and all(any(alike(x, y) for x in xs) for y in ys)
+        left = list(ys)
+        for x in xs:
+            partner = next((i for i, y in enumerate(left) if alike(x, y)), None)
+            if partner is None:
+                return False
+            del left[partner]
+        return True
 
     if a == b:
         return True
+    if depth > 4:  # sets of sets of sets take exponential time, and are no answer
+        return False
     if "relation" in (a.kind, b.kind) or (a.label and b.label and a.label != b.label):  # two equations
         fit = all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
         # where the reference is x=5, 2x=10 has not been solved
-        return fit and b.kind != "number" and judge(
-            *(f"{x.label}={x.text}" if x.label else x.text for x in (a, b)))
-    if (a.label != b.label and (strict or not top)) or (a.unit != b.unit and (strict or (a.unit and b.unit))):
+        equations = [f"{x.label}={x.text}" if x.label else x.text for x in (a, b)]
+        unknowns = all(re.search(r"(?<![\\A-Za-z])[A-Za-z]", text) for text in equations)  # 5=5 says nothing
+        return fit and unknowns and b.kind != "number" and judge(*equations)
+    if (a.label != b.label and (strict or depth)) or (a.unit != b.unit and (strict or (a.unit and b.unit))):
         return False
     if a.kind == b.kind == "number":
         scale = {"%": Fraction(1, 100)} if a.unit != b.unit else {}
@@ -490,7 +512,10 @@ def is_equivalent(predicted, reference, strict=False):
     """
     if predicted is None or reference is None:
         return False
-    texts = [str(predicted).strip(), str(reference).strip()]
+    try:
+        texts = [str(predicted).strip(), str(reference).strip()]
+    except ValueError:  # an int of more than 4,300 digits
+        return False
     if any(not text or len(text) > 4000 or len(re.findall(r"[(\[{=]", text)) > 100 for text in texts):
         return False
     seconds = 1.0
@@ -545,10 +570,10 @@ LAYOUTS = [
     ("conversations.0.value", "conversations.1.value", "conversations.1.value"),  # OpenThoughts
 ]
 # What these sets put around the question in their prompts; it would contradict our own format.
-PROMPT_HEAD = re.compile(r".*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?"
+PROMPT_HEAD = re.compile(r"\A(?:.*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?"
                          r"|Solve the following math problem step by step\. The last line [^\n]*\n+"
-                         r"|Return your final response within \\boxed\{\}\.\s*", re.DOTALL)
-PROMPT_TAIL = re.compile(r'\s*Remember to (?:put your answer on its own line after "Answer:"'
+                         r"|Return your final response within \\boxed\{\}\.\s*)", re.DOTALL)
+PROMPT_TAIL = re.compile(r'\s{0,9}Remember to (?:put your answer on its own line after "Answer:"'
                          r"|place the final answer in the last part using the format).*\Z", re.DOTALL)
 
 
@@ -1064,8 +1089,9 @@ def verify_format(response):
                 ast.parse(strip_fence(text.split(CODE_OPEN)[1].split(CODE_CLOSE)[0]))
             except (SyntaxError, ValueError, MemoryError, RecursionError):  # the latter two: absurd nesting
                 return "snippet does not parse"
-    if response.count("<answer>") != 1 or not response.endswith("</answer>") or extract_answer(
-            response) is None:
+    before, _, answer = response.rpartition("<answer>")
+    if "<answer>" in before or not answer.endswith("</answer>") or answer.count(r"\boxed") != 1 or (
+            boxed(answer) is None or extract_answer(before) not in (None, boxed(answer))):
         return "no single final answer"
     return None
 
@@ -1109,8 +1135,11 @@ def depends_on(quoted, output, later):
 def system_access(code):
     """A module or name in a snippet that reaches beyond mathematics, or None. The sandbox stops it anyway,
     but it must not be taught."""
-    for node in ast.walk(ast.parse(code)):
-        names = [getattr(node, "module", None) or "", getattr(node, "id", "")]
+    nodes = list(ast.walk(ast.parse(code)))
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in nodes:
+        names = [getattr(node, "module", None) or "", getattr(node, "attr", "")]
+        names += [node.id] if isinstance(node, ast.Name) and node.id not in own else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             if name.split(".")[0] in SYSTEM:
@@ -1122,7 +1151,8 @@ def system_access(code):
 
 SYSTEM = set("os subprocess socket ctypes shutil signal multiprocessing threading pathlib resource mmap "
              "pickle importlib builtins asyncio gc inspect tempfile glob urllib http open exec eval compile "
-             "input __import__ __builtins__ globals".split())
+             "input __import__ __builtins__ globals getattr io codecs linecache fileinput runpy posix ssl "
+             "modules fromfile loadtxt memmap _os".split())
 LITERAL = re.compile(r"(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?!\w)")
 
 
@@ -1140,18 +1170,21 @@ async def hard_coded(code, output, answer, run):
     printed, target, passed = numbers(output), plain_number(answer), set()
     literals = [match for match in LITERAL.finditer(code) if Decimal(match[0]) not in (0, 1)]
 
-    async def moved(chosen):
-        """By how much each printed number moves when the chosen ones are raised by 1, 2, 3, ..."""
+    async def moved(chosen, by=1):
+        """By how much each printed number moves when the chosen ones are raised by 1, 2, 3, ... times `by`."""
         changed = code
         for step, match in reversed(list(enumerate(chosen, 1))):
-            changed = changed[:match.start()] + str(Decimal(match[0]) + step) + changed[match.end():]
+            changed = changed[:match.start()] + str(Decimal(match[0]) + step * by) + changed[match.end():]
         after = numbers((await run(changed)).output)
         return [b - a for a, b in zip(printed, after)] if len(after) == len(printed) else []
-    for match in literals[:20]:  # each costs two runs
-        if Decimal(match[0]) in printed:
-            others = await moved([other for other in literals if other is not match])
-            passed |= {i for i, (step, other) in enumerate(zip(await moved([match]), others))
-                       if step == 1 and other == 0 and printed[i] == Decimal(match[0])}
+    for match in [match for match in literals if Decimal(match[0]) in printed][:20]:  # each costs two runs
+        others = await moved([other for other in literals if other is not match], 1009)  # max() takes another
+        passed |= {i for i, (step, other) in enumerate(zip(await moved([match]), others))
+                   if step == 1 and other == 0 and printed[i] == Decimal(match[0])}
+    bare = {Decimal(str(argument.value)) for node in nodes if isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") == "print" for argument in node.args
+            if isinstance(argument, ast.Constant) and type(argument.value) in (int, float)}
+    passed |= {i for i, number in enumerate(printed) if number in bare}  # whatever stands around that print
     if printed and len(passed) == len(printed):
         return "only prints a literal"
     answers = {i for i, number in enumerate(printed) if target is not None and abs(target) == number}
@@ -1268,7 +1301,7 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=
 # ------------------------------------------------------------------------------------------------------------
 # Rewriters of D_init. Whoever wrote a candidate, it goes through `verify`.
 
-ANNOTATION = re.compile(r"\s*(=?)\s*([$€£]?)\s*<<([^<>]*)=([^<>=]*)>>([$€£]?[\d,]*\.?\d*)")
+ANNOTATION = re.compile(r"\s{0,3}(=?)\s{0,3}([$€£]?)\s{0,3}<<([^<>]*)=([^<>=]*)>>([$€£]?[\d,]*\.?\d*)")
 NO_CALCULATION = re.compile(r"[+-]?[\d.]*|[\d.]+[*/]1|1\*[\d.]+|[\d.]+[+-]0|0\+[\d.]+")
 SUBORDINATE = re.compile(r"(?i)(?:.*[.?!] )?(?:if|when|since|because|after|as|while|once|although)\b[^,]*")
 VERB = re.compile(r"(?: (?!that|which|who|because|so|and)[\w$']+)*? "
@@ -1299,7 +1332,7 @@ def calculation(line):
     if value != shown and round(value, digits) == shown:  # as people do: rounded to the digits that are used
         code = f"round({code}, {digits})" if digits else f"round({code})"
     head, tail = line[:match.start()], line[match.end():]
-    if (match[1] and match[5] and re.search(r"[A-Za-z]{2}", head) and head.count("(") == head.count(")")
+    if (match[1] and numbers(match[5]) and re.search(r"[A-Za-z]{2}", head) and head.count("(") == head.count(")")
             and not re.match(r"[^\s.,;!]| [-=+*/x(]", tail) and not SUBORDINATE.fullmatch(head)
             and not VERB.match(tail)
             and numbers(match[5])[0] not in Counter(numbers(head)) - Counter(numbers(expression))):
@@ -1458,19 +1491,21 @@ class Contamination:
         for file in files:
             for row, problem in enumerate(load_problems(file), 1):
                 where = f"{Path(file).name}:{row}"
-                self.whole[self.key(problem["question"])] = where
+                self.whole |= dict.fromkeys(self.keys(problem["question"]), where)
                 for gram in ngrams(problem["question"], 13, mask_numbers=True):
                     self.grams[gram] = where
 
-    def key(self, question):
-        masked = "".join(words(question, mask_numbers=True))
+    def keys(self, question):
+        """The question without spaces; number words are masked in one, for they are no words without spaces."""
+        masked = ["".join(words(question, mask_numbers=True)), re.sub(r"\d+", "#", "".join(words(question)))]
         # "What is 3 + 5?": without its numbers nothing is left that could be recognised
-        return masked if len(masked) > 30 else "".join(words(question))
+        return masked if len(masked[0]) > 30 else ["".join(words(question))]
 
     def __call__(self, question):
         """(kind, evaluation problem, shared text) of a hit, or None."""
-        if self.key(question) in self.whole:
-            return "same but for numbers and spacing", self.whole[self.key(question)], question
+        for key in self.keys(question):
+            if key in self.whole:
+                return "same but for numbers and spacing", self.whole[key], question
         for gram in ngrams(question, 13, mask_numbers=True):
             if gram in self.grams:
                 return "13-gram", self.grams[gram], gram
@@ -1613,6 +1648,8 @@ def open_journal(path, key):
 async def curate_file(args):
     """`data.py curate`. Every finished row becomes a line of OUTPUT's journal, in any order, and is not done
     again; at the end they are sorted, duplicates go, and OUTPUT and its report appear by a rename."""
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: must not be negative")
     output = Path(args.output)
     journal, report = output.with_suffix(".journal"), output.with_suffix(".report.json")
     if output.exists() and not journal.exists():
@@ -1805,5 +1842,7 @@ async def main():
 if __name__ == "__main__":
     try:
         asyncio.run(main())
-    except UserError as problem:
+    except (UserError, OSError) as problem:
         sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what is finished is kept, the same command goes on")

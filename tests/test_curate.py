@@ -336,6 +336,24 @@ def test_what_a_snippet_computes_is_told_from_what_it_repeats(code, answer, reas
     assert asyncio.run(data.hard_coded(code, execute(code).output, answer, run)) == reason
 
 
+def test_odd_rows_neither_stop_nor_stall_the_run():
+    """Guards against an index error on a stray comma, and against patterns that go back and forth over spaces."""
+    begin = time.monotonic()
+    for line in ("He has 2*3=$<<2*3=6>>, apples.", "So" + " " * 20_000 + "it is 2*3 = <<2*3=6>>6.", "2*3=<<2*3=6>>."):
+        assert "print(2*3)" in calculator({"solution": line, "own": "6"}, random.Random(0))
+    long = {"messages": [{"content": "x " * 500_000}, {"content": ANSWER}]}
+    assert read_row(long)["answer"] == "4"
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("ending", [r"So \boxed{4}. <answer>5</answer>", r"<answer>\boxed{5} or \boxed{4}</answer>",
+                                    r"So \boxed{5}. <answer>\boxed{4}</answer>"])
+def test_the_answer_line_holds_the_one_final_answer(ending):
+    """Guards against a check that reads another box than a reader does."""
+    assert data.verify_format(f"2 + 2\n{ending}") == "no single final answer"
+    assert data.verify_format(rf"So \boxed{{4}}. {ANSWER}") is None
+
+
 def test_contamination_does_not_depend_on_numbers_case_or_spacing(tmp_path):
     """Guards against an evaluation problem with other numbers, and against short questions all being one."""
     questions = EVALUATION, "What is 3 + 5?"

@@ -377,6 +377,26 @@ def test_hostile_answers_are_wrong_and_soon_judged_in_threads(tmp_path):
     assert not slow and not (tmp_path / "seen").exists() and is_equivalent("x+1", "1+x")
 
 
+@pytest.mark.parametrize("predicted, reference", [
+    ("1,1,2", "1,2,2"), ("(1,2),(1,2),(3,4)", "(1,2),(3,4),(3,4)"), ("(1;2)", "(2;1)"), ("5 millions", "5"),
+    ("5 tenths", "5"), ("5 nope", "5"), ("3 quarters", "3"), ("5=5", "5=6"), ("x'", "x"), ("5", "5'"),
+    (r"\not= 5", "5")])
+def test_what_looks_alike_is_not_equal(predicted, reference):
+    """Guards against multiplicities and separators that get lost, and words that are taken for units."""
+    assert not is_equivalent(predicted, reference)
+
+
+def test_nested_sets_and_numbers_without_a_text_are_judged_soon():
+    """Guards against time that doubles with each level, where the innermost element is right."""
+    begin = time.monotonic()
+    for n in (20, 90):
+        nested = r"\{" * n + "5" + r"\}" * n
+        for pair in ((nested, "5"), (nested, r"\{5\}"), ("5", nested), (nested, nested.replace("5", "6"))):
+            assert not is_equivalent(*pair) and not is_equivalent(*pair, strict=True)
+    assert not is_equivalent(10**5000, "5") and is_equivalent(r"\{\{1,2\},3\}", r"\{3,\{2,1\}\}")
+    assert time.monotonic() - begin < 5
+
+
 def test_boxed_reads_a_text_once():
     r"""Guards against a policy that writes \boxed{ until the context ends: as many scans of it all."""
     begin = time.monotonic()
