@@ -255,8 +255,9 @@ PLANTED = [
     ("execution: timeout, not corrected", GOOD.replace("print(2+2)", "while True: pass")),
     ("kept", fenced("print(1/0)") + "That failed.\n" + GOOD, "A third good one: it is noticed."),
     ("execution: error, not corrected", fenced("print(1/0)") + "So far so good.\n" + GOOD),
-    ("execution: killed, not corrected", fenced("import sys\nsys.setrecursionlimit(10**9)\nx = []\n"
-     "for _ in range(10**6): x = [x]\nrepr(x)") + "That failed.\n" + GOOD),
+    ("execution: killed, not corrected", fenced(  # reads memory that is not there
+        "import numpy as np\nx = np.lib.stride_tricks.as_strided(np.zeros(1), (2,), (2**40,))\nprint(x[1])")
+     + "That failed.\n" + GOOD),
     ("execution: error, not corrected", GOOD.replace("print(2+2)", "print(1/0)")),
     ("execution: error, not corrected", GOOD.replace("print(2+2)", "def f(): return f()\nf()")),
     ("execution: output_limit, not corrected", GOOD.replace("print(2+2)", "while True: print('x'*1000)")),
