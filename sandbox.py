@@ -74,7 +74,7 @@ LINUX = sys.platform == "linux"
 SNIPPET = "snippet.py"                 # the file name that a snippet sees in its own tracebacks
 OUTPUT_BYTES = 1 << 20                 # a snippet that prints this much is stopped: status output_limit
 MEMORY_RESERVE = 64 << 20              # bytes beyond memory_mb, released only to report a MemoryError
-STACK_BYTES = 4 << 20                  # CPython's time to overflow it with repr() grows with its square
+STACK_BYTES = 2 << 20                  # CPython's time to overflow it with repr() grows with its square
 MAX_FRAMES = 6                         # traceback frames shown
 MAX_THREADS = 128                      # a snippet with more is killed
 MAX_IN_FLIGHT = 128                    # requests inside the zygote: 2 descriptors each, well below 1024
