@@ -31,7 +31,8 @@ from tqdm import tqdm
 import data
 from data import UserError
 from rollout import generate
-from sft import add_format_arguments, check_model, load_model, load_tokenizer, make_sandbox, run_script
+from sft import (add_format_arguments, check_at_least, check_model, load_model, load_tokenizer, make_sandbox,
+                 run_script)
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
@@ -167,10 +168,8 @@ def rollout_settings(args):
 
 def check_limits(parser, args):
     """The parser's error (one line, exit status 2) for a limit that cannot be meant."""
-    for name, low in (("max_prompt_tokens", 1), ("max_response_tokens", 1), ("max_calls", 0), ("n_slots", 1),
-                      ("rejoin_ticks", 0), ("max_interpreter_tokens", 1), ("sandbox_workers", 1)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name} must be at least {low}")
+    check_at_least(parser, args, max_prompt_tokens=1, max_response_tokens=1, max_calls=0, n_slots=1,
+                   rejoin_ticks=0, max_interpreter_tokens=1, sandbox_workers=1)
     if args.sandbox_timeout <= 0:
         parser.error("--sandbox_timeout must be positive")
 

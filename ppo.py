@@ -51,6 +51,7 @@ import data
 import eval as evaluation
 import sft
 from data import UserError
+from rollout import KVCache, head_dim
 from sft import (Policy, all_sum, collate, cosine, example, load_model, load_tokenizer, make_sandbox, pack,
                  shard, sync_weights)
 
@@ -145,10 +146,9 @@ def forward_flops(backbone, lengths, head_tokens):
     """Floating-point operations of one forward pass over packed sequences of these lengths: 2 per parameter
     of the layers and token, causal attention (2 n^2 per query head and dimension), 2 per parameter of the
     head for head_tokens of them. A backward pass costs twice that; what is computed again does not count."""
-    config, heads = backbone.config, backbone.config.num_attention_heads
+    config = backbone.config
     layers = sum(p.numel() for p in backbone.layers.parameters())
-    attention = config.num_hidden_layers * heads * (getattr(config, "head_dim", None)
-                                                    or config.hidden_size // heads)
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim(config)
     return (2 * layers * sum(lengths) + 2 * attention * sum(n * n for n in lengths)
             + 2 * config.hidden_size * config.vocab_size * head_tokens)
 
@@ -455,10 +455,8 @@ def plan(config, args, gpus, gib=math.inf):
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     total, layer = count(lm), count(lm.model.layers[0])
     size = torch.finfo(sft.DTYPES[args.dtype]).bits // 8
-    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tokens = args.max_prompt_tokens + args.max_response_tokens
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * heads * size
-    inside = 10 * config.hidden_size + 3 * config.intermediate_size + 2 * heads * (
+    inside = 10 * config.hidden_size + 3 * config.intermediate_size + 2 * head_dim(config) * (
         config.num_attention_heads + 2 * config.num_key_value_heads)
     layers_kept = 1 if args.activation_checkpointing else config.num_hidden_layers
     per_token = config.num_hidden_layers * config.hidden_size + layers_kept * inside
@@ -475,7 +473,7 @@ def plan(config, args, gpus, gib=math.inf):
     }
     parts = {name: value / 2**30 for name, value in parts.items()}
     # As many slots as are wanted, or fewer: as `generate` does it, but at least one.
-    row = tokens * kv_bytes / 2**30
+    row = 2 * math.prod(KVCache.shape(config, 1, tokens)) * size / 2**30
     room = min(args.kv_gib or math.inf, gib - sum(parts.values()))
     parts["KV cache"] = row * max(1, int(min(args.n_slots, room / row)))
     return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}
@@ -577,10 +575,8 @@ def parse_arguments(argv=None):
         parser.error("--export needs --resume")
     evaluation.check_limits(parser, args)
     sft.check_arguments(parser, args)
-    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatches", "eval_samples",
-                 "save_every", "keep_checkpoints"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    sft.check_at_least(parser, args, steps=1, prompts_per_step=1, samples_per_prompt=1, minibatches=1,
+                       eval_samples=1, save_every=1, keep_checkpoints=1)
     if args.eval_problems < 2 or not 0 < args.eval_top_p <= 1:
         parser.error("needs --eval_problems of at least 2 and 0 < --eval_top_p <= 1")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:

@@ -195,6 +195,11 @@ def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def head_dim(config):
+    """Some configurations say it, others leave it to be divided."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class RolloutError(ValueError):
     """What this engine cannot serve: attention of another kind, not even one row that fits into memory."""
 
@@ -204,16 +209,15 @@ class KVCache:
 
     Why not pages. A slot holds the longest possible row, so a row that was admitted always finishes: nothing
     is preempted, no row starves (the queue is served in order), there is no block table. The price is what
-    rows leave empty. Measured by the benchmark below: rows that end with 223 tokens on average, in slots for
-    1,088, fill 14 % of them, averaged over their lives; pages would hold up to seven times as many rows in
-    the same memory. Where memory binds, pages are the next thing to build.
+    rows leave empty. Measured by the benchmark below: rows with 1-4 calls, in slots for 1,088 tokens, fill
+    14 % of them, averaged over their lives; pages would hold up to seven times as many rows in the same
+    memory. Where memory binds, pages are the next thing to build.
     """
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
         """(L, n_slots, K, S, D)"""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_hidden_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim
+        return config.num_hidden_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
         shape = self.shape(config, n_slots, max_tokens)

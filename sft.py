@@ -478,11 +478,16 @@ def add_arguments(parser):
     add_format_arguments(parser)
 
 
+def check_at_least(parser, args, **lowest):
+    """The parser's error (one line, exit status 2) for a number below what can be meant."""
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            parser.error(f"--{name} must be at least {low}")
+
+
 def check_arguments(parser, args):
-    """The parser's error (one line, exit status 2) for a number that cannot be meant."""
-    for name in ("sft_traces", "sft_steps", "sft_batch_size", "token_budget"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    """The same for the numbers of `add_arguments`."""
+    check_at_least(parser, args, sft_traces=1, sft_steps=1, sft_batch_size=1, token_budget=1)
 
 
 def make_sandbox(args):
