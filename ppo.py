@@ -37,6 +37,7 @@ import os
 import random
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -47,13 +48,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-import data
-import eval as evaluation
 import sft
-from data import UserError
-from rollout import KVCache, head_dim
-from sft import (Policy, all_sum, collate, cosine, example, load_model, load_tokenizer, make_sandbox, pack,
-                 shard, sync_weights)
+from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
+from eval import (add_format_arguments, add_rollout_arguments, all_sum, at_least, check_positions,
+                  describe_trajectory, evaluate, evaluation_table, in_range, make_sandbox, mean, percent,
+                  rollout_metrics, rollout_settings, run_script, sample_all)
+from rollout import (DTYPES, LOGIT_BYTES, KVCache, Policy, collate, head_dim, load_config, load_model,
+                     load_tokenizer,
+                     make_example, pack)
+from sandbox import UserError
+from sft import cosine, shard, sharding_settings, sync_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -90,6 +94,29 @@ def whiten(advantages, loss_mask, floor):
     return torch.where(trainable, (advantages - chosen.mean()) / scale, 0.0)
 
 
+def advantages_and_returns(rewards, values, loss_mask, groups, gamma, lam_actor, lam_critic, whiten_floor):
+    """What the update needs to know of a batch: (advantages, whitened; the critic's targets), each (B, T).
+
+    rewards, loss_mask: (B, T). values (B, T) as in `gae`, or None without a critic: then the baseline of a
+    response is the mean reward of its group (the same prompt), and there are no returns. groups (B,): ints.
+    """
+    if values is None:
+        totals, trainable = (rewards * loss_mask).sum(1), loss_mask.bool()  # (B,)
+        baseline = torch.stack([totals[groups == group].mean() for group in groups])
+        raw = torch.where(trainable, (totals - baseline)[:, None], 0.0)
+        return whiten(raw, loss_mask, whiten_floor), None
+    raw, _ = gae(rewards, values, loss_mask, gamma, lam_actor)
+    _, returns = gae(rewards, values, loss_mask, gamma, lam_critic)
+    return whiten(raw, loss_mask, whiten_floor), returns
+
+
+def explained_variance(values, returns, loss_mask):
+    """1 - Var(returns - values) / Var(returns) over the trainable tokens: 1 is a perfect critic."""
+    trainable = loss_mask.bool()
+    error, spread = (returns - values)[trainable].var(), returns[trainable].var()
+    return (1 - error / spread).item() if spread > 1e-6 else 0.0  # returns all alike: nothing to explain
+
+
 def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high):
     """Clipped surrogate (arXiv 1707.06347), summed over trainable tokens; any shape, all arguments alike.
 
@@ -122,6 +149,15 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
     with torch.no_grad():
         metrics = {"value_clip_fraction": ((clipped_error > plain_error) * loss_mask).sum()}
     return loss, metrics
+
+
+def outcome_rewards(trajectory):
+    """Equation 1's R for each token of a response: +1 or -1 on the last token that the policy sampled, even if
+    forced text follows it, else 0. There is no reward for code that runs."""
+    rewards = [0.0] * len(trajectory.loss_mask)
+    rewards[max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)] = (
+        1.0 if trajectory.correct else -1.0)
+    return rewards
 
 
 class Critic(nn.Module):
@@ -175,42 +211,40 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 class Prompts:
-    """Training prompts by position: an endless stream of the embedded problems, or a file's rows, reshuffled
+    """Training prompts by position: an endless stream of the embedded problems, or the given rows, reshuffled
     every epoch."""
 
-    def __init__(self, args, tokenizer, template, problems):
-        self.args, self.tokenizer, self.template = args, tokenizer, template
+    def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
+        self.seed, self.tokenizer, self.template = seed, tokenizer, template
         self.skipped, self.rows = 0, None
         if problems is not None:
             rows = [self.encode(row) for row in problems]
-            self.rows = [row for row in rows if len(row["prompt"]) <= args.max_prompt_tokens]
+            self.rows = [row for row in rows if len(row["prompt"]) <= max_prompt_tokens]
             self.skipped = len(rows) - len(self.rows)
             if not self.rows:
-                raise UserError(
-                    f"{args.train_data}: every prompt is longer than "
-                    f"--max_prompt_tokens {args.max_prompt_tokens}"
-                )
+                raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
+                                f"{max_prompt_tokens}")
 
     def encode(self, row):
-        return row | {"prompt": data.encode_prompt(self.tokenizer, self.template, row["question"])}
+        return row | {"prompt": encode_prompt(self.tokenizer, self.template, row["question"])}
 
     def __getitem__(self, position):
         if self.rows is None:
-            # a seed of its own: the cold start has used the first problems of the training split under its
-            # seed
-            problem = data.embedded_problem("train", f"ppo{self.args.seed}", position)
-            return self.encode(
-                {"question": problem.question, "answer": problem.answer, "family": problem.family})
+            # A seed of its own: the cold start has used the first problems of the training split under its
+            # seed.
+            problem = embedded_problem("train", f"ppo{self.seed}", position)
+            return self.encode({"question": problem.question, "answer": problem.answer,
+                                "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
         return self.rows[self.order(epoch)[index]]
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        return random.Random(f"{self.args.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
+        return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One PPO update
+# One PPO step
 
 
 START = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run that has no checkpoint yet
@@ -219,22 +253,22 @@ START = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run that has
 class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
-    def __init__(self, args, model_path, tokenizer, rank, world, device):
+    def __init__(self, args, model_path, rank, world, device):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         # The seam for tensor parallelism: whatever `generate` and `sync_weights` take here, e.g. a copy whose
         # layers are split over the GPUs of a node, whose ranks then sample the same rows.
-        self.sampler = load_model(model_path, tokenizer, device, dtype=args.dtype).eval()
-        lm = load_model(model_path, tokenizer, "cpu")  # host memory: `shard` moves it, layer by layer
-        self.actor = shard(Policy(lm), lm, args)
-        lm = load_model(args.critic_model or model_path, tokenizer, "cpu")
-        self.critic = shard(Critic(lm), lm, args)
+        self.sampler = load_model(model_path, device, args.dtype).eval()
+        lm = load_model(model_path, "cpu")  # host memory: `shard` moves it, layer by layer
+        self.actor = shard(Policy(lm), lm, **sharding_settings(args))
+        lm = load_model(args.critic_model or model_path, "cpu")
+        self.critic = shard(Critic(lm), lm, **sharding_settings(args))
         adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=1e-6, fused=True,
                                   weight_decay=args.weight_decay)
         self.actor_optimizer = adamw(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             sft.zero_moments(optimizer)
-        self.peak = matmul_peak(device, sft.DTYPES[args.dtype])
+        self.peak = matmul_peak(device, DTYPES[args.dtype])
         shapes = [(name, tuple(p.shape)) for module in (self.sampler, self.critic)
                   for name, p in module.named_parameters()]
         self.model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
@@ -245,193 +279,210 @@ class Trainer:
         return (sft.training_state("actor", self.actor, self.actor_optimizer)
                 | sft.training_state("critic", self.critic, self.critic_optimizer))
 
-    def save(self, run, step, files, seconds):
-        """A checkpoint of the run after `step` steps and `seconds`; files: its JSONL files, which a resumed
-        run cuts back to where they are now."""
-        record = {"step": step, "model": self.model_key, "seconds": seconds, "bytes": {}}
-        if self.rank == 0:
-            for name, file in files.items():
-                file.flush()
-                os.fsync(file.fileno())
-                record["bytes"][name] = file.tell()
-        sft.save_checkpoint(run / "checkpoints", self.state(), record, self.args.keep_checkpoints, self.rank)
+    def save(self, folder, step, seconds, sizes):
+        """A checkpoint of the run after `step` steps and `seconds`; sizes: bytes of its JSONL files, which a
+        resumed run cuts back to what they are now."""
+        record = {"step": step, "model": self.model_key, "seconds": seconds, "bytes": sizes}
+        sft.save_checkpoint(folder, self.state(), record, self.args.keep_checkpoints, self.rank)
 
-    def resume(self, run):
-        """Load the newest undamaged checkpoint of the run; returns its record, or one of step 0."""
+    def resume(self, folder):
+        """Load the newest undamaged checkpoint of the folder; returns its record, or one of step 0."""
         found = [None]
         if self.rank == 0:
-            found = [sft.find_checkpoint(run / "checkpoints")]
+            found = [sft.find_checkpoint(folder)]
         dist.broadcast_object_list(found)
         path, record = found[0]
         if path is None:  # killed before its first checkpoint
             return START
         if record["model"] != self.model_key:
-            raise UserError(f"--resume {run}: its checkpoints are of another model")
+            raise UserError(f"--resume: the checkpoints in {folder} are of another model")
         dcp.load(self.state(), checkpoint_id=path)
         sync_weights(self.actor, self.sampler)
         return record
 
     def micro_batches(self, examples):
-        """This rank's share of the examples, as (indices, flat tensors, packing)."""
-        for indices in pack([len(e["input_ids"]) for e in examples], self.args.token_budget,
-                            self.world)[self.rank]:
+        """This rank's share of the examples, as (indices, flat Example, packing)."""
+        shares = pack([len(e) for e in examples], self.args.token_budget, self.world)
+        for indices in shares[self.rank]:
             yield indices, *collate([examples[i] for i in indices], self.device)
+
+    def actor_logprobs(self, flat, packing, **options):
+        return self.actor(flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature,
+                          **options)
 
     @torch.no_grad()
     def score(self, examples):
-        """Adds old_logprobs, entropy and old_values (each (T,)) to every example; all ranks get all."""
+        """Fill logprobs, entropy and values of every example, with the trainer's own weights; all ranks get
+        all."""
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
-            logprobs, entropy = self.actor(flat["input_ids"], flat["targets"], flat["loss_mask"], packing,
-                                           self.args.temperature, with_entropy=True)
-            values = self.critic(flat["input_ids"], packing)
+            columns = (*self.actor_logprobs(flat, packing, with_entropy=True),
+                       self.critic(flat.input_ids, packing))
             if indices:
                 # clone: a view would travel (be pickled) and stay alive with the whole micro-batch behind it
-                mine += zip(indices, *([part.clone() for part in x.cpu().split(packing.lengths)]
-                                       for x in (logprobs, entropy, values)))
+                mine += zip(indices, *([part.clone() for part in column.cpu().split(packing.lengths)]
+                                       for column in columns))
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
         for index, *columns in (row for part in gathered for row in part):
-            examples[index].update(zip(("old_logprobs", "entropy", "old_values"), columns))
+            e = examples[index]
+            e.logprobs, e.entropy, e.values = columns
 
-    def estimate(self, examples, rewards):
-        """GAE on the whole batch: adds advantages (whitened) and returns to every example; gives
-        explained_variance."""
+    def estimate(self, examples, groups):
+        """Fill advantages and returns of every example; gives the explained variance."""
         args = self.args
-        mask, values = (pad_sequence([e[name] for e in examples], batch_first=True)
-                        for name in ("loss_mask", "old_values"))
-        # (B, T). The reward goes to the last token the policy sampled, even if forced text follows it.
-        token_rewards = torch.zeros_like(values)
-        last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
-        token_rewards[torch.arange(len(examples)), last] = torch.tensor(rewards)
-        advantages, _ = gae(token_rewards, values, mask, args.gamma, args.lam_actor)
-        _, returns = gae(token_rewards, values, mask, args.gamma, args.lam_critic)
-        trainable = mask.bool()
-        error, spread = (returns - values)[trainable].var(), returns[trainable].var()
-        advantages = whiten(advantages, mask, args.whiten_floor)
+        rewards, values, mask = (pad_sequence([getattr(e, name) for e in examples], batch_first=True)
+                                 for name in ("rewards", "values", "loss_mask"))  # (B, T)
+        advantages, returns = advantages_and_returns(
+            rewards, values, mask, torch.tensor(groups), args.gamma, args.lam_actor, args.lam_critic,
+            args.whiten_floor)
         for i, e in enumerate(examples):
-            n = len(e["input_ids"])
-            e["advantages"], e["returns"] = advantages[i, :n], returns[i, :n]
-        return (1 - error / spread).item() if spread > 1e-6 else 0.0  # all returns alike: nothing to explain
+            e.advantages, e.returns = advantages[i, :len(e)], returns[i, :len(e)]
+        return explained_variance(values, returns, mask)
 
     def update(self, examples, step):
         """One epoch of clipped updates over shuffled minibatches; returns the metrics, means over trainable
         tokens."""
-        args, sums, counted = self.args, {}, 0.0
-        train_actor = step >= args.critic_warmup
-        factor = cosine(step, args.steps, args.lr_warmup, floor=args.lr_floor)
-        for optimizer, lr in ((self.actor_optimizer, args.actor_lr), (self.critic_optimizer, args.critic_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-        order = torch.randperm(len(examples),
-                               generator=torch.Generator().manual_seed(args.seed * 100003 + step)).tolist()
-        size = math.ceil(len(order) / args.minibatches)
-        norms = {"actor": [], "critic": []}
-        for begin in range(0, len(order), size):
-            minibatch = [examples[i] for i in order[begin:begin + size]]
-            total = sum(e["loss_mask"].sum().item() for e in minibatch)  # global: every rank has all examples
-            for indices, flat, packing in self.micro_batches(minibatch):
-                if not indices:  # this rank's no-op: it must take part in the gathers of the others
-                    flat |= {
-                        name: flat["loss_mask"]
-                        for name in ("old_logprobs", "old_values", "advantages", "returns")
-                    }
-                metrics = {}
+        train_actor, sums, norms, counted = step >= self.args.critic_warmup, Counter(), {}, 0.0
+        lr_factor = self.set_learning_rates(step)
+        for number, minibatch in enumerate(self.minibatches(examples, step)):
+            total = sum(e.loss_mask.sum().item() for e in minibatch)  # every rank has all examples
+            for _, flat, packing in self.micro_batches(minibatch):
+                # FSDP averages the ranks' gradients; a factor of world makes that their sum.
                 if train_actor:
-                    logprobs = self.actor(flat["input_ids"], flat["targets"], flat["loss_mask"], packing,
-                                          args.temperature)
-                    loss, metrics = policy_loss(logprobs, flat["old_logprobs"], flat["advantages"],
-                                                flat["loss_mask"], args.clip_low, args.clip_high)
-                    if begin == 0:
-                        # Nothing has been updated since `score`: any difference is a bug (another
-                        # temperature, a mask off by one, dropout).
-                        log_ratio = ((logprobs - flat["old_logprobs"]) * flat["loss_mask"]).abs().sum()
-                        log_ratio = log_ratio / flat["loss_mask"].sum().clamp(min=1)
-                        assert log_ratio < TOLERANCE[args.dtype], (
-                            f"first minibatch: mean |log ratio| {log_ratio}, should be 0")
-                    # FSDP averages gradients over ranks; times world makes that the sum that `total` already
-                    # divides.
+                    loss, metrics = self.actor_loss(flat, packing, unchanged=number == 0)
                     (loss / total * self.world).backward()
-                    metrics["policy_loss"] = loss.detach()
-                values = self.critic(flat["input_ids"], packing)
-                loss, more = value_loss(values, flat["old_values"], flat["returns"], flat["loss_mask"],
-                                        args.value_clip)
+                    sums.update(metrics)
+                loss, metrics = self.critic_loss(flat, packing)
                 (loss / total * self.world).backward()
-                for name, value in (metrics | more | {"value_loss": loss.detach()}).items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
+                sums.update(metrics)
             counted += total
-            updated = [("critic", self.critic, self.critic_optimizer)]
-            if train_actor:
-                updated.append(("actor", self.actor, self.actor_optimizer))
-            for name, module, optimizer in updated:
-                norm = nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm).full_tensor().item()
-                norms[name].append(norm)
-                if not math.isfinite(norm):
-                    raise FloatingPointError(f"step {step}: gradient norm of the {name} is {norm}")
-                optimizer.step()
-                optimizer.zero_grad()
+            for name in ["critic", "actor"] if train_actor else ["critic"]:
+                norms.setdefault(name, []).append(self.optimizer_step(name, step))
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"step {step}: {name} is {value}")
-        metrics |= {f"grad_norm_{name}": evaluation.mean(found) for name, found in norms.items()}
-        return metrics | {"lr_factor": factor}
+        for name in ("actor", "critic"):
+            metrics[f"grad_norm_{name}"] = mean(norms.get(name, []))
+        return metrics | {"lr_factor": lr_factor}
+
+    def set_learning_rates(self, step):
+        """Both optimisers follow one schedule; returns its factor."""
+        factor = cosine(step, self.args.steps, self.args.lr_warmup, floor=self.args.lr_floor)
+        for optimizer, lr in ((self.actor_optimizer, self.args.actor_lr),
+                              (self.critic_optimizer, self.args.critic_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        return factor
+
+    def minibatches(self, examples, step):
+        """The examples in an order that depends on seed and step, in args.minibatches lists."""
+        generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        size = math.ceil(len(order) / self.args.minibatches)
+        return [[examples[i] for i in order[begin:begin + size]] for begin in range(0, len(order), size)]
+
+    def actor_loss(self, flat, packing, unchanged):
+        """(policy loss, metrics), sums over trainable tokens. unchanged: nothing has been updated since
+        `score`."""
+        logprobs = self.actor_logprobs(flat, packing)
+        if unchanged:
+            # Any difference is a bug: another temperature, a mask off by one, dropout.
+            log_ratio = ((logprobs - flat.logprobs) * flat.loss_mask).abs().sum()
+            log_ratio = log_ratio / flat.loss_mask.sum().clamp(min=1)
+            assert log_ratio < TOLERANCE[self.args.dtype], (
+                f"first minibatch: mean |log ratio| {log_ratio}, should be 0")
+        loss, metrics = policy_loss(logprobs, flat.logprobs, flat.advantages, flat.loss_mask,
+                                    self.args.clip_low, self.args.clip_high)
+        metrics["policy_loss"] = loss.detach()
+        return loss, {name: value.item() for name, value in metrics.items()}
+
+    def critic_loss(self, flat, packing):
+        """(value loss, metrics), sums over trainable tokens."""
+        values = self.critic(flat.input_ids, packing)
+        loss, metrics = value_loss(values, flat.values, flat.returns, flat.loss_mask, self.args.value_clip)
+        metrics["value_loss"] = loss.detach()
+        return loss, {name: value.item() for name, value in metrics.items()}
+
+    def optimizer_step(self, name, step):
+        """Clip the gradient of "actor" or "critic" and apply it; returns its norm before."""
+        module, optimizer = getattr(self, name), getattr(self, f"{name}_optimizer")
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm).full_tensor().item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {step}: gradient norm of the {name} is {norm}")
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
 
 
 async def train_step(trainer, prompts, sandbox, tokenizer, step):
-    """One PPO step; returns (metrics, trajectories, rewards)."""
-    args, rank, world = trainer.args, trainer.rank, trainer.world
-    clock, seconds = time.perf_counter(), {}
-
-    def lap(name):
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[name], clock = now - clock, now
-
+    """One PPO step; returns (metrics, trajectories)."""
+    args, laps = trainer.args, [("begin", time.perf_counter())]
+    lap = lambda name: laps.append((name, time.perf_counter()))  # noqa: E731
     batch = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
     stats = {}
-    trajectories, rewards = await evaluation.sample_all(
+    trajectories = await sample_all(
         trainer.sampler, tokenizer, [row["prompt"] for row in batch], [row["answer"] for row in batch],
-        sandbox, rank, world, n_samples=args.samples_per_prompt, temperature=args.temperature, seed=args.seed,
-        step=step, stats=stats, **evaluation.rollout_settings(args))
+        sandbox, trainer.rank, trainer.world, n_samples=args.samples_per_prompt,
+        temperature=args.temperature, seed=args.seed, step=step, stats=stats, **rollout_settings(args))
     lap("rollout")
-    metrics = evaluation.rollout_metrics(trajectories, rewards)
-    chosen = [(t, r) for t, r in zip(trajectories, rewards)
-              if t.finish_reason != "sandbox_error" and (t.finish_reason == "eos" or not args.drop_truncated)]
+    chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
+              and (t.finish_reason == "eos" or not args.drop_truncated)]
     if not chosen:
-        raise UserError(
-            f"step {step}: no response is left to train on "
-            f"({metrics['sandbox_errors_dropped']} sandbox errors)"
-        )
-    examples = [
-        example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
-                sampler_logprobs=torch.tensor([0.0] * len(t.prompt_ids) + t.logprobs)) for t, _ in chosen
-    ]
+        raise UserError(f"step {step}: no response is left to train on")
+    examples = [trajectory_example(t, outcome_rewards(t)) for t in chosen]
     trainer.score(examples)
+    metrics = rollout_metrics(trajectories) | score_metrics(examples)
+    check_sampler(metrics["sampler_difference"], args.dtype, step)
     lap("score")
-    mask, entropy, difference = (torch.cat(columns) for columns in zip(*(
-        (e["loss_mask"], e["entropy"], (e["old_logprobs"] - e["sampler_logprobs"]).abs()) for e in examples)))
-    metrics["entropy"] = ((entropy * mask).sum() / mask.sum()).item()
-    metrics["sampler_difference"] = ((difference * mask).sum() / mask.sum()).item()
-    assert metrics["sampler_difference"] < TOLERANCE[args.dtype], (
-        f"step {step}: the sampler's log-probabilities differ from the trainer's by "
-        f"{metrics['sampler_difference']} on average: were the weights synced?")
-    metrics["sampler_difference_max"] = (difference * mask).max().item()
-    metrics["explained_variance"] = trainer.estimate(examples, [r for _, r in chosen])
+    metrics["explained_variance"] = trainer.estimate(examples, [t.prompt_index for t in chosen])
     metrics |= trainer.update(examples, step)
     lap("update")
     sync_weights(trainer.actor, trainer.sampler)
     lap("sync")
-    metrics["rollout_tokens_per_second"] = sum(sum(t.loss_mask) for t in trajectories) / seconds["rollout"]
-    train_seconds = seconds["score"] + seconds["update"]
-    metrics["train_tokens_per_second"] = len(mask) / train_seconds
-    lengths = [len(e["input_ids"]) for e in examples]
-    # `score` is one forward pass of each, `update` a forward and a backward, of the actor once it learns
-    flops = (4 * forward_flops(trainer.critic.backbone, lengths, 0) + (4 if step >= args.critic_warmup else 1)
-             * forward_flops(trainer.sampler.model, lengths, mask.sum().item()))
-    metrics["train_flops_utilisation"] = flops / (train_seconds * trainer.peak * world)
+    seconds = {name: after - before for (_, before), (name, after) in zip(laps, laps[1:])}
     metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
-    return metrics | {f"seconds_{name}": value for name, value in seconds.items()}, trajectories, rewards
+    metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
+    return metrics | speed_metrics(trainer, trajectories, examples, seconds, step), trajectories
+
+
+def trajectory_example(t, rewards):
+    """A trajectory and its rewards (one for each token of the response) as an Example."""
+    before = [0.0] * len(t.prompt_ids)
+    return make_example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
+                        sampler_logprobs=torch.tensor(before + t.logprobs),
+                        rewards=torch.tensor(before + rewards))
+
+
+def score_metrics(examples):
+    """What `score` says of the batch: mean reward, entropy, and how far the sampler's log-probabilities are
+    from the trainer's."""
+    mask, entropy, difference = (torch.cat(columns) for columns in zip(*(
+        (e.loss_mask, e.entropy, (e.logprobs - e.sampler_logprobs).abs()) for e in examples)))
+    return {"reward": mean([e.rewards.sum().item() for e in examples]),
+            "entropy": ((entropy * mask).sum() / mask.sum()).item(),
+            "sampler_difference": ((difference * mask).sum() / mask.sum()).item(),
+            "sampler_difference_max": (difference * mask).max().item()}
+
+
+def check_sampler(difference, dtype, step):
+    assert difference < TOLERANCE[dtype], (
+        f"step {step}: the sampler's log-probabilities differ from the trainer's by {difference} on average: "
+        "were the weights synced?")
+
+
+def speed_metrics(trainer, trajectories, examples, seconds, step):
+    lengths = [len(e) for e in examples]
+    trainable = sum(e.loss_mask.sum().item() for e in examples)
+    train_seconds = seconds["score"] + seconds["update"]
+    # `score` is one forward pass of each, `update` a forward and a backward, of the actor once it learns
+    flops = (4 * forward_flops(trainer.critic.backbone, lengths, 0)
+             + (4 if step >= trainer.args.critic_warmup else 1)
+             * forward_flops(trainer.sampler.model, lengths, trainable))
+    return {"rollout_tokens_per_second": sum(sum(t.loss_mask) for t in trajectories) / seconds["rollout"],
+            "train_tokens_per_second": sum(lengths) / train_seconds,
+            "train_flops_utilisation": flops / (train_seconds * trainer.peak * trainer.world)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -454,7 +505,7 @@ def plan(config, args, gpus, gib=math.inf):
         lm = AutoModelForCausalLM.from_config(config)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     total, layer = count(lm), count(lm.model.layers[0])
-    size = torch.finfo(sft.DTYPES[args.dtype]).bits // 8
+    size = torch.finfo(DTYPES[args.dtype]).bits // 8
     tokens = args.max_prompt_tokens + args.max_response_tokens
     inside = 10 * config.hidden_size + 3 * config.intermediate_size + 2 * head_dim(config) * (
         config.num_attention_heads + 2 * config.num_key_value_heads)
@@ -468,7 +519,7 @@ def plan(config, args, gpus, gib=math.inf):
         "optimiser": on_gpu * (actor + critic),
         # Weights and gradients of two layers, and of what is no layer, the critic's too; fp32 while reduced.
         "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
-        "activations": max(args.token_budget, tokens) * per_token * size + 3 * sft.LOGIT_BYTES,
+        "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES,
         "sampler": total * size,
     }
     parts = {name: value / 2**30 for name, value in parts.items()}
@@ -479,9 +530,9 @@ def plan(config, args, gpus, gib=math.inf):
     return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}
 
 
-def check_sampler(args, gib):
+def check_gpu(config, args, gib):
     """UserError where the sampler's copy cannot fit into a GPU of so many GiB, whatever the other flags."""
-    size = plan(sft.load_config(args.model), args, 1)["sampler"]
+    size = plan(config, args, 1)["sampler"]
     if size > gib:
         raise UserError(f"--model {args.model}: the sampler's copy in {args.dtype} needs {size:.1f} GiB on every "
                         f"GPU, this one has {gib:.1f} (see --plan)")
@@ -491,7 +542,7 @@ def print_plan(args):
     """Prints the plan for --plan GPUS GIB; UserError where it does not fit. A tenth of the memory is left to
     CUDA, NCCL and fragmentation."""
     gpus, gib = args.plan
-    config = sft.load_config(args.model)
+    config = load_config(args.model) if args.model else sft.starting_point("")[0]
     if gpus < 1 or gpus % args.replicas:
         raise UserError(f"--replicas {args.replicas} does not divide {gpus} GPUs")
     found = plan(config, args, gpus, 0.9 * gib)
@@ -513,8 +564,10 @@ def print_plan(args):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    sft.add_arguments(parser)
-    evaluation.add_arguments(parser)
+    sft.add_warm_start_arguments(parser)
+    sft.add_trainer_arguments(parser)
+    add_rollout_arguments(parser)
+    add_format_arguments(parser)
     add = parser.add_argument_group("PPO").add_argument
     add("--critic_model", default="",
         help="checkpoint whose network the critic starts from; empty: the policy's")
@@ -522,33 +575,33 @@ def parse_arguments(argv=None):
         help="embedded, or a JSONL file of problems; paper: DAPO-Math-17k")
     add("--eval_data", default="",
         help="JSONL files, separated by commas; empty: the embedded test splits, or none for a file")
-    add("--eval_problems", type=int, default=256,
+    add("--eval_problems", type=at_least(2), default=256,
         help="problems of the embedded test split (half as many of each other split)")
-    add("--eval_samples", type=int, default=4, help="samples per evaluation problem; paper 32")
-    add("--eval_top_p", type=float, default=1.0, help="nucleus of the evaluation; paper 0.7")
-    add("--steps", type=int, default=30, help="PPO steps; paper 400")
-    add("--prompts_per_step", type=int, default=256, help="prompts per step; paper 512 per minibatch")
-    add("--samples_per_prompt", type=int, default=1,
+    add("--eval_samples", type=at_least(1), default=4, help="samples per evaluation problem; paper 32")
+    add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus of the evaluation; paper 0.7")
+    add("--steps", type=at_least(1), default=30, help="PPO steps; paper 400")
+    add("--prompts_per_step", type=at_least(1), default=256, help="prompts per step; paper 512 per minibatch")
+    add("--samples_per_prompt", type=at_least(1), default=1,
         help="responses per prompt; the critic is the baseline, so 1 is enough")
-    add("--minibatches", type=int, default=4, help="optimiser steps per PPO step")
-    add("--actor_lr", type=float, default=1e-4, help="AdamW; paper 1e-6 (32B)")
-    add("--critic_lr", type=float, default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
-    add("--weight_decay", type=float, default=0.0, help="of both")
-    add("--lr_warmup", type=int, default=0, help="steps of linear warm-up; 0: none")
-    add("--lr_floor", type=float, default=0.1,
+    add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
+    add("--actor_lr", type=in_range(0.0), default=1e-4, help="AdamW; paper 1e-6 (32B)")
+    add("--critic_lr", type=in_range(0.0), default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
+    add("--weight_decay", type=in_range(0.0), default=0.0, help="of both")
+    add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up; 0: none")
+    add("--lr_floor", type=in_range(0.0, 1.0), default=0.1,
         help="the cosine ends at this fraction; 1.0 keeps the rate constant")
-    add("--critic_warmup", type=int, default=3,
+    add("--critic_warmup", type=at_least(0), default=3,
         help="first steps in which only the critic learns; public recipes 20")
-    add("--temperature", type=float, default=1.0,
+    add("--temperature", type=in_range(0.0, above=True), default=1.0,
         help="of rollouts, and of the log-probabilities in the loss; paper 1.0")
-    add("--gamma", type=float, default=1.0, help="discount")
-    add("--lam_actor", type=float, default=1.0, help="GAE lambda of the advantages")
-    add("--lam_critic", type=float, default=1.0, help="GAE lambda of the critic's targets")
-    add("--clip_low", type=float, default=0.2, help="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
-    add("--clip_high", type=float, default=0.28, help="see clip_low")
-    add("--value_clip", type=float, default=0.5, help="values move at most this far from the old ones")
-    add("--whiten_floor", type=float, default=0.2, help="smallest deviation that advantages are divided by")
-    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping, actor and critic each")
+    add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount")
+    add("--lam_actor", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the advantages")
+    add("--lam_critic", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the critic's targets")
+    add("--clip_low", type=in_range(0.0, 1.0), default=0.2, help="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    add("--clip_high", type=in_range(0.0), default=0.28, help="see clip_low")
+    add("--value_clip", type=in_range(0.0), default=0.5, help="values move at most this far from the old ones")
+    add("--whiten_floor", type=in_range(0.0, above=True), default=0.2, help="smallest deviation that advantages are divided by")
+    add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0, help="gradient clipping, actor and critic each")
     add("--drop_truncated", action="store_true", help="leave truncated responses out of the loss")
     add("--seed", type=int, default=0,
         help="of prompts, sampling and minibatches; the warm start has --sft_seed")
@@ -559,9 +612,9 @@ def parse_arguments(argv=None):
         help="with --resume: only write the newest checkpoint there as a Hugging Face folder")
     add("--plan", type=int, nargs=2, metavar=("GPUS", "GIB"), default=None,
         help="only print what each of so many GPUs of so many GiB would hold with these flags")
-    add("--save_every", type=int, default=10, help="steps between checkpoints; the last step always has one")
-    add("--keep_checkpoints", type=int, default=2, help="the last ones are kept")
-    add("--save_rollouts", type=int, default=32, help="responses per step written to rollouts.jsonl")
+    add("--save_every", type=at_least(1), default=10, help="steps between checkpoints; the last step always has one")
+    add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
+    add("--save_rollouts", type=at_least(0), default=32, help="responses per step written to rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.resume:
         try:
@@ -573,22 +626,14 @@ def parse_arguments(argv=None):
         args.run_dir = args.resume
     if args.export and not args.resume:
         parser.error("--export needs --resume")
-    evaluation.check_limits(parser, args)
-    sft.check_arguments(parser, args)
-    sft.check_at_least(parser, args, steps=1, prompts_per_step=1, samples_per_prompt=1, minibatches=1,
-                       eval_samples=1, save_every=1, keep_checkpoints=1)
-    if args.eval_problems < 2 or not 0 < args.eval_top_p <= 1:
-        parser.error("needs --eval_problems of at least 2 and 0 < --eval_top_p <= 1")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
-    if not 0 < args.temperature:
-        parser.error("--temperature must be positive: the policy gradient needs samples")
     return args
 
 
 def step_line(step, steps, m):
-    show = evaluation.percent
+    show = percent
     seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
     outcomes = " ".join(f"{name} {count}" for name, count in m["sandbox_outcomes"].items()) or "none"
     return (
@@ -631,153 +676,189 @@ def evaluation_sets(args):
     """{name: problems} to evaluate on before and after training."""
     if args.eval_data:
         files = args.eval_data.split(",")
-        sets = {Path(name).stem: data.load_problems(name) for name in files}
+        sets = {Path(name).stem: load_problems(name) for name in files}
         if len(sets) < len(files):
             raise UserError(f"--eval_data {args.eval_data}: two files of the same name")
         return sets
     if args.train_data != "embedded":
         return {}
-    sizes = {"test": args.eval_problems, "ood_large": args.eval_problems // 2,
-             "ood_families": args.eval_problems // 2}
-    return {split: evaluation.embedded_split(split, size) for split, size in sizes.items()}
+    return {"test": embedded_rows("test", args.eval_problems),
+            "ood_large": embedded_rows("ood_large", args.eval_problems // 2),
+            "ood_families": embedded_rows("ood_families", args.eval_problems // 2)}
 
 
-def write_record(args, run, world, device):
-    """arguments.json: what the run was started with; a resumed run adds a line about itself."""
-    record = {"versions": sft.versions(), "commit": commit(), "world_size": world,
-              "threads": torch.get_num_threads(), "device": str(device)}
-    run.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        before = json.loads((run / "arguments.json").read_text())
-        record = before | {"resumed": before.get("resumed", []) + [record]}
-    add_to_record(run, record | {"arguments": vars(args)})
+class RunFolder:
+    """What a run leaves behind. Every rank has one, rank 0 alone writes.
+
+    Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill at any moment leaves the
+    old one or the new one: arguments.json. Written at the end: curves.png, table.md, checkpoint/.
+    """
+
+    def __init__(self, path, rank):
+        self.path, self.rank = path, rank
+        self.files, self.rows, self.results = {}, [], {}
+
+    def write_arguments(self, args, world, device):
+        """arguments.json: what the run was started with; a resumed run adds a line about itself."""
+        record = {"versions": sft.versions(), "commit": commit(), "world_size": world,
+                  "threads": torch.get_num_threads(), "device": str(device)}
+        self.path.mkdir(parents=True, exist_ok=True)
+        if args.resume:
+            before = json.loads((self.path / "arguments.json").read_text())
+            record = before | {"resumed": before.get("resumed", []) + [record]}
+        self.add_to_arguments(record | {"arguments": vars(args)})
+
+    def add_to_arguments(self, entries):
+        path, partial = self.path / "arguments.json", self.path / "arguments.partial"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        with open(partial, "w") as file:
+            json.dump(record | entries, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+
+    def open(self, sizes):
+        """Open the JSONL files, cut back to the sizes that a checkpoint recorded, and read what they hold."""
+        if self.rank > 0:
+            return
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            self.files[name] = open(self.path / name, "a", buffering=1)
+            self.files[name].truncate(sizes.get(name, 0))
+        for line in open(self.path / "metrics.jsonl"):
+            row = json.loads(line)
+            if "evaluation" in row:
+                self.results[row.pop("evaluation")] = row
+            else:
+                self.rows.append(row)
+
+    def write(self, name, row):
+        if self.rank == 0:
+            self.files[name].write(json.dumps(row) + "\n")
+
+    def sizes(self):
+        """Bytes of the JSONL files, once they are on the disk."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: os.path.getsize(self.path / name) for name in self.files}
+
+    def finish(self, model, tokenizer):
+        for file in self.files.values():
+            file.close()
+        model.save_pretrained(self.path / "checkpoint")
+        tokenizer.save_pretrained(self.path / "checkpoint")
+        plot(self.rows, self.path / "curves.png")
+        if self.results:
+            (self.path / "table.md").write_text(evaluation_table(self.results) + "\n")
+            print(evaluation_table(self.results))
 
 
-def add_to_record(run, entries):
-    """Update arguments.json by a rename: a kill at any moment leaves the old one or the new one."""
-    path, partial = run / "arguments.json", run / "arguments.partial"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    with open(partial, "w") as file:
-        json.dump(record | entries, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def open_cut(path, size):
-    """A text file to append lines to, cut back to its first `size` bytes."""
-    file = open(path, "a", buffering=1)
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-async def main(rank, world, device):
-    args, begin = parse_arguments(), time.perf_counter()
-    if args.plan:
-        return print_plan(args) if rank == 0 else None
+def choose_run_folder(args, rank):
+    """The folder of this run, the same on all ranks; UserError rather than overwriting anything."""
     name = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)  # the clocks of the ranks may be a second apart
     run = Path(name[0])
     # rank 0 alone: it is the one that will write there
     if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
+    return RunFolder(run, rank)
+
+
+async def main(rank, world, device):
+    args, begin = parse_arguments(), time.perf_counter()
+    if args.plan:
+        return print_plan(args) if rank == 0 else None
+    run = choose_run_folder(args, rank)
     # Read everything before the warm start: a bad file should not be found out minutes later.
-    sft.check_mesh(args, world)
-    evaluation.check_positions(sft.check_model(args.model, args.critic_model), args)
+    sft.check_mesh(args.replicas, world)
+    config, tokenizer = sft.starting_point(args.model)
+    check_positions(config, args)
+    if args.critic_model and load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
     if device.type == "cuda":
-        check_sampler(args, torch.cuda.get_device_properties(device).total_memory / 2**30)
-    template = data.load_template(args.prompt_template)
-    train_problems = None if args.train_data == "embedded" else data.load_problems(args.train_data)
-    sets = evaluation_sets(args)
+        check_gpu(config, args, torch.cuda.get_device_properties(device).total_memory / 2**30)
+    template, sets = load_template(args.prompt_template), evaluation_sets(args)
+    problems = None if args.train_data == "embedded" else load_problems(args.train_data)
     if rank == 0 and not args.export:
         if not args.resume:
-            write_record(args, run, world, device)
-        print(f"run folder: {run}\n{json.dumps(vars(args))}")
+            run.write_arguments(args, world, device)
+        print(f"run folder: {run.path}\n{json.dumps(vars(args))}")
 
     model_path = args.model or await sft.warm_start(args, rank, world, device)
     tokenizer = load_tokenizer(model_path)
-    trainer = Trainer(args, model_path, tokenizer, rank, world, device)
-    prompts = Prompts(args, tokenizer, template, train_problems)
-    start = trainer.resume(run) if args.resume else START
-    if args.export and not start["step"]:
-        raise UserError(f"--resume {run}: there is no checkpoint to export")
-    if args.resume and not args.export and rank == 0:  # not before: what is refused must leave no trace
-        write_record(args, run, world, device)
+    trainer = Trainer(args, model_path, rank, world, device)
+    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
+    start = trainer.resume(run.path / "checkpoints") if args.resume else START
+    if args.export:
+        return export(trainer, tokenizer, run, start, args.export)
+    if args.resume and rank == 0:  # not before: what is refused must leave no trace
+        run.write_arguments(args, world, device)
     if rank == 0:
         print(f"warm start ready after {time.perf_counter() - begin:.0f} s; "
               f"prompts skipped as too long: {prompts.skipped}")
         if args.resume:
-            print(f"{run}: goes on after step {start['step']}")
-    if args.export:
-        if rank == 0:
-            trainer.sampler.save_pretrained(args.export)
-            tokenizer.save_pretrained(args.export)
-            print(f"step {start['step']} of {run} exported to {args.export}")
-        return
-    files = {name: open_cut(run / name, start["bytes"].get(name, 0)) if rank == 0 else open(os.devnull, "w")
-             for name in ("metrics.jsonl", "rollouts.jsonl")}
-    results, rows = {}, []
-    for line in open(run / "metrics.jsonl") if rank == 0 else ():
-        row = json.loads(line)
-        if "evaluation" in row:
-            results[row.pop("evaluation")] = row
-        else:
-            rows.append(row)
+            print(f"{run.path}: goes on after step {start['step']}")
+    run.open(start["bytes"])
+    await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin)
+
+
+def export(trainer, tokenizer, run, start, folder):
+    """--export: the newest checkpoint as a folder for plain transformers."""
+    if not start["step"]:
+        raise UserError(f"--resume {run.path}: there is no checkpoint to export")
+    if trainer.rank == 0:
+        trainer.sampler.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print(f"step {start['step']} of {run.path} exported to {folder}")
+
+
+async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin):
+    """From the step where `start` stands to the last; begin: time.perf_counter() at the script's start."""
+    args, rank, world = trainer.args, trainer.rank, trainer.world
 
     def seconds_so_far():
         return start["seconds"] + time.perf_counter() - begin
 
-    def write(name, row):
-        files[name].write(json.dumps(row) + "\n")
-
-    async def evaluate(when):
+    async def evaluate_all(when):
         for name, problems in sets.items():
             label = f"{name} {when}"
-            results[label], _, _ = await evaluation.evaluate(
+            run.results[label], _ = await evaluate(
                 trainer.sampler, tokenizer, problems, template, sandbox, rank, world, label,
                 args.max_prompt_tokens, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
-                seed=0, **evaluation.rollout_settings(args))
-            write("metrics.jsonl", {"evaluation": label} | results[label])
+                seed=0, **rollout_settings(args))
+            run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
         if rank == 0 and sets:
-            shown = {name: metrics for name, metrics in results.items() if name.endswith(when)}
-            print(evaluation.table(shown), flush=True)
+            print(evaluation_table({label: metrics for label, metrics in run.results.items()
+                                    if label.endswith(when)}), flush=True)
 
     async with make_sandbox(args) as sandbox:
         if rank == 0:
             print(sandbox.report)
-            add_to_record(run, {"sandbox": sandbox.report})
+            run.add_to_arguments({"sandbox": sandbox.report})
         if start["step"] == 0:
-            await evaluate("before")
+            await evaluate_all("before")
         seconds_checkpoint = 0.0
         for step in tqdm(range(start["step"], args.steps), desc="ppo", disable=rank > 0):
-            metrics, trajectories, rewards = await train_step(trainer, prompts, sandbox, tokenizer, step)
+            metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
             metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
-            rows.append({"step": step} | metrics)
-            write("metrics.jsonl", rows[-1])
-            for t, r in list(zip(trajectories, rewards))[:args.save_rollouts]:
-                write("rollouts.jsonl", {"step": step} | evaluation.describe(t, r, tokenizer))
+            run.rows.append({"step": step} | metrics)
+            run.write("metrics.jsonl", run.rows[-1])
+            for t in trajectories[:args.save_rollouts]:
+                run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer))
             if rank == 0:
                 tqdm.write(step_line(step + 1, args.steps, metrics))
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 clock = time.perf_counter()
-                trainer.save(run, step + 1, files, seconds_so_far())
+                trainer.save(run.path / "checkpoints", step + 1, seconds_so_far(), run.sizes())
                 seconds_checkpoint = time.perf_counter() - clock
-        await evaluate("after")
+        await evaluate_all("after")
     seconds_total = seconds_so_far()
-    write("metrics.jsonl", {"seconds_total": seconds_total})
-    for file in files.values():
-        file.close()
+    run.write("metrics.jsonl", {"seconds_total": seconds_total})
     if rank == 0:
-        add_to_record(run, {"sandbox_results": sandbox.counts})  # not a metric: "near_limit" depends on load
-        trainer.sampler.save_pretrained(run / "checkpoint")
-        tokenizer.save_pretrained(run / "checkpoint")
-        plot(rows, run / "curves.png")
-        if results:
-            (run / "table.md").write_text(evaluation.table(results) + "\n")
-            print(evaluation.table(results))
-        print(f"{run}: done in {seconds_total:.0f} s")
+        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: "near_limit" depends on load
+        run.finish(trainer.sampler, tokenizer)
+        print(f"{run.path}: done in {seconds_total:.0f} s")
 
 
 if __name__ == "__main__":
-    sft.run_script(main)
+    run_script(main)

@@ -28,33 +28,30 @@ Reproducible by default: a paused row rejoins a fixed number of ticks after its 
 result waited for, so that batch shapes (and with them rounding) do not depend on the clock. `rejoin_ticks=0`
 gives that up: rows rejoin as soon as their result is there.
 
-    python rollout.py                # against the slow twin: token for token, then tokens/s of both
-    python rollout.py --model DIR    # the same on a checkpoint, on a GPU if there is one
-    python rollout.py --slow_tools   # do snippets that sleep hold up a rollout?
+    python tests/bench_rollout.py    # against the slow twin: token for token, then tokens/s of both
 
 Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers, H query
 heads, K key/value heads, D head dim, S cache positions per slot.
 """
-import argparse
 import asyncio
 import bisect
-import copy
 import heapq
-import json
 import math
 import re
-import resource
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sandbox import Sandbox, SandboxResult
+from sandbox import UserError
 
 try:  # CUDA only, an optional package; without it PyTorch's own FlashAttention is used
     from flash_attn import flash_attn_varlen_func
@@ -200,10 +197,6 @@ def head_dim(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-class RolloutError(ValueError):
-    """What this engine cannot serve: attention of another kind, not even one row that fits into memory."""
-
-
 class KVCache:
     """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
 
@@ -281,52 +274,62 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     """
     unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise RolloutError(f"this model's attention has {', '.join(unknown)}, which is not implemented")
+        raise UserError(f"this model's attention has {', '.join(unknown)}, which is not implemented")
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
-    gqa = q.shape[0] != k.shape[0]
-    cache, lengths = packing.cache, packing.lengths
-    if cache is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return flash_attention(q, k, v, packing.last, max(lengths), scaling), None
-    if cache is None:  # training: whole sequences, no past
-        # split, not slices: the backward of N slices would write N tensors of the full length
-        spans = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1))
-        out = [
-            F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=scaling,
-                                           enable_gqa=gqa) for a, b, c in spans
-        ]
-        return torch.cat(out, 2).transpose(1, 2), None
-
+    if packing.cache is None:
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return flash_attention(q, k, v, packing.last, max(packing.lengths), scaling), None
+        return whole_sequences(q, k, v, packing.lengths, scaling), None
+    cache = packing.cache
     k_cache, v_cache = cache.k[module.layer_idx], cache.v[module.layer_idx]  # (n_slots, K, S, D)
     k_cache[packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
     v_cache[packing.slot_of_token, :, packing.position_ids] = v.transpose(0, 1)
     out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
-    n = packing.n_decode
-    if n:
-        n_view, heads = packing.bias.shape[0], k.shape[0]
-        # The H/K query heads that share a key head become "queries" of one sequence: (slots, K, H/K, D), no
-        # key is repeated.
-        grouped = q.new_zeros(n_view, *q.shape[::2])  # (slots, H, D)
-        grouped[packing.decode_slots] = q[:, :n].transpose(0, 1)
-        grouped = grouped.view(n_view, heads, -1, q.shape[2])
-        keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
-        # Written out: for one query per row this is twice as fast on CPU as the fused kernel.
-        # In fp32 from the start: scores rounded to bf16 are not those that the trainer's kernel sees.
-        scores = at_least_fp32(grouped) @ at_least_fp32(keys).transpose(-1, -2) * scaling
-        probs = torch.softmax(scores + packing.bias, -1)  # (slots, K, H/K, longest)
-        decoded = probs.to(values.dtype) @ values
-        out[:n] = decoded.reshape(n_view, *q.shape[::2])[packing.decode_slots]
-    begin = n
-    for slot, past, new in zip(packing.slots[n:], packing.past[n:], lengths[n:]):
+    if packing.n_decode:
+        out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scaling)
+    several_tokens_each(out, q, k_cache, v_cache, packing, scaling)
+    return out[None], None
+
+
+def whole_sequences(q, k, v, lengths, scale):
+    """Training: sequences without a past. q (H, T, D), k, v (K, T, D) -> (1, T, H, D)."""
+    # split, not slices: the backward of N slices would write N tensors of the full length
+    spans = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1))
+    out = [F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=scale,
+                                          enable_gqa=q.shape[0] != k.shape[0]) for a, b, c in spans]
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+def one_token_each(q, k_cache, v_cache, packing, scale):
+    """Decoding: the first n tokens are one of each of n rows. q (H, T, D) -> (n, H, D)."""
+    n, n_view, heads = packing.n_decode, packing.bias.shape[0], k_cache.shape[1]
+    # The H/K query heads that share a key head become "queries" of one sequence: no key is repeated.
+    grouped = q.new_zeros(n_view, *q.shape[::2])  # (slots, H, D)
+    grouped[packing.decode_slots] = q[:, :n].transpose(0, 1)
+    grouped = grouped.view(n_view, heads, -1, q.shape[2])  # (slots, K, H/K, D)
+    keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
+    # Written out: for one query per row this is twice as fast on CPU as the fused kernel.
+    # In fp32 from the start: scores rounded to bf16 are not those that the trainer's kernel sees.
+    scores = at_least_fp32(grouped) @ at_least_fp32(keys).transpose(-1, -2) * scale
+    probs = torch.softmax(scores + packing.bias, -1)  # (slots, K, H/K, longest)
+    decoded = probs.to(values.dtype) @ values
+    return decoded.reshape(n_view, *q.shape[::2])[packing.decode_slots]
+
+
+def several_tokens_each(out, q, k_cache, v_cache, packing, scale):
+    """Prompts, and rows that come back with interpreter text; writes into out (T, H, D)."""
+    n = begin = packing.n_decode
+    for slot, past, new in zip(packing.slots[n:], packing.past[n:], packing.lengths[n:]):
         total = past + new
         mask = None  # a prompt is plainly causal; a resumed row's queries also see all of its past
         if past:
             mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(past)
         attended = F.scaled_dot_product_attention(
-            q[None, :, begin:begin + new], k_cache[slot, None, :, :total], v_cache[slot, None, :, :total],
-            attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
+            q[None, :, begin:begin + new], k_cache[slot, None, :, :total],
+            v_cache[slot, None, :, :total], attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=q.shape[0] != k_cache.shape[1])
         out[begin:begin + new] = attended[0].transpose(0, 1)
         begin += new
-    return out[None], None
 
 
 # A model loaded with attn_implementation="retool" calls packed_attention; transformers builds no mask for a
@@ -360,6 +363,160 @@ def forward_step(model, cache, slots, tokens):
     return at_least_fp32(logits)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Loading a model
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0]
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint; UserError where it has no vocabulary, EOS or chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
+    # A folder with a config but no tokenizer files yields an empty tokenizer, not an error.
+    if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
+    return tokenizer
+
+
+def load_config(path, tokenizer=()):
+    """A checkpoint's configuration, without its weights; UserError where it cannot be read, or has fewer
+    embeddings than the tokenizer has tokens."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, the tokenizer "
+                        f"{len(tokenizer)} tokens")
+    return config
+
+
+def load_model(path, device, dtype="fp32"):
+    """A causal LM whose attention is `packed_attention`.
+
+    Trap: never `.to(torch.bfloat16)` later, that would round RoPE's frequencies too.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="retool",
+                                                     dtype=DTYPES[dtype])
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    return model.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How likely it is: what the trainers need of a response
+
+
+@dataclass
+class Example:
+    """One sequence for the trainer, or a packed micro-batch of them. Every column is (T,), T being one less
+    than the sequence's tokens: position t reads token t and speaks of token t + 1."""
+    input_ids: torch.Tensor  # token t
+    targets: torch.Tensor  # token t + 1
+    loss_mask: torch.Tensor  # 1.0 where the policy sampled token t + 1 itself
+    sampler_logprobs: torch.Tensor = None  # of token t + 1, as the sampler computed them
+    rewards: torch.Tensor = None  # for token t + 1
+    logprobs: torch.Tensor = None  # of token t + 1 before the update, by the trainer
+    entropy: torch.Tensor = None  # of the distribution that token t + 1 was drawn from
+    values: torch.Tensor = None  # of the state before token t + 1, before the update
+    advantages: torch.Tensor = None  # of token t + 1
+    returns: torch.Tensor = None  # what the value of the state before token t + 1 should be
+
+    def __len__(self):
+        return len(self.input_ids)
+
+
+def make_example(ids, loss_mask, **per_token):
+    """Token ids and 0/1 mask of a sequence, and further columns aligned with its tokens, as an Example. This
+    is the one place where columns are shifted by one."""
+    columns = {name: torch.as_tensor(values)[1:] for name, values in per_token.items()}
+    return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
+                   torch.tensor(loss_mask[1:], dtype=torch.float32), **columns)
+
+
+def pack(lengths, token_budget, world):
+    """Distribute sequences over ranks and micro-batches: result[rank][micro_batch] is a list of indices.
+
+    Longest first into the emptiest bin, the same number of micro-batches on every rank (some may be empty),
+    none above token_budget unless a single sequence is.
+    """
+    assert lengths, "nothing to pack"
+    budget = max(token_budget, max(lengths))
+    n = max(1, math.ceil(sum(lengths) / (token_budget * world)))
+    while True:
+        bins, loads = [[] for _ in range(n * world)], [0] * (n * world)
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            j = loads.index(min(loads))
+            bins[j].append(i)
+            loads[j] += lengths[i]
+        if max(loads) <= budget:
+            return [[bins[m * world + rank] for m in range(n)] for rank in range(world)]
+        n += 1
+
+
+def collate(examples, device):
+    """(flat Example (T,), its Packing). An empty micro-batch, a rank's no-op beside the others' work, becomes
+    one masked token."""
+    if not examples:
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        return Example(zero, zero, *[zero.float()] * (len(fields(Example)) - 2)), Packing([1], device)
+    packing = Packing([len(e) for e in examples], device)
+    names = [f.name for f in fields(Example) if getattr(examples[0], f.name) is not None]
+    return Example(**{name: torch.cat([getattr(e, name) for e in examples]).to(device)
+                      for name in names}), packing
+
+
+LOGIT_BYTES = 256 << 20  # of the logits that exist at one time: 441 tokens of Qwen's vocabulary in fp32
+
+
+class Policy(nn.Module):
+    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has gathered its
+    weights, and goes through the tokens in chunks: no (T, V) tensor ever exists, forward or backward."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
+        """input_ids, targets, loss_mask (T,) -> logprobs (T,) of the targets at the temperature, 0 where
+        masked.
+
+        with_entropy: also the entropy (T,) of each trainable position's distribution, without gradient. The
+        head, most of the work of a small model, runs for trainable positions only.
+        """
+        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
+                               use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
+        chosen = loss_mask.nonzero()[:, 0]
+        chunk = max(1, LOGIT_BYTES // (4 * self.lm.config.vocab_size))
+        parts = []
+        for positions in chosen.split(chunk):
+            arguments = hidden[positions], targets[positions], temperature, with_entropy
+            # A chunk's logits are computed again in the backward pass instead of being kept; a single chunk
+            # is kept, for there is nothing to save.
+            parts.append(checkpoint(self.head, *arguments, use_reentrant=False)
+                         if len(chosen) > chunk and torch.is_grad_enabled() else self.head(*arguments))
+        columns = [torch.zeros_like(input_ids, dtype=values.dtype).index_put((chosen,), values)
+                   for values in map(torch.cat, zip(*parts))]
+        return columns if with_entropy else columns[0]
+
+    def head(self, hidden, targets, temperature, with_entropy):
+        """hidden (n, hidden), targets (n,) -> logprobs (n,) and, if wanted, entropy (n,)."""
+        logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (n, V)
+        normaliser = torch.logsumexp(logits, -1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        if not with_entropy:
+            return (logprobs,)
+        with torch.no_grad():
+            return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -411,22 +568,23 @@ class ToolCall:
     code: str
     output: str  # the sandbox's text, before neutralising and the cap in tokens
     status: str
-    start: int  # response_ids[start:end] is the snippet, tags included; interpreter tokens follow at `end`
-    end: int
+    start: int  # response_ids[start:end] is the snippet, tags included
+    end: int  # interpreter tokens follow here
     seconds: float
 
 
 @dataclass
 class Trajectory:
+    """One response. The three lists have an entry for each token of the response."""
     prompt_index: int
     sample_index: int
     prompt_ids: list
     response_ids: list = field(default_factory=list)
     loss_mask: list = field(default_factory=list)  # 1 sampled, 0 forced
-    logprobs: list = field(
-        default_factory=list)  # of the sampler, at the sampling temperature; 0.0 where forced
+    logprobs: list = field(default_factory=list)  # of the sampler, at its temperature; 0.0 where forced
     tool_calls: list = field(default_factory=list)
     finish_reason: str = ""
+    correct: bool = False  # whether the final answer is right: eval.py says so
 
     def sampled_segments(self, with_code=True):
         """Runs of sampled token ids; forced text (and executed code, if left out) lies between them."""
@@ -444,161 +602,156 @@ class Trajectory:
         return segments
 
 
+@dataclass
+class Sampling:
+    """The keyword arguments of `generate`. Limits are in tokens."""
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # below 1 for evaluation only, see `sample`
+    max_response_tokens: int = 512  # interpreter tokens included
+    max_calls: int = 4
+    max_interpreter_tokens: int = 128  # of each call
+    tools: bool = True  # False: tags mean nothing, nothing is run
+    n_slots: int = 64  # rows in the cache at the same time; fewer where memory is short
+    kv_gib: float = 0.0  # GiB that the cache may take; 0: what is free
+    rejoin_ticks: int = 4  # ticks between a call and the row's return; 0: once it is done, not reproducible
+    seed: int = 0
+    step: int = 0  # of the run: part of the noise
+    logits_processor: object = None  # f(logits (N, V), trajectories) -> logits, for forced decoding
+    progress: object = None  # called with 1 for each finished row
+
+
 @dataclass(eq=False)
 class Row:
     """A trajectory in flight."""
     trajectory: Trajectory
     key: int  # names the prompt to the noise: the same on any number of ranks
-    pending: list  # tokens to feed in the next step
+    pending: list  # tokens to feed in the next tick
     slot: int = -1
-    segment_begin: int = 0
+    segment_begin: int = 0  # where in the response the current model segment starts
     tail: str = ""  # the last characters sampled: could be the beginning of a tag
     opened: bool = False  # <code> has been seen since segment_begin
-    overrun: str = ""
+    overrun: str = ""  # what the last token holds beyond </code>
     task: object = None  # the running snippet
     due: int = 0  # tick at which the row rejoins
 
 
-async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperature=1.0, top_p=1.0,
-                   max_response_tokens=512, max_calls=4, max_interpreter_tokens=128, tools=True, n_slots=64,
-                   kv_gib=0.0, rejoin_ticks=4, seed=0, step=0, prompt_keys=None, logits_processor=None,
-                   stats=None, progress=None):
+async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_keys=None, stats=None,
+                   **sampling):
     """Sample n_samples responses to each prompt; returns a list of Trajectory, prompt-major.
 
-    prompts: list of token-id lists. sandbox: an entered Sandbox (unused, may be None, with tools=False: tags
-    then mean nothing and nothing is run). Limits are in tokens; max_response_tokens counts interpreter tokens
-    too. n_slots is reduced to what fits into kv_gib GiB (0: no such limit) and into the free memory; rows
-    beyond it queue in order. Where that binds, batch shapes, and so rounding, depend on it.
-    rejoin_ticks: ticks between a call and the row's return, 0 for "as soon as possible" (not reproducible).
-    prompt_keys: integers naming the prompts to the noise (default: their index).
-    logits_processor(logits (N, V), trajectories) -> logits, for forced decoding and ablations. stats: a dict
-    that receives counts and seconds. progress: called with 1 for each finished row.
-    Raises ValueError for an empty prompt and where prompt + response exceed the model's positions,
-    RolloutError where not even one row fits into the memory.
+    prompts: lists of token ids. sandbox: an entered Sandbox (may be None with tools=False).
+    prompt_keys: integers that name the prompts to the noise (default: their index).
+    stats: a dict that receives counts and seconds. sampling: the fields of `Sampling`.
+    Rows beyond the slots queue in order. Where memory binds, batch shapes, and so rounding, depend on it.
+    ValueError for an empty prompt and where prompt + response exceed the model's positions, UserError
+    where not even one row fits into the memory.
     """
-    longest = max((len(p) for p in prompts), default=0) + max_response_tokens
+    settings = Sampling(**sampling)
+    longest = max((len(p) for p in prompts), default=0) + settings.max_response_tokens
     if not all(prompts):
         raise ValueError("a prompt is empty")
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
                          f"{model.config.max_position_embeddings} positions")
-    if n_slots < 1 or not 0 < top_p <= 1 or temperature < 0:
+    if settings.n_slots < 1 or not 0 < settings.top_p <= 1 or settings.temperature < 0:
         raise ValueError("needs n_slots >= 1, 0 < top_p <= 1 and temperature >= 0")
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
-    prompt_keys = list(range(len(prompts))) if prompt_keys is None else prompt_keys
-    queue = deque(Row(Trajectory(i, j, prompts[i]), prompt_keys[i], prompts[i])
-                  for i in range(len(prompts)) for j in range(n_samples))
-    results, active, paused = [row.trajectory for row in queue], [], []
-    weight = next(model.parameters())
-    slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
-    budget = min(kv_gib * 2**30 or math.inf, free_bytes(weight.device))
-    if budget < slot_bytes:
-        raise RolloutError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV cache, "
-                         f"there are {budget / 2**30:.2g} (--kv_gib, or free)")
-    n_slots = int(min(n_slots, len(queue), budget / slot_bytes))
-    cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
-    free = list(range(n_slots))  # a heap: low slots first keeps the view of the decode step short
-    pieces, eos = Pieces(tokenizer), tokenizer.eos_token_id
-    shared = {}  # prompt index -> (logits after it, its k, its v), for its other samples
-    # slot_ticks, kv_tokens: rows that hold a slot, and tokens they have cached, summed over the ticks
-    counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "slot_ticks": 0, "kv_tokens": 0,
-              "tool_wait_seconds": 0.0}
-    tick = 0
+    keys = prompt_keys or range(len(prompts))
+    rows = [Row(Trajectory(i, j, prompt), keys[i], prompt)
+            for i, prompt in enumerate(prompts) for j in range(n_samples)]
+    engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
+    await engine.run()
+    for name, value in (engine.counts if stats is not None else {}).items():
+        stats[name] = stats.get(name, 0) + value
+    if stats is not None:
+        stats |= {"slots": engine.n_slots, "slot_tokens": longest}
+    return [row.trajectory for row in rows]
 
-    def finish(row, reason):
-        row.trajectory.finish_reason = reason
-        cache.lengths[row.slot] = 0
-        heapq.heappush(free, row.slot)
-        if progress:
-            progress(1)
 
-    def advance(row, token, logprob):
-        """Append a sampled token and decide what happens to the row: it ends, pauses for its snippet, or goes
-        on."""
-        t = row.trajectory
-        t.response_ids.append(token)
-        t.loss_mask.append(1)
-        t.logprobs.append(logprob)
-        row.pending = [token]
-        if token == eos:
-            return finish(row, "eos")
-        if tools:
-            window = row.tail + pieces[token]
-            row.tail = window[1 - len(CODE_CLOSE):]
-            row.opened |= CODE_OPEN in window
-            _, closed, row.overrun = window.partition(CODE_CLOSE)
-            snippet = None
-            if closed and row.opened:  # the search is linear in the segment: not for every stray </code>
-                snippet = find_snippet(pieces, t.response_ids, row.segment_begin, row.overrun)
-            if snippet:
-                if len(t.tool_calls) == max_calls:
-                    return finish(row, "max_calls")
-                start, code = snippet
-                t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
-                # Generators inside the snippet are seeded by the row, not by the order of arrival; the
-                # position is negative so that no sampled token shares these bits.
-                bits = noise_bits(seed, step, row.key, t.sample_index, -len(t.tool_calls))
-                row.task = asyncio.ensure_future(sandbox.run(code, seed=int(bits >> np.uint64(33))))
-                row.due = tick + rejoin_ticks
-                return paused.append(row)
-        if len(t.response_ids) >= max_response_tokens:
-            return finish(row, "length")
-        active.append(row)
+class Engine:
+    """The tick loop of one `generate`. A row is in exactly one of these places:
 
-    def rejoin(row):
-        """Append the interpreter block. Nothing is computed here: its tokens are fed with the row's next
-        step."""
-        t, result = row.trajectory, row.task.result()
-        call = t.tool_calls[-1]
-        call.output, call.status, call.seconds = result.output, result.status, result.seconds
-        if result.status == "sandbox_error":
-            return finish(row, "sandbox_error")
-        block = encode_interpreter(tokenizer, result.output, max_interpreter_tokens, row.overrun)
-        block = block[: max_response_tokens - len(t.response_ids)]
-        t.response_ids += block
-        t.loss_mask += [0] * len(block)
-        t.logprobs += [0.0] * len(block)
-        row.pending, row.segment_begin = row.pending + block, len(t.response_ids)
-        row.tail, row.opened = "", False
-        if len(t.response_ids) >= max_response_tokens:
-            return finish(row, "length")
-        active.append(row)
+    queue    waits for a slot; served in order
+    active   takes part in the next forward call
+    paused   its snippet runs; it keeps its slot and cache
+    (none)   finished, its slot is free again
+    """
 
-    async def wait_for_tools():
-        """Bring back the rows whose turn it is; wait for their results, or for any result if nothing else can
-        be done."""
-        nonlocal tick
-        begin = time.perf_counter()
-        if paused and not active and not (queue and free):
-            tick = max(tick, min(row.due for row in paused))
-            if not rejoin_ticks:
-                await asyncio.wait([row.task for row in paused], return_when=asyncio.FIRST_COMPLETED)
-        due = [row for row in paused if (row.due <= tick if rejoin_ticks else row.task.done())]
+    def __init__(self, model, tokenizer, sandbox, settings, rows, longest):
+        self.model, self.tokenizer, self.sandbox, self.settings = model, tokenizer, sandbox, settings
+        self.queue, self.active, self.paused = deque(rows), [], []
+        weight = next(model.parameters())
+        slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
+        budget = min(settings.kv_gib * 2**30 or math.inf, free_bytes(weight.device))
+        if budget < slot_bytes:
+            raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
+                            f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
+        self.n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
+        self.cache = KVCache(model.config, self.n_slots, longest, weight.dtype, weight.device)
+        # A heap: low slots first keeps the view of the decode step short.
+        self.free = list(range(self.n_slots))
+        self.pieces, self.tick = Pieces(tokenizer), 0
+        # Prompt index -> (logits after it, its k, its v), for the prompt's other samples.
+        self.shared = {}
+        # slot_ticks, kv_tokens: rows that hold a slot, and tokens they have cached, summed over ticks.
+        self.counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "slot_ticks": 0, "kv_tokens": 0,
+                       "tool_wait_seconds": 0.0}
+
+    async def run(self):
+        try:
+            while self.queue or self.active or self.paused:
+                await asyncio.sleep(0)  # let the sandbox's own callbacks run
+                await self.wait_for_tools()
+                leaders, followers = self.admit()
+                if not self.queue:  # as long as rows wait, a free slot is refilled instead
+                    self.compact()
+                # Stable: decoding rows first, as Packing wants them.
+                rows = sorted(self.active + leaders, key=lambda row: len(row.pending) > 1)
+                if rows or followers:
+                    self.active = []
+                    self.step(rows, leaders, followers)
+        finally:
+            for row in self.paused:  # after an error or a cancellation no snippet outlives its rollout
+                row.task.cancel()
+        self.counts["ticks"] = self.tick
+
+    async def wait_for_tools(self):
+        """Bring back the rows whose turn it is, and wait for their results; for any result, if nothing
+        else can be done."""
+        begin, ticks = time.perf_counter(), self.settings.rejoin_ticks
+        if self.paused and not self.active and not (self.queue and self.free):
+            self.tick = max(self.tick, min(row.due for row in self.paused))
+            if not ticks:
+                await asyncio.wait([row.task for row in self.paused],
+                                   return_when=asyncio.FIRST_COMPLETED)
+        due = [row for row in self.paused if (row.due <= self.tick if ticks else row.task.done())]
         await asyncio.gather(*[row.task for row in due])
-        counts["tool_wait_seconds"] += time.perf_counter() - begin
+        self.counts["tool_wait_seconds"] += time.perf_counter() - begin
         for row in due:
-            paused.remove(row)
-            rejoin(row)
+            self.paused.remove(row)
+            self.rejoin(row)
 
-    def admit():
-        """Fill free slots: (rows that must compute their prompt, rows whose prompt another sample has or will
-        have computed)."""
+    def admit(self):
+        """Fill free slots: (leaders, which must compute their prompt; followers, whose prompt another
+        sample has or will have computed)."""
         leaders, followers, tokens = {}, [], 0
-        while queue and free and tokens < PREFILL_TOKENS:
-            row = queue.popleft()
-            row.slot = heapq.heappop(free)
+        while self.queue and self.free and tokens < PREFILL_TOKENS:
+            row = self.queue.popleft()
+            row.slot = heapq.heappop(self.free)
             index = row.trajectory.prompt_index
-            if index in shared or index in leaders:
+            if index in self.shared or index in leaders:
                 followers.append(row)
             else:
                 leaders[index] = row
                 tokens += len(row.pending)
         return list(leaders.values()), followers
 
-    def compact():
-        """Move rows from the highest slots into free lower ones: the decode view shrinks with its rows."""
-        for row in sorted(active + paused, key=lambda row: -row.slot):
+    def compact(self):
+        """Move rows from the highest slots into free lower ones: the decode view shrinks with its
+        rows."""
+        cache, free = self.cache, self.free
+        for row in sorted(self.active + self.paused, key=lambda row: -row.slot):
             if not free or free[0] > row.slot:
                 return
             slot, length = heapq.heappop(free), cache.lengths[row.slot]
@@ -608,335 +761,113 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, temperatu
             heapq.heappush(free, row.slot)
             row.slot = slot
 
-    def next_logits(rows, leaders, followers):
-        """Feed the pending tokens of `rows` (leaders among them); logits (N, V) for rows, then followers."""
-        nonlocal shared
-        logits = []
+    def step(self, rows, leaders, followers):
+        """One tick: a forward call, one sampled token for every row."""
+        settings = self.settings
+        logits = self.next_logits(rows, leaders, followers)
+        rows = rows + followers
+        trajectories = [row.trajectory for row in rows]
+        if settings.logits_processor:
+            logits = settings.logits_processor(logits, trajectories)
+        bits = noise_bits(settings.seed, settings.step, [row.key for row in rows],
+                          [t.sample_index for t in trajectories],
+                          [len(t.response_ids) for t in trajectories])
+        uniform = torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        tokens, logprobs = sample(logits, uniform.to(logits.device), settings.temperature,
+                                  settings.top_p)
+        self.counts["sampled"] += len(rows)
+        self.counts["slot_ticks"] += self.n_slots - len(self.free)
+        self.counts["kv_tokens"] += sum(self.cache.lengths)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
+            self.advance(row, token, logprob)
+        self.tick += 1
+
+    def next_logits(self, rows, leaders, followers):
+        """Feed the pending tokens of `rows` (leaders among them); logits (N, V) for rows, then
+        followers."""
+        cache, logits = self.cache, []
         if rows:
-            logits.append(
-                forward_step(model, cache, [row.slot for row in rows], [row.pending for row in rows]))
-            counts["tokens_fed"] += sum(len(row.pending) for row in rows)
+            logits.append(forward_step(self.model, cache, [row.slot for row in rows],
+                                       [row.pending for row in rows]))
+            self.counts["tokens_fed"] += sum(len(row.pending) for row in rows)
         for row in leaders:
             kv = (x[:, row.slot, :, : len(row.pending)] for x in (cache.k, cache.v))
-            shared[row.trajectory.prompt_index] = logits[0][rows.index(row)], *kv
+            self.shared[row.trajectory.prompt_index] = logits[0][rows.index(row)], *kv
         for row in followers:  # same prompt, same logits; only the noise differs
-            first, k, v = shared[row.trajectory.prompt_index]
+            first, k, v = self.shared[row.trajectory.prompt_index]
             cache.lengths[row.slot] = k.shape[2]
             cache.k[:, row.slot, :, : k.shape[2]], cache.v[:, row.slot, :, : k.shape[2]] = k, v
             logits.append(first[None])
-        # Keep the one prompt that still has samples in the queue; as a copy when it is new, for its slot may
-        # be refilled before they start.
-        waiting = queue[0].trajectory.prompt_index if queue else None
-        shared = {waiting: shared[waiting]} if waiting in shared else {}
+        # Keep the one prompt that still has samples in the queue; as a copy when it is new, for its
+        # slot may be refilled before they start.
+        waiting = self.queue[0].trajectory.prompt_index if self.queue else None
+        self.shared = {waiting: self.shared[waiting]} if waiting in self.shared else {}
         if any(row.trajectory.prompt_index == waiting for row in leaders):
-            shared[waiting] = tuple(x.clone() for x in shared[waiting])
+            self.shared[waiting] = tuple(x.clone() for x in self.shared[waiting])
         return torch.cat(logits)
 
-    try:
-        while queue or active or paused:
-            await asyncio.sleep(0)  # let the sandbox's own callbacks run
-            await wait_for_tools()
-            leaders, followers = admit()
-            if not queue:  # as long as rows wait, a free slot is refilled instead
-                compact()
-            # Stable: decoding rows first, as Packing wants them.
-            rows = sorted(active + leaders, key=lambda row: len(row.pending) > 1)
-            active = []
-            if not rows and not followers:
-                continue
-            logits = next_logits(rows, leaders, followers)
-            rows += followers
-            trajectories = [row.trajectory for row in rows]
-            if logits_processor:
-                logits = logits_processor(logits, trajectories)
-            noise = noise_bits(seed, step, [row.key for row in rows], [t.sample_index for t in trajectories],
-                               [len(t.response_ids) for t in trajectories])
-            uniform = torch.from_numpy(
-                (noise >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(logits.device)
-            tokens, logprobs = sample(logits, uniform, temperature, top_p)
-            counts["sampled"] += len(rows)
-            counts["slot_ticks"] += n_slots - len(free)
-            counts["kv_tokens"] += sum(cache.lengths)
-            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
-                advance(row, token, logprob)
-            tick += 1
-    finally:
-        for row in paused:  # only after an error or a cancellation: no snippet outlives its rollout
-            row.task.cancel()
-    counts["ticks"] = tick
-    if stats is not None:
-        stats |= {"slots": n_slots, "slot_tokens": longest}
-        for name, value in counts.items():
-            stats[name] = stats.get(name, 0) + value
-    return results
+    def advance(self, row, token, logprob):
+        """Append a sampled token; then the row ends, pauses for the snippet it has closed, or goes on."""
+        t = row.trajectory
+        t.response_ids.append(token)
+        t.loss_mask.append(1)
+        t.logprobs.append(logprob)
+        row.pending = [token]
+        if token == self.tokenizer.eos_token_id:
+            return self.finish(row, "eos")
+        snippet = self.closed_snippet(row, token) if self.settings.tools else None
+        if snippet and len(t.tool_calls) == self.settings.max_calls:
+            return self.finish(row, "max_calls")
+        if snippet:
+            return self.call(row, *snippet)
+        if len(t.response_ids) >= self.settings.max_response_tokens:
+            return self.finish(row, "length")
+        self.active.append(row)
 
+    def closed_snippet(self, row, token):
+        """(start, code) of the snippet that this token closes, or None."""
+        window = row.tail + self.pieces[token]
+        row.tail = window[1 - len(CODE_CLOSE):]
+        row.opened |= CODE_OPEN in window
+        _, closed, row.overrun = window.partition(CODE_CLOSE)
+        # The search is linear in the segment: not for every stray </code>.
+        if closed and row.opened:
+            return find_snippet(self.pieces, row.trajectory.response_ids, row.segment_begin, row.overrun)
 
-# ------------------------------------------------------------------------------------------------------------
-# The slow twin and the benchmark
+    def call(self, row, start, code):
+        """Start the row's snippet; the row pauses."""
+        t, settings = row.trajectory, self.settings
+        t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
+        # Generators inside the snippet are seeded by the row, not by the order of arrival; the position
+        # is negative so that no sampled token shares these bits.
+        bits = noise_bits(settings.seed, settings.step, row.key, t.sample_index, -len(t.tool_calls))
+        row.task = asyncio.ensure_future(self.sandbox.run(code, seed=int(bits >> np.uint64(33))))
+        row.due = self.tick + settings.rejoin_ticks
+        self.paused.append(row)
 
+    def rejoin(self, row):
+        """Append the interpreter block. Nothing is computed here: its tokens are fed with the row's next
+        tick."""
+        t, result, limit = row.trajectory, row.task.result(), self.settings.max_response_tokens
+        call = t.tool_calls[-1]
+        call.output, call.status, call.seconds = result.output, result.status, result.seconds
+        if result.status == "sandbox_error":
+            return self.finish(row, "sandbox_error")
+        block = encode_interpreter(self.tokenizer, result.output, self.settings.max_interpreter_tokens,
+                                   row.overrun)
+        block = block[: limit - len(t.response_ids)]
+        t.response_ids += block
+        t.loss_mask += [0] * len(block)
+        t.logprobs += [0.0] * len(block)
+        row.pending, row.segment_begin = row.pending + block, len(t.response_ids)
+        row.tail, row.opened = "", False
+        if len(t.response_ids) >= limit:
+            return self.finish(row, "length")
+        self.active.append(row)
 
-def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_tokens=128, scripts=None):
-    """Greedy tool use as everyone writes it first: Hugging Face `generate` turn by turn, every turn prefilled
-    from scratch.
-
-    model: loaded with attention of its own ("sdpa"). run_tool(code) -> text. scripts: see `force`. Returns
-    the response ids of each prompt. The batch goes in lock step: a row that closes its snippet waits for the
-    longest, and pays for padding.
-    """
-    pieces, eos = Pieces(tokenizer), tokenizer.eos_token_id
-    pad = next(token for token in tokenizer.all_special_ids if token != eos)  # some tokenizers have no other
-    responses, sampled = [[] for _ in prompts], [0] * len(prompts)
-
-    def closed(ids):
-        """What the last token holds beyond the closing tag it completed; None if it completed none."""
-        text = "".join(pieces[t] for t in ids[-len(CODE_CLOSE):])
-        _, tag, overrun = text.partition(CODE_CLOSE)
-        return overrun if tag and len(overrun) < len(pieces[ids[-1]]) else None
-
-    for first in range(0, len(prompts), batch_size):
-        live = list(range(first, min(first + batch_size, len(prompts))))
-        while live:
-            contexts = [prompts[i] + responses[i] for i in live]
-            width = max(map(len, contexts))
-            ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts], device=model.device)
-            mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
-
-            def processor(input_ids, scores):
-                done = input_ids.shape[1] - width
-                return force(scores, [scripts[i].get(sampled[i] + done, -1)
-                                      for i in live], eos) if scripts else scores
-
-            def stop(input_ids, scores, **kwargs):
-                done = [closed(row) is not None for row in input_ids[:, -len(CODE_CLOSE):].tolist()]
-                return torch.tensor(done, device=model.device)
-
-            out = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=eos,
-                                 pad_token_id=pad,
-                                 max_new_tokens=model.config.max_position_embeddings - width,
-                                 stopping_criteria=[stop], logits_processor=[processor])
-            still = []
-            for i, row in zip(live, out[:, width:].tolist()):
-                while row[-1] == pad:
-                    row.pop()
-                sampled[i] += len(row)
-                begin = len(responses[i])
-                responses[i] += row
-                if row[-1] == eos:
-                    continue
-                overrun = closed(responses[i])
-                snippet = find_snippet(pieces, responses[i], begin, overrun) if overrun is not None else None
-                if snippet:
-                    responses[i] += encode_interpreter(tokenizer, run_tool(snippet[1]),
-                                                       max_interpreter_tokens, overrun)
-                    still.append(i)
-            live = still
-    return responses
-
-
-def force(logits, tokens, eos):
-    """Make row i's next token tokens[i]; where that is -1 the model is free, except that it may not end. In
-    place."""
-    tokens = torch.tensor(tokens, device=logits.device)
-    logits[:, eos] = -torch.inf
-    scripted = (tokens >= 0).nonzero()[:, 0]
-    logits[scripted] = -torch.inf
-    logits[scripted, tokens[scripted]] = 0.0
-    return logits
-
-
-class InstantSandbox:
-    """Answers from a table: engines are compared without the tool's own time."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    async def run(self, code, seed=0):
-        return SandboxResult("ok", self.answer(code))
-
-
-def follow(scripts, eos):
-    """The logits_processor of `generate` that forces what scripts[prompt_index] says: {position: token}."""
-    def process(logits, trajectories):
-        return force(logits, [scripts[t.prompt_index].get(sum(t.loss_mask), -1) for t in trajectories], eos)
-
-    return process
-
-
-def ragged_workload(tokenizer, rows, seed, code="1", shortest=8, longest=128):
-    """1-4 calls per row, segments of log-uniform 8-128 tokens: (prompts, scripts, answer). Only a segment's
-    ending is forced (a snippet, at last EOS), everything before it is computed greedily."""
-    rng = np.random.default_rng(seed)
-    snippet = encode_text(tokenizer, f"<code>{code}</code>")
-    ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-    prompts, scripts = [], []
-    for _ in range(rows):
-        script, n, calls = {}, 0, rng.integers(1, 5)
-        for segment in range(calls + 1):
-            ending = snippet if segment < calls else [tokenizer.eos_token_id]
-            n += max(len(ending), round(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
-            script |= dict(zip(range(n - len(ending), n), ending))
-        prompts.append(rng.choice(ordinary, rng.integers(16, 65)).tolist())
-        scripts.append(script)
-    return prompts, scripts, lambda code: "1234567"
-
-
-def trace_workload(tokenizer, rows, seed):
-    """The embedded default's own prompts, answered word for word with its cold-start traces (40 % code), all
-    forced."""
-    import data  # only here: data.py imports this file
-    prompts, scripts, outputs = [], [], {}
-    for i in range(rows):
-        problem = data.embedded_problem("test", seed, i)
-        prompts.append(data.encode_prompt(tokenizer, "{question}", problem.question))
-        segments = split_segments(problem.by_code if i % 5 < 2 else problem.by_hand)
-        ids = [token for kind, text in segments if kind == "model" for token in encode_text(tokenizer, text)]
-        scripts.append(dict(enumerate(ids + [tokenizer.eos_token_id])))
-        for (_, before), (kind, output) in zip(segments, segments[1:]):
-            if kind == "interpreter":
-                outputs[strip_fence(before.split(CODE_OPEN)[1].split(CODE_CLOSE)
-                                    [0])] = output or "OverflowError: math range error"
-    return prompts, scripts, outputs.__getitem__
-
-
-async def slow_tools(model, tokenizer, rows=128, repeats=3):
-    """Do slow tools hold up a rollout? Throughput mode, the real sandbox with a worker per row: all snippets
-    sleep for 0.5 s, against the same rows with snippets that do not. Prints the ratio of the medians."""
-    seconds = {"0.0": [], "0.5": []}
-    async with Sandbox(workers=rows, timeout=2.0) as sandbox:
-        print(sandbox.report)
-        for pause in list(seconds) * repeats:
-            prompts, scripts, _ = ragged_workload(tokenizer, rows, 0, f"__import__('time').sleep({pause})",
-                                                  shortest=64, longest=256)
-            begin, stats = time.perf_counter(), {}
-            trajectories = await generate(
-                model, tokenizer, prompts, sandbox, n_slots=rows, rejoin_ticks=0, max_response_tokens=1800,
-                stats=stats, logits_processor=follow(scripts, tokenizer.eos_token_id))
-            seconds[pause].append(time.perf_counter() - begin)
-            statuses = [call.status for t in trajectories for call in t.tool_calls]
-            assert set(statuses) == {"ok"}, statuses
-            print(f"{rows} rows, {len(statuses)} snippets of {pause} s: {seconds[pause][-1]:.1f} s, of it "
-                  f"{stats['tool_wait_seconds']:.1f} s without a row to decode", flush=True)
-    ratio = np.median(seconds["0.5"]) / np.median(seconds["0.0"])
-    print(f"snippets that sleep 0.5 s: {ratio:.2f} times the wall time of instant ones")
-
-
-def copy_bandwidth(device):
-    """Bytes per second that the device reads and writes when it copies a large tensor; the best of five."""
-    source = torch.zeros((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
-    target, best = torch.empty_like(source), math.inf
-    for _ in range(5):
-        begin = time.perf_counter()
-        target.copy_(source)
-        target[-1].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - begin)
-    return 2 * source.numel() * 4 / best
-
-
-def peak_gib(device):
-    """Most memory used so far: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(20 if sys.platform == "linux" else 30)
-
-
-async def benchmark(ours, twin, tokenizer, args):
-    """Both engines on both workloads: equal token for token, then tokens/s; the last line is JSON."""
-    bandwidth, report = copy_bandwidth(ours.device), {}
-    weights = sum(p.numel() for p in ours.parameters())
-    if not ours.config.tie_word_embeddings:
-        weights -= ours.get_input_embeddings().weight.numel()  # only looked up
-    kv_values = 2 * math.prod(KVCache.shape(ours.config, 1, 1))  # of one token
-
-    async def run_ours(workload, n_slots, sandbox, rejoin_ticks=4):
-        """(response ids, statistics)"""
-        prompts, scripts, _ = workload
-        limit = ours.config.max_position_embeddings - max(map(len, prompts))
-        stats, begin = {}, time.perf_counter()
-        trajectories = await generate(
-            ours, tokenizer, prompts, sandbox, temperature=0, n_slots=n_slots, stats=stats,
-            max_response_tokens=min(limit, 1024), rejoin_ticks=rejoin_ticks,
-            logits_processor=follow(scripts, tokenizer.eos_token_id))
-        # What cannot be done without: reading all weights, and each row's keys and values, once per tick.
-        values = stats["ticks"] * weights + stats["kv_tokens"] * kv_values
-        found = {"seconds": time.perf_counter() - begin, "slots": stats["slots"],
-                 "kv_filled": stats["kv_tokens"] / (stats["slot_ticks"] * stats["slot_tokens"]),
-                 "kv_gib": stats["slots"] * stats["slot_tokens"] * kv_values * ours.dtype.itemsize / 2**30,
-                 "tool_wait_seconds": stats["tool_wait_seconds"]}
-        found["tokens_per_second"] = stats["sampled"] / found["seconds"]
-        found["bandwidth_share"] = values * ours.dtype.itemsize / bandwidth / found["seconds"]
-        return [t.response_ids for t in trajectories], found
-
-    def run_twin(workload, batch_size):
-        """(response ids, tokens per second)"""
-        prompts, scripts, answer = workload
-        begin = time.perf_counter()
-        responses = slow_twin(twin, tokenizer, prompts, answer, batch_size, scripts=scripts)
-        return responses, sum(max(script) + 1 for script in scripts) / (time.perf_counter() - begin)
-
-    for name, make in (("ragged turns", ragged_workload), ("embedded traces", trace_workload)):
-        if args.check_rows:
-            workload = make(tokenizer, args.check_rows, 1)
-            ours.double(), twin.double()
-            same = (await run_ours(workload, 7, InstantSandbox(workload[2])))[0] == run_twin(workload, 8)[0]
-            ours.float(), twin.float()
-            print(f"{name}: {args.check_rows} greedy rows in float64, 7 slots, against Hugging Face generate "
-                  f"turn by turn: {'identical' if same else 'DIFFERENT'}")
-            if not same:
-                raise SystemExit(1)
-        workload, runs, twin_rates = make(tokenizer, args.rows, 0), [], []
-        for size in args.batch_sizes:
-            runs.append((await run_ours(workload, size, InstantSandbox(workload[2])))[1])
-            twin_rates.append(run_twin(workload, size)[1])
-            print(f"  batch {size:4d}: {runs[-1]['tokens_per_second']:7.0f} tokens/s, "
-                  f"slow twin {twin_rates[-1]:7.0f}", flush=True)
-        best = max(runs, key=lambda found: found["tokens_per_second"])
-        best |= {"slow_twin_tokens_per_second": max(twin_rates),
-                 "ratio": best["tokens_per_second"] / max(twin_rates), "peak_gib": peak_gib(ours.device)}
-        if make is ragged_workload:  # its snippets are real ones
-            async with Sandbox() as sandbox:
-                with_tools = (await run_ours(workload, best["slots"], sandbox, rejoin_ticks=0))[1]
-            best |= {f"sandbox_{key}": with_tools[key] for key in ("tokens_per_second", "tool_wait_seconds")}
-            print(f"  with the real sandbox, throughput mode: {with_tools['tokens_per_second']:.0f} tokens/s, "
-                  f"{with_tools['tool_wait_seconds']:.2f} s without a row to decode")
-        print(f"  each at its best batch size: {best['ratio']:.2f} times the slow twin; "
-              f"{100 * best['bandwidth_share']:.0f} % of what reading weights and cache at "
-              f"{bandwidth / 1e9:.0f} GB/s would allow; rows fill {100 * best['kv_filled']:.0f} % of the slots "
-              "they hold", flush=True)
-        report[name] = best
-    print(json.dumps({"model": args.model, "dtype": args.dtype, "device": str(ours.device)} | report))
-
-
-def main():
-    import sft  # only here: sft.py imports this file
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="",
-                        help="checkpoint folder or hub id; empty: the embedded model, random weights")
-    parser.add_argument("--dtype", choices=sft.DTYPES, default="fp32", help="of weights and cache")
-    parser.add_argument("--rows", type=int, default=256, help="responses per measurement")
-    parser.add_argument("--check_rows", type=int, default=24,
-                        help="responses that are compared token for token, in float64; 0: none")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64, 128, 256],
-                        help="tried for both engines")
-    parser.add_argument("--slow_tools", action="store_true",
-                        help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
-    args = parser.parse_args()
-    if args.check_rows and args.dtype != "fp32":
-        parser.error("--check_rows compares in float64: --dtype bf16 needs --check_rows 0")
-    try:
-        sft.check_model(args.model)
-        tokenizer = sft.load_tokenizer(args.model)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        ours = sft.load_model(args.model, tokenizer, device, dtype=args.dtype).eval()
-    except sft.UserError as error:
-        sys.exit(f"error: {error}")
-    if args.slow_tools:
-        return asyncio.run(slow_tools(ours, tokenizer))
-    # a copy of the configuration: transformers would write "sdpa" into the one of `ours` as well
-    twin = type(ours)._from_config(copy.deepcopy(ours.config), attn_implementation="sdpa", dtype=ours.dtype)
-    twin.to(device).eval().load_state_dict(ours.state_dict())
-    asyncio.run(benchmark(ours, twin, tokenizer, args))
-
-
-if __name__ == "__main__":
-    main()
+    def finish(self, row, reason):
+        row.trajectory.finish_reason = reason
+        self.cache.lengths[row.slot] = 0
+        heapq.heappush(self.free, row.slot)
+        if self.settings.progress:
+            self.settings.progress(1)

@@ -91,6 +91,10 @@ ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", 
                "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+class UserError(Exception):
+    """What the user or the machine has to change: scripts print its one line, and exit with a non-zero status."""
+
+
 @dataclasses.dataclass
 class SandboxResult:
     """What one snippet did.

@@ -1,5 +1,17 @@
 """What the tests share: the embedded tokenizer, tiny random models, a stub sandbox, and a policy that says
-what it is told."""
+what it is told. Which question is asked where:
+
+    test_rooms.py     do imports go one way, and do the files keep their size?
+    test_sandbox.py   what can a snippet do, and what not?
+    test_rollout.py   are the tokens right, whatever the batch? is text cut and masked where it should be?
+    test_train.py     are log-probabilities, loss and gradient those of the plain model, however packed?
+    test_data.py      are problems right, endless, and apart? is every layout understood?
+    test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
+    test_curate.py    is every trace true, and does a curation survive bad rows and kills?
+    test_ppo.py       are GAE and losses the equations? do the scripts run, resume, and refuse bad input?
+
+bench_*.py are run by hand: they hold the slow twins and print the speed of both.
+"""
 import asyncio
 import sys
 from pathlib import Path
@@ -79,6 +91,9 @@ class StubSandbox:
             raise
         result = self.answer(code)
         return result if isinstance(result, SandboxResult) else SandboxResult("ok", result)
+
+    async def equal(self, predicted, reference):
+        return predicted == reference
 
 
 def scripted(scripts, seen=None):

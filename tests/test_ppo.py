@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import bench_rollout
 import data
 import eval as evaluation
 import ppo
 import rollout
 import sft
-from ppo import gae, policy_loss, value_loss, whiten
 from conftest import CONFIGS
-from rollout import Packing, ToolCall, Trajectory
+from ppo import advantages_and_returns, gae, outcome_rewards, policy_loss, value_loss, whiten
+from rollout import Packing, Trajectory
+from sandbox import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +83,25 @@ def test_gae_survives_nan_in_masked_places():
     values = torch.tensor([[float("nan"), 0.5, float("nan"), -0.5]])
     advantages, returns = gae(torch.tensor([[0.0, 0, 0, 1]]), values, mask, 1.0, 1.0)
     assert advantages.tolist() == [[0.0, 0.5, 0.0, 1.5]] and returns.tolist() == [[0.0, 1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("mask, last", [([1, 1, 0, 1], 3), ([1, 1, 0, 0], 1), ([1], 0)])
+def test_the_reward_stands_on_the_last_sampled_token(mask, last):
+    """Guards against a reward on forced text, where the mask would delete it, and one that is read off
+    anything but `correct`."""
+    for correct in (True, False):
+        t = Trajectory(0, 0, [1], [5] * len(mask), mask, [], [], "eos", correct)
+        assert outcome_rewards(t) == [(2.0 * correct - 1) * (i == last) for i in range(len(mask))]
+
+
+def test_without_a_critic_the_baseline_is_the_mean_of_the_group():
+    """Guards against groups that mix prompts, and against a tool token that gets an advantage."""
+    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
+    groups = torch.tensor([0, 0, 1, 1])
+    advantages, returns = advantages_and_returns(rewards, None, mask, groups, 1.0, 1.0, 1.0, 1e-6)
+    raw = torch.tensor([1.0, -1.0, 0.0, 0.0])[:, None] * mask
+    assert returns is None and torch.allclose(advantages, whiten(raw, mask, 1e-6))
 
 
 def test_whitening_has_unit_deviation_over_trainable_tokens_and_respects_its_floor():
@@ -154,45 +176,6 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def test_rollout_metrics_follow_their_definitions():
-    """Guards against pass rates over all snippets, over responses without code, or over dropped ones."""
-    def response(statuses, finish, sampled, forced):
-        calls = [ToolCall("# a comment\n\nprint(1)\nprint(2)", "", status, 4 * (i + 1), 4 * (i + 1) + 2, 0.1)
-                 for i, status in enumerate(statuses)]
-        return Trajectory(0, 0, [1], [5] * (sampled + forced), [1] * sampled + [0] * forced, [], calls,
-                          finish)
-
-    batch = [
-        response(["error", "ok"], "eos", 16, 4),
-        response(["ok", "timeout"], "eos", 10, 10),
-        response([], "eos", 8, 0),
-        response([], "length", 12, 0),
-        response(["sandbox_error"], "sandbox_error", 5, 0)
-    ]
-    m = evaluation.rollout_metrics(batch, [1.0, -1.0, 1.0, -1.0, -1.0])
-    assert m["sandbox_errors_dropped"] == 1 and m["accuracy"] == 0.5 and m["reward"] == 0.0
-    assert m["response_tokens"] == 15 and m["response_tokens_sampled"] == 11.5
-    assert m["code_ratio"] == 0.5 and m["snippets_per_response"] == 1 and m["truncated"] == 0.25
-    assert m["code_lines"] == 2 and m["code_lines_per_snippet"] == 2
-    assert (m["pass_last_correct"], m["pass_last_correct_count"]) == (1.0, 1)
-    assert (m["pass_last_incorrect"], m["pass_last_incorrect_count"]) == (0.0, 1)
-    assert m["timing_first"] == pytest.approx(4 / 20) and m["timing_mean"] == pytest.approx(6 / 20)
-    assert m["self_correction"] == 1.0 and m["self_correction_count"] == 1 and m["corrected_share"] == 0.5
-    assert m["sandbox_outcomes"] == {"error": 1, "ok": 2, "timeout": 1}
-
-
-def test_bootstrap_error_is_between_problems():
-    """Guards against counting samples of one problem as independent: 10 problems, all or nothing, have error
-    0.16 not 0.05."""
-    error = evaluation.bootstrap_error([float(i % 2) for i in range(10)])
-    assert error == pytest.approx(0.5 / math.sqrt(10), rel=0.05)
-    assert evaluation.bootstrap_error([0.5] * 10) == 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The real script
 
 SFT = ["--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--token_budget", "512"]
@@ -219,7 +202,7 @@ def one_rank(environment, script, flags, output):
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = [script, *flags]
-    sft.run_script(importlib.import_module(script).main)
+    evaluation.run_script(importlib.import_module(script).main)
 
 
 def start_ranks(world, output, *flags, script="ppo"):
@@ -253,7 +236,7 @@ def run_here(*flags, script=ppo):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script.__file__, *flags])
             try:
-                sft.run_script(script.main)
+                evaluation.run_script(script.main)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
                 err.write(str(stop.code))
@@ -299,7 +282,7 @@ def test_run_folder_holds_everything_a_reader_needs(runs):
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (run / "table.md").read_text().count("\n") == 8
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
-    assert {"step", "prompt", "response", "reward", "finish_reason", "tool_statuses"} <= rollout.keys()
+    assert {"step", "prompt", "response", "correct", "finish_reason", "tool_statuses"} <= rollout.keys()
 
 
 def test_same_command_twice_gives_the_same_metrics_also_on_a_reused_warm_start(runs):
@@ -382,8 +365,7 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
 
 def other_model(folder):
     """A checkpoint with the embedded tokenizer and half the layers."""
-    tokenizer = sft.load_tokenizer("")
-    config = sft.embedded_config(tokenizer)
+    config, tokenizer = sft.starting_point("")
     config.num_hidden_layers = 1
     config.layer_types = config.layer_types[:1]
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "other")
@@ -401,32 +383,32 @@ def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
     flags = ["--model", str(tmp_path), "--dtype", "bf16", "--activation_checkpointing", "--n_slots", "8",
              "--max_prompt_tokens", "2048", "--max_response_tokens", "6144"]
     args = ppo.parse_arguments(flags + ["--plan", "16", "141"])
-    found = ppo.plan(sft.load_config(args.model), args, 16)
+    found = ppo.plan(rollout.load_config(args.model), args, 16)
     assert found["parameters"] == pytest.approx(32.8, abs=0.1)  # as published
     assert found["sampler"] == pytest.approx(2 * 32.76e9 / 2**30, rel=0.01)
     assert found["actor"] == pytest.approx(found["sampler"] * 4 / 16, rel=1e-6)
     assert found["optimiser"] == pytest.approx(found["actor"] + found["critic"])
     assert found["KV cache"] == pytest.approx(8 * 8192 * 256 / 2**20)  # 256 KiB per token
     assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
-    with pytest.raises(data.UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
+    with pytest.raises(UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
         ppo.print_plan(args)
-    with pytest.raises(data.UserError, match="copy in bf16 needs 61.0 GiB on every GPU, this one has"):
-        ppo.check_sampler(args, 47.5)
-    ppo.check_sampler(args, 79.0)
+    with pytest.raises(UserError, match="copy in bf16 needs 61.0 GiB on every GPU, this one has"):
+        ppo.check_gpu(rollout.load_config(args.model), args, 47.5)
+    ppo.check_gpu(rollout.load_config(args.model), args, 79.0)
     ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "16", "141", "--cpu_offload"]))
     assert "fits: " in capsys.readouterr().out
-    with pytest.raises(data.UserError, match="does not divide 8 GPUs"):
+    with pytest.raises(UserError, match="does not divide 8 GPUs"):
         ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "8", "141", "--replicas", "3"]))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
-    trainer.save(tmp_path, 1, {}, 0.0)
+    trainer.save(tmp_path, 1, 0.0, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards are larger
-    with pytest.raises(data.UserError, match="disk full.*intact"):
-        trainer.save(tmp_path, 2, {}, 0.0)
+    with pytest.raises(UserError, match="disk full.*intact"):
+        trainer.save(tmp_path, 2, 0.0, {})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def full(*args, **kwargs):
@@ -434,8 +416,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(sft.Path, "write_text", full)
-        with pytest.raises(data.UserError, match="No space left on device.*intact"):
-            trainer.save(tmp_path, 2, {}, 0.0)
+        with pytest.raises(UserError, match="No space left on device.*intact"):
+            trainer.save(tmp_path, 2, 0.0, {})
     assert trainer.resume(tmp_path)["step"] == 1
 
 
@@ -445,15 +427,15 @@ def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_exa
     trainer, _ = trainer_and_examples
     folder = tmp_path / "checkpoints"
     for step in (1, 5):
-        trainer.save(tmp_path, step, {}, 0.0)
+        trainer.save(folder, step, 0.0, {})
     (folder / "step-000005" / "manifest.json").write_text("{")
-    assert trainer.resume(tmp_path)["step"] == 1
-    trainer.save(tmp_path, 2, {}, 0.0)
+    assert trainer.resume(folder)["step"] == 1
+    trainer.save(folder, 2, 0.0, {})
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     for path in folder.iterdir():
         (path / ".metadata").write_text("")
-    with pytest.raises(data.UserError, match="every checkpoint is damaged"):
-        trainer.resume(tmp_path)
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        trainer.resume(folder)
 
 
 def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
@@ -473,12 +455,12 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
     synced."""
     checkpoint = runs[0] / "first" / "checkpoint"
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
-    ours = sft.load_model(str(checkpoint), None, "cpu")
-    tokenizer = sft.load_tokenizer(str(checkpoint))
+    ours = rollout.load_model(str(checkpoint), "cpu")
+    tokenizer = rollout.load_tokenizer(str(checkpoint))
     ids = torch.tensor(tokenizer.encode("What is 12 + 30?\n<code>"))
-    flat, packing = sft.collate([sft.example(ids.tolist(), [1] * len(ids))], "cpu")
+    flat, packing = rollout.collate([rollout.make_example(ids.tolist(), [1] * len(ids))], "cpu")
     with torch.no_grad():
-        logprobs = sft.Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing)
+        logprobs = rollout.Policy(ours)(flat.input_ids, flat.targets, flat.loss_mask, packing)
         scores = torch.log_softmax(plain(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
     assert torch.allclose(logprobs, scores, atol=1e-5)
     warm = finished(runs[0] / "warm")
@@ -521,7 +503,7 @@ def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, ar
     assert row["sampler_difference"] < 0.02 and row["grad_norm_actor"] > 0 and row["truncated"] > 0
     exported = str(tmp_path / "run" / "checkpoint")
     plain = AutoModelForCausalLM.from_pretrained(exported)
-    ours = sft.load_model(exported, tokenizer, "cpu", dtype="bf16")
+    ours = rollout.load_model(exported, "cpu", "bf16")
     start = AutoModelForCausalLM.from_pretrained(model)
     assert plain.dtype == ours.dtype == torch.bfloat16
     assert torch.equal(ours.model.rotary_emb.inv_freq, start.model.rotary_emb.inv_freq)
@@ -593,14 +575,15 @@ def test_dropping_truncated_responses_leaves_them_out_and_says_when_none_remain(
 def trainer_and_examples(runs):
     """A Trainer on the tiny checkpoint in a process group of this process alone, and a scored batch."""
     checkpoint = str(runs[0] / "first" / "checkpoint")
-    tokenizer = sft.load_tokenizer(checkpoint)
-    with sft.distributed() as (rank, world, device):
-        trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, tokenizer, rank, world, device)
+    tokenizer = rollout.load_tokenizer(checkpoint)
+    with evaluation.distributed() as (rank, world, device):
+        trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, rank, world, device)
         trainer.tokenizer = tokenizer
         ids = tokenizer.encode("What is 12 + 30? It is 42, what else could it be?")
-        examples = [sft.example(ids[:n], [0] * 4 + [1] * (n - 4)) for n in range(8, len(ids))]
+        examples = [rollout.make_example(ids[:n], [0] * 4 + [1] * (n - 4),
+                                         rewards=[0.0] * (n - 1) + [(-1.0)**n]) for n in range(8, len(ids))]
         trainer.score(examples)
-        trainer.estimate(examples, [(-1.0)**i for i in range(len(examples))])
+        trainer.estimate(examples, [0] * len(examples))
         yield trainer, examples
 
 
@@ -621,7 +604,7 @@ def test_only_the_critic_moves_during_its_warm_up(trainer_and_examples):
 def test_a_ratio_that_does_not_start_at_one_stops_the_run(trainer_and_examples):
     """Guards against scoring with another temperature, mask or dropout than the update uses."""
     trainer, examples = trainer_and_examples
-    shifted = [e | {"old_logprobs": e["old_logprobs"] + 0.01} for e in examples]
+    shifted = [replace(e, logprobs=e.logprobs + 0.01) for e in examples]
     with pytest.raises(AssertionError, match="should be 0"):
         trainer.update(shifted, step=1)
 
@@ -629,7 +612,7 @@ def test_a_ratio_that_does_not_start_at_one_stops_the_run(trainer_and_examples):
 def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monkeypatch):
     """Guards against rollouts from old weights: rewards of one policy, gradients of another."""
     trainer, _ = trainer_and_examples
-    prompts = ppo.Prompts(trainer.args, trainer.tokenizer, "{question}", None)
+    prompts = ppo.Prompts(None, 0, trainer.tokenizer, "{question}", 512)
     monkeypatch.setattr(trainer.args, "tools", "off")
     trainer.actor.reshard()
     with torch.no_grad():
@@ -645,7 +628,7 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
     """Guards against a checkpoint full of nan after a night."""
     trainer, examples = trainer_and_examples
     before = weights(trainer.critic)
-    broken = [e | {"returns": e["returns"] * math.inf} for e in examples]
+    broken = [replace(e, returns=e.returns * math.inf) for e in examples]
     with pytest.raises(FloatingPointError, match="gradient norm of the critic is"):
         trainer.update(broken, step=0)
     assert torch.equal(weights(trainer.critic), before)
@@ -654,12 +637,9 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
 def test_the_other_scripts_run(monkeypatch, capsys):
     """One real run of what has no run above: each prints what its docstring promises."""
     small = ["--rows", "2", "--check_rows", "2", "--batch_sizes", "2"]
-    for script, flags, line in ((rollout, small, '"ratio"'),
-                                (data, ["--n", "12"], "curated 12 code-augmented candidates")):
+    for script, flags, line in ((bench_rollout, small, '"ratio"'), (data, ["--n", "1"], "not yet run")):
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
-        coroutine = script.main()
-        if coroutine:
-            asyncio.run(coroutine)
+        script.main()
         assert line in capsys.readouterr().out
 
 
@@ -674,12 +654,12 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--critic_model", "OTHER"], "its vocabulary is not the policy's"),
     (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
     (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
-    (["--token_budget", "0"], "--token_budget must be at least 1"),
+    (["--token_budget", "0"], "--token_budget: 0: must be at least 1"),
     (["--resume", "EMPTY"], "not the folder of a run"),
     (["--run_dir", "BROKEN"], "Not a directory"),
     (["--model", "CUT"], "cannot be loaded"),
     (["--model", "WINDOW"], "attention has sliding_window, which is not implemented"),
-    (["--n_slots", "0"], "--n_slots must be at least 1"),
+    (["--n_slots", "0"], "--n_slots: 0: must be at least 1"),
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import rollout
 from rollout import (Packing, Trajectory, encode_interpreter, encode_response, encode_text, noise_bits,
                      sample, split_segments, strip_fence)
-from sandbox import Sandbox, SandboxResult
+from sandbox import Sandbox, SandboxResult, UserError
 
 ARCHITECTURES = ["qwen2", "llama", "qwen3", "llama_mha"]
 # RMSNorm computes in float32 even in a float64 model: this is its rounding, four orders below any real
@@ -708,7 +708,7 @@ def test_a_memory_budget_only_delays_rows(model, tokenizer, monkeypatch):
         fewer = run(model, tokenizer, prompts, stats=stats, **settings)
     assert [t.response_ids for t in fewer] == [t.response_ids for t in many] and stats["slots"] == 2
     assert 2**20 < rollout.free_bytes(torch.device("cpu")) < 2**50
-    with pytest.raises(ValueError, match="one row of 30 tokens needs .* of KV cache"):
+    with pytest.raises(UserError, match="one row of 30 tokens needs .* of KV cache"):
         run(model, tokenizer, prompts, kv_gib=0.9 * slot_gib, **settings)
 
 

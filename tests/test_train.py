@@ -1,4 +1,4 @@
-"""What both trainers share: packing, the head, the loss, sharding."""
+"""Are log-probabilities, loss and gradient those of the plain model, however packed?"""
 import math
 import random
 
@@ -7,9 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import data
+import eval as evaluation
+import rollout
 import sft
-from rollout import encode_response
-from sft import Policy, collate, cosine, example, pack
+from rollout import Policy, collate, encode_response, make_example, pack
+from sft import cosine
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def make_examples(n, seed=0):
     for _ in range(n):
         length = rng.randint(3, 40)
         ids = [rng.randrange(97) for _ in range(length)]
-        examples.append(example(ids, [0, 0] + [int(rng.random() < 0.7) for _ in range(length - 2)]))
+        examples.append(make_example(ids, [0, 0] + [int(rng.random() < 0.7) for _ in range(length - 2)]))
     return examples
 
 
@@ -44,25 +47,25 @@ def test_packed_logprobs_and_entropy_equal_separate_hugging_face_forwards(models
     examples = make_examples(9)
     flat, packing = collate(examples, "cpu")
     with torch.no_grad():
-        logprobs, entropy = Policy(ours)(flat["input_ids"], flat["targets"], flat["loss_mask"], packing,
+        logprobs, entropy = Policy(ours)(flat.input_ids, flat.targets, flat.loss_mask, packing,
                                          temperature=0.7, with_entropy=True)
         for e, got, got_entropy in zip(examples, logprobs.split(packing.lengths),
                                        entropy.split(packing.lengths)):
-            scores = torch.log_softmax(reference(e["input_ids"][None]).logits[0] / 0.7, -1)
-            expected = scores.gather(-1, e["targets"][:, None])[:, 0]
-            assert torch.allclose(got, expected * e["loss_mask"], atol=2e-5)
-            assert torch.allclose(got_entropy, -(scores.exp() * scores).sum(-1) * e["loss_mask"], atol=2e-5)
+            scores = torch.log_softmax(reference(e.input_ids[None]).logits[0] / 0.7, -1)
+            expected = scores.gather(-1, e.targets[:, None])[:, 0]
+            assert torch.allclose(got, expected * e.loss_mask, atol=2e-5)
+            assert torch.allclose(got_entropy, -(scores.exp() * scores).sum(-1) * e.loss_mask, atol=2e-5)
 
 
 def gradient(policy, examples, token_budget, world=1):
     """Loss and gradient of all examples, micro-batch by micro-batch, over all would-be ranks."""
     policy.zero_grad()
-    total = sum(e["loss_mask"].sum().item() for e in examples)
+    total = sum(e.loss_mask.sum().item() for e in examples)
     loss_sum = 0.0
-    for rank in pack([len(e["input_ids"]) for e in examples], token_budget, world):
+    for rank in pack([len(e) for e in examples], token_budget, world):
         for indices in rank:
             flat, packing = collate([examples[i] for i in indices], "cpu")
-            loss = -policy(flat["input_ids"], flat["targets"], flat["loss_mask"], packing).sum() / total
+            loss = -policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum() / total
             loss.backward()
             loss_sum += loss.item()
     return loss_sum, torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -83,7 +86,7 @@ def test_the_chunked_head_changes_nothing(models, monkeypatch):
     """Guards against a chunk boundary that loses a token, and against recomputing with other settings."""
     policy, examples = Policy(models[0]), make_examples(17)
     loss, grad = gradient(policy, examples, 10**6)
-    monkeypatch.setattr(sft, "LOGIT_BYTES", 4 * 97 * 7)
+    monkeypatch.setattr(rollout, "LOGIT_BYTES", 4 * 97 * 7)
     chunked_loss, chunked_grad = gradient(policy, examples, 10**6)
     assert math.isclose(loss, chunked_loss, rel_tol=1e-6)
     assert torch.allclose(grad, chunked_grad, atol=1e-6 * grad.abs().max().item())
@@ -105,10 +108,10 @@ def test_no_tensor_of_all_logits_exists(models, monkeypatch):
     """Guards against logits of a whole micro-batch, forward, kept for the backward, or in it: 10 GB for 16k
     tokens of Qwen's vocabulary."""
     policy, examples = Policy(models[0]), make_examples(17)
-    trainable = sum(e["loss_mask"].sum().item() for e in examples)
+    trainable = sum(e.loss_mask.sum().item() for e in examples)
     rows = {}
     for chunk in (7, 10**6):
-        monkeypatch.setattr(sft, "LOGIT_BYTES", 4 * 97 * chunk)
+        monkeypatch.setattr(rollout, "LOGIT_BYTES", 4 * 97 * chunk)
         with MostLogits() as seen:
             gradient(policy, examples, 10**6)
         rows[chunk] = seen.rows
@@ -123,11 +126,11 @@ def test_gradient_equals_hugging_face_cross_entropy(models):
     examples = make_examples(6)
     loss, grad = gradient(Policy(ours), examples, 64)
     reference.zero_grad()
-    total = sum(e["loss_mask"].sum().item() for e in examples)
+    total = sum(e.loss_mask.sum().item() for e in examples)
     expected = 0.0
     for e in examples:
-        labels = e["targets"].masked_fill(e["loss_mask"] == 0, -100)
-        logits = reference(e["input_ids"][None]).logits[0]
+        labels = e.targets.masked_fill(e.loss_mask == 0, -100)
+        logits = reference(e.input_ids[None]).logits[0]
         part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100) / total
         part.backward()
         expected += part.item()
@@ -142,7 +145,7 @@ def test_masked_targets_get_no_gradient(models):
     policy, examples = Policy(models[0]), make_examples(5)
     loss, grad = gradient(policy, examples, 200)
     for e in examples:
-        e["targets"] = torch.where(e["loss_mask"] == 0, (e["targets"] + 13) % 97, e["targets"])
+        e.targets = torch.where(e.loss_mask == 0, (e.targets + 13) % 97, e.targets)
     changed_loss, changed_grad = gradient(policy, examples, 200)
     assert loss == changed_loss and torch.equal(grad, changed_grad)
 
@@ -175,10 +178,10 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches_that_cost_nothing(
 
 def test_example_aligns_masks_and_columns_with_the_scored_token():
     """Guards against the off-by-one that scores each token with its neighbour's mask or advantage."""
-    e = example([10, 11, 12, 13], [0, 0, 1, 1], advantages=[0.0, 0.1, 0.2, 0.3])
-    assert e["input_ids"].tolist() == [10, 11, 12] and e["targets"].tolist() == [11, 12, 13]
-    assert e["loss_mask"].tolist() == [0, 1, 1]
-    assert torch.allclose(e["advantages"], torch.tensor([0.1, 0.2, 0.3]))
+    e = make_example([10, 11, 12, 13], [0, 0, 1, 1], advantages=[0.0, 0.1, 0.2, 0.3])
+    assert e.input_ids.tolist() == [10, 11, 12] and e.targets.tolist() == [11, 12, 13]
+    assert e.loss_mask.tolist() == [0, 1, 1]
+    assert torch.allclose(e.advantages, torch.tensor([0.1, 0.2, 0.3]))
 
 
 def test_cosine_schedule_warms_up_and_ends_at_the_floor():
@@ -193,7 +196,9 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
     """Guards against a stale warm start: a run with other traces, code share or seed must not reuse it."""
     import argparse
     parser = argparse.ArgumentParser()
-    sft.add_arguments(parser)
+    sft.add_warm_start_arguments(parser)
+    sft.add_trainer_arguments(parser)
+    evaluation.add_format_arguments(parser)
     key = lambda *flags: sft.warm_start_key(parser.parse_args(flags))  # noqa: E731
     assert key() == key() == key("--warm_start_dir", "elsewhere")
     others = {
@@ -208,7 +213,7 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
 def test_eos_is_trained_and_pad_is_another_token():
     """Guards against pad = eos: masked padding would silently untrain the end of the answer, and rows never
     stop."""
-    tokenizer = sft.load_tokenizer("")
+    tokenizer = data.embedded_tokenizer()
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     ids, mask = encode_response(tokenizer, "It is 4.\n<answer>\\boxed{4}</answer>", 64)
     assert ids[-1] == tokenizer.eos_token_id and mask[-1] == 1
