@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 eval.py ...                       # problems spread over eight GPUs
     python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...         # mean and range over finished PPO runs
 
-How each metric is defined (a "response" is one sample; those dropped for a sandbox error are counted and
-left out):
+What every key of metrics.jsonl means (a "response" is one sample; those dropped for a sandbox error are
+counted and left out). Of responses, in training and evaluation:
   accuracy            responses that are correct (avg@n); its standard error is a bootstrap over problems
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed at least one snippet
@@ -18,18 +18,35 @@ left out):
   self_correction     P(the next snippet runs | the previous one failed)
   corrected_share     correct responses with at least one failed snippet
   truncated           share that ended by a limit instead of EOS (it is not correct)
+  snippets_per_response, sandbox_outcomes (snippets by status), sandbox_errors_dropped (responses); names that
+  end in _count: how many responses, or failed snippets with a next one, a share is of
+Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts beyond the limit), accuracy_error,
+  families (accuracy, code_ratio, count of each), code_ratio_trivial and code_ratio_needed (families that need
+  no tool, and the others)
+Of a step: step, update_skipped (1: no response was left to train on), reward (mean of their sums), entropy (of
+  the policy, mean over trainable tokens, as all that follow if nothing else is said)
+  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction: see ppo.py's losses;
+  explained_variance: of the returns by the critic, 1 is perfect; grad_norm_actor, grad_norm_critic: before
+  clipping, mean over minibatches, null while it is not trained; lr_factor_actor, lr_factor_critic
+  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|
+  rollout_tokens_per_second (sampled), train_tokens_per_second, train_flops_utilisation (of the matrix product
+  measured at the start); seconds_rollout, seconds_score, seconds_update, seconds_sync, seconds_checkpoint (of
+  the save before this step), tool_wait_seconds (no row could be decoded), seconds_total (the run's last line)
 """
 import argparse
+import ast
 import asyncio
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
-import inspect, select, subprocess, threading, time
-from dataclasses import dataclass, replace
 import os
 import re
+import shutil
+import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from datetime import timedelta
@@ -38,417 +55,217 @@ from fractions import Fraction
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (SPLITS, TRIVIAL, boxed, embedded_rows, encode_prompt, extract_answer, load_problems,
+from data import (SPLITS, TRIVIAL, embedded_rows, encode_prompt, extract_answer, load_problems,
                   load_template)
 from rollout import DTYPES, generate, load_config, load_model, load_tokenizer
 from sandbox import Sandbox, UserError
 
 # ------------------------------------------------------------------------------------------------------------
-# Answers
+# Answers. math-verify (`Sandbox.equal`) decides about expressions. By itself it takes 37*99 for
+# 3663, 3.14159265 for \pi, (1,2) for {1,2}, 10 cm for 10 m, 101_2 for 101_3 and "3 4" for 7.
 
-# A final answer is brought to one spelling (`tidy`), read as what it is (`read`: a number, a tuple, a set...)
-# and like is compared with like (`same`). math-verify judges only the expressions inside: left to itself it
-# takes (1,2) for {1,2}, 10 cm for 10 m, x for X, 3.14159265 for \pi, 101_2 for 101_3 and "3 4" for 7.
+MAX_LENGTH = 4000                      # characters of an answer
 SYMBOLS = {ord('"'): None} | {ord(pair[0]): pair[1:] + " " for pair in (
-    r"−- –- ×\cdot ·\cdot *\cdot ÷/ π\pi √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ²^2 ³^3 "
-    r"°^\circ ∅\emptyset €\text{euro} £\text{pound}").split()}
-# What a run of letters stands for, and which commands mean another.
-NAMES = {name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta or".split()} | {
-    "and": ",", "percent": '"%"', "infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty "}
+    r"−- –- ×\cdot ·\cdot *\cdot ÷/ π\pi √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm "
+    r"°^\circ").split()}
 COMMANDS = dict(pair.split(":") for pair in (
-    r"\left: \right: \big: \Big: \bigl: \bigr: \displaystyle: \quad: \qquad: \leq:\le \leqslant:\le \geq:\ge "
-    r"\geqslant:\ge \neq:\ne \lt:< \gt:> \times:\cdot \dfrac:\frac \tfrac:\frac \cfrac:\frac \dbinom:\binom "
-    r"\lvert:| \rvert:| \vert:| \lbrace:\{ \rbrace:\} \varnothing:\emptyset \degree:^\circ").split())
-# Units with several names, and short words that are no product of letters.
-UNITS = {name: names.split()[0] for names in (
-    "cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre,m meter metre,mg,ml,"
-    "kg kilogram,g gram,ft foot feet,in inch inche,mi mile,lb pound,hr hour h,"
-    "min minute,s sec second,^2 square sq,^3 cubic cu,/ per,degree deg,th,st,nd,rd,am,pm,no"
-).split(",") for name in names.split()
-} | {"mph": "/ hr mi", "unit": ""}
-# Words after a number that are no unit: they change it or take it back.
-NO_UNIT = set("ten hundred thousand million mil billion trillion lakh crore dozen squared cubed factorial half "
-              "halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth "
-              "is are no not nope wrong incorrect false negative zero below more less least most of mod modulo "
-              "remainder choose plus minus times".split())
+    r"\boxed: \left: \right: \big: \quad: \leq:\le \geq:\ge \neq:\ne \times:\cdot \lvert:| \rvert:| "
+    r"\dfrac:\frac \tfrac:\frac \cfrac:\frac \dbinom:\binom \lbrace:\{ \rbrace:\}").split())
+NAMES = {"and": ",", "or": ",", "infinity": r"\infty ", "oo": r"\infty ", "percent": r"\%"} | {
+    name: f"\\{name} " for name in "pi sqrt sin cos tan log ln exp alpha beta theta".split()}
+SHORT_WORDS = set("cm mm km kg mg ml ft lb hr mph th am pm no".split())
+# After a number these are no unit: they change it, or take it back.
+NO_UNIT = re.compile('"(hundred|thousand|million|billion|trillion|dozen|half|third|quarter|tenth|'
+                     'squared|cubed|factorial|no|not|nope|wrong|incorrect|more|less|of)s?"')
 
 
-def word(match):
-    """A run of letters or a command -> its one spelling, a "word" (in quotes from here on), or a product of
-    letters."""
-    text, low = match[0], match[0].lower()
-    if text[0] in '"\\' or len(text) == 1:
-        return COMMANDS.get(text, text)
-    glued = match.string[:match.start()][-1:].isdigit()  # 4abc is no word, 4 abc is
-    is_word = low in UNITS or (len(text) > 2 and not glued and set(low) & set("aeiou"))
-    return NAMES.get(low) or (f'"{text}"' if is_word else text)
+def word_or_product(match):
+    """A run of letters: a name, a word (in quotes from here on) or a product of letters."""
+    text, lower = match[0], match[0].lower()
+    is_word = lower in SHORT_WORDS or (len(text) > 2 and set(lower) & set("aeiou"))
+    return NAMES.get(lower) or (f'"{text}"' if is_word else text)
 
 
-def unwrap(match):
-    r"""The content of \text{} and the like, as words."""
-    return " " + re.sub("[A-Za-z]{2,}|[a-z](?=/)|(?<=/)[a-z]",
-                        lambda run: NAMES.get(run[0].lower(), f'"{run[0]}"'), match[1]) + " "
+def quoted_words(match):
+    r"""The content of \text{...} with its words in quotes; m, g, h and s are units there."""
+    return " " + re.sub(r"[A-Za-z]{2,}|\b[mghs]\b",
+                        lambda word: NAMES.get(word[0], f'"{word[0]}"'), match[1]) + " "
 
 
-BRACED = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:text|mathrm|mbox)\{\s*([mghs])\s*\}(?=\s*(?:$|\^|/))", r'"\1"'),
-    (r"\\(?:text|mbox|math|operatorname\*?|boldsymbol)(?:rm|bf|it|sf|tt|normal)?\s*\{([^{}]*)\}", unwrap),
-    (r"\\[,;:! ]|~|\s+", " "), (r"(?<=\d )[mghs](?=$|\^|/)", r'"\g<0>"'), (r'(?<!")\\?%', '"%"'),
-    (r"\\\$", '"dollar"'), (r'"(dollar|euro|pound)" *(\d[\d,.]*)', r'\2 "\1"'), (r"\\cdot \\cdot ", "^"),
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r'"[^"]*"|\\?[A-Za-z]+', word),
-    (r"\^\s*\{?\s*\\circ\s*\}?", '"degree"'), (r"\\\{ *\\\}", r"\\emptyset"),
-    (r"\\(?:mathbb\{R\}|R(?![A-Za-z]))", r"(-\\infty,\\infty)"),
-    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    # arguments get their braces, other braces become parentheses
-    (r"\s*([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
-    (r"\\sqrt\s*(\[[^][]*\])?\s*([\dA-Za-z])", r"\\sqrt\1{\2}"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\(frac|binom)\s*([\dA-Za-z])\s*", r"\\\1{\2}"),
-    (rf"\\(frac|binom)\s*({BRACED})\s*([\dA-Za-z])", r"\\\1\2{\3}"),
-    (r"\{(\{[^{}]*\})\}", r"\1"), (r"(?<![A-Za-z}\]^_\\ ])\{([^{},]*)\}", r"(\1)"),
-    # spaces only between letters or digits, and no plus that means nothing
-    (r" +", " "), (r"(?<![\dA-Za-z\"]) | (?![\dA-Za-z\"])", ""), (r"(?<![^(\[{,=])\+", ""))]
-THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
-MATRIX = re.compile(r"(?:(?:\\left)?[(\[])?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr| ]*\})?(.*?)"
-                    r"\\end\{\1\}\s*(?:(?:\\right)?[)\]])?", re.DOTALL)
-DECIMAL = r"(?:\d{1,3000}(?:\.\d{0,3000})?|\.\d{1,3000})"
-NUMBER = re.compile(rf"([+-]?) ?(?:(\d{{1,9}}) (?=\d+/\d))?((?:(?<= )-)?{DECIMAL})(?:/(-?{DECIMAL}))?"
-                    rf"(?:(?:\\cdot *10\^|[eE](?=[-+\d]))\{{?([+-]?\d{{1,3}})\}}?)?")
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\(?:text|mbox|math|operatorname)(?:rm|bf|it|tt|normal)? *\{([^{}]*)\}", quoted_words),
+    (r"\\[,;:! ]|~|\s+", " "), (r"\\cdot +\\cdot ", "^"), (r"<=", r"\\le "), (r">=", r"\\ge "),
+    (r"\\[A-Za-z]+", lambda match: COMMANDS.get(match[0], match[0])),
+    (r"[(\[]? *\\begin\{[pb]?matrix\}", "⟦"), (r"(¶ *)?\\end\{[pb]?matrix\} *[)\]]?", "⟧"),
+    (r'(?<![\\A-Za-z"\d])[A-Za-z]{2,}(?!")', word_or_product), (r"[;,][;, ]*", ","),
+    (r"\\\$", '"dollar"'), (r'"dollar" *(\d[\d,.]*)', r'\1 "dollar"'), (r"\\?%", '"%"'),
+    (r"\^ *\{? *\\circ *\}?", '"degree"'), (r"\\\{ *\\\}|\\varnothing|∅", r"\\emptyset"),
+    (r"\\mathbb\{R\}|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),
+    (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1] + m[2]}}}{{1{'0' * len(m[2])}}}"),    # exact
+    (r"^((?:(?!\\pm).)*)\\pm((?:(?!\\pm).)*)$", r"\1+\2,\1-\2"),
+    # braces around arguments
+    (r"([\^_]) *(-?\d+|[A-Za-z])", r"\1{\2}"), (r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt *(\[\d*\])? *(\w)", r"\\sqrt\1{\2}"), (r"\\(frac|binom) *(\w)", r"\\\1{\2}"),
+    (r"\\(frac|binom) *(\{[^{}]*\}) *(\w)", r"\\\1\2{\3}"),
+    # spaces only where they separate letters, digits or words; no plus that means nothing
+    (r" +", " "), (r'(?<![\w"]) | (?![\w"])', ""), (r"(?<![^(\[{,=])\+", ""))]
+NUMBER = re.compile(r"(?P<sign>-?) ?(?:(?P<whole>\d+) (?=\d+/))?(?P<top>\d+)"
+    r"(?:/(?P<bottom>-?\d+))?(?:(?:\\cdot *10\^|[eE])\{?(?P<exponent>[+-]?\d{1,3})\}?)?")
 UNIT = re.compile(r'(.*?[^" ]) *((?:[ /]*"[^"]*"(?:\^\{-?\d\})?)+)')
-LABEL = re.compile(
-    r'((?:[A-Z]+|[a-z]|\\[a-z]+ ?[A-Z]*)(?:_\{\w+\})?(?:\^\{-1\})?\'*(?:\([\w,"]*\))?|(?:"[^"]*" ?)+'
-    r'|\((?:[a-z],)+[a-z]\))(?:=|\\in(?![a-z]) *)(?=[^=])')
-RELATION = r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])"
-# Not for the judge: 101_2, "3 4" and (2)3, which it adds, derivatives, powers of powers of numbers
-MISREAD = re.compile(r"'|\\not(?![a-z])|\d_|[\d)] ?(?<=[ )])\d|\d\^\{[^{}]*\^|\^\{-?\d{4}|\d{4}!|!!|\\frac\{d\w*\}\{d\w")
+LABEL = re.compile(r'(?:[A-Z]+|[a-z]|\\(?!not)[a-z]+ ?|(?:"\w+" ?)+)(?:_\{\w+\}|\^\{-1\})?'
+                   r"(?:\([A-Za-z,]*\))?(?:=|\\in *(?![a-z]))")
+INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
+# What math-verify misreads (101_2; "3 4" and (2)3; derivatives), and what is no mathematics
+MISREAD = re.compile(r"\d_|[\d)] ?(?<=[ )])\d|\\frac\{d\w*\}\{d\w|[^\w\\+/^(){}\[\]|!=<>,. -]"
+                     r"|.{400}", re.ASCII | re.DOTALL)
+HARMLESS = set(r"\frac \sqrt \pi \cdot \ln \log \infty \le \ge".split())
 
 
-def tidy(text):
-    r"""One spelling for what LaTeX, Unicode and Python write in many: \frac{1}{2}, \cdot, ^{2}, "words" in
-    double quotes, no math delimiters, no thousands commas, spaces only where they separate."""
-    text = text.strip()
-    text = boxed(text) if text == rf"\boxed{{{boxed(text)}}}" else text
-    text = re.sub(r"^(?i:(?:the )?(?:final )?answer(?: is\b|:| is:))\s*|^=\s*", "", text)
-    text = text[2:-2] if re.fullmatch(r"\*\*[^*]+\*\*", text) else text
-    text = MATRIX.sub(lambda m: "⟦" + m[2].strip().removesuffix(r"\\").replace(r"\\", "¶") + "⟧", text)
-    text = re.sub(r"\\[()\[\]]", "", text.replace("\\\\", "\\").translate(SYMBOLS))
-    text = re.sub(r"\\not\s*=", r"\\ne ", text)
+def one_spelling(text):
+    r"""What LaTeX, Unicode and Python write in many ways, in one: \frac{1}{2}, \cdot, ^{2},
+    "words" in quotes, matrices as ⟦a&b¶c&d⟧, no dollar signs around, no thousands commas."""
+    text = re.sub(r"\\[()\[\]]", "", text.replace(r"\\", "¶").translate(SYMBOLS))
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ",", text)
-    if not re.search(r"[(\[]|\\{", text) or re.search(r",\s", text):  # (1,234) is a pair, 1, 234 a list
-        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0  # $ encloses mathematics; a lone one is money
+    if not re.search(r"[(\[]|\\{", text) or re.search(r",\s", text):    # (1,234) is a pair
+        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)",
+                      lambda match: match[0].replace(",", ""), text)
+    paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0               # a lone one is money
     text = re.sub(r"(?<!\\)\$", "" if paired else r"\\$", text)
-    for pattern, new in REWRITES:
+    for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     return text.strip().removesuffix(".")
 
 
+def without_label(text, other):
+    r"""The text without its "x=" or "x\in", where the other has the same label or no "="."""
+    label = LABEL.match(text)
+    omitted = label and ("=" not in other or other.startswith(label[0]))
+    return text.replace(label[0], "") if omitted else text
+
+
+def without_unit(text):
+    """(text, unit): ("5", "cm") of '5"cm"', the unit without the s of a plural."""
+    match = UNIT.fullmatch(text)
+    if not match or '"' in match[1] or NO_UNIT.search(match[2].lower()):
+        return text, ""
+    return match[1], re.sub(r'(?<=\w)s?"|[" ]', "", match[2].lower())
+
+
+def exact_value(text):
+    """The Fraction that a text in one spelling stands for, or None."""
+    text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).strip()
+    match = NUMBER.fullmatch(text) if len(text) <= MAX_LENGTH else None     # int() has a limit
+    if not match or int(match["bottom"] or 1) == 0:
+        return None
+    fraction = Fraction(int(match["top"]), int(match["bottom"] or 1))
+    value = (int(match["whole"] or 0) + fraction) * Fraction(10)**int(match["exponent"] or 0)
+    return -value if match["sign"] else value
+
+
 def plain_number(text):
-    r"""The exact value of a number as people write it (-1,234.5, 2/3, \frac{2}{3}, 3\frac{1}{2}, 6 \times
-    10^{23}), or None."""
-    text = re.sub(r" ?\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", tidy(text)).strip()
-    match = NUMBER.fullmatch(text)
-    if not match:
-        return None
-    whole, top, bottom = int(match[2] or 0), Fraction(match[3]), Fraction(match[4] or 1)
-    if not bottom or (match[2] and top >= bottom):
-        return None
-    value = (whole + top / bottom) * Fraction(10)**int(match[5] or 0)
-    return -value if match[1] == "-" else value
+    r"""The exact value, a Fraction, of a number as people write it: -1,234.5, $18.00, 2/3,
+    3\frac{1}{2}, 6 \times 10^{23}. None of anything else, and of 50\%, which is 50 or 1/2."""
+    text, unit = without_unit(one_spelling(text)) if len(text) <= MAX_LENGTH else ("", "")
+    return exact_value(text) if unit in ("", "dollar") else None
 
 
-@dataclass
-class Answer:
-    kind: str  # number, expression, words, relation, list, union, row, or its brackets: "()", "[)", "{}", ...
-    text: str  # as `tidy` leaves it, without label and unit
-    value: Fraction = None  # of a number
-    parts: list = ()  # of a list, a set, a tuple, ...
-    label: str = ""  # the x of x = 5, x \in [1,2] and x > 5
-    unit: str = ""
-
-
-def split(text, separator):
-    """The parts of a text between the matches of a regular expression that stand outside all brackets, and
-    these matches; no parts if the brackets do not match."""
-    parts, found, depth, start = [], [], 0, 0
-    for match in re.finditer(rf"(\\\{{|[(\[{{⟦])|(\\\}}|[)\]}}⟧])|({separator})", text):
-        depth += bool(match[1]) - bool(match[2])
+def top_level_parts(text, separator):
+    """(parts, separators): the text split where the regular expression `separator` matches
+    outside all brackets. No parts if the brackets do not match."""
+    parts, separators, depth = [""], [], 0
+    for token in re.split(rf"(\\[{{}}]|[](){{}}[⟦⟧]|{separator})", text):
+        depth += (token[-1:] in list("([{⟦")) - (token[-1:] in list(")]}⟧"))
         if depth < 0:
             return [], []
-        if match[3] and depth == 0:
-            parts.append(text[start:match.start()].strip())
-            found.append(match[3].strip())
-            start = match.end()
-    return (parts + [text[start:].strip()], found) if depth == 0 else ([], [])
+        if depth == 0 and re.fullmatch(separator, token):
+            parts.append("")
+            separators.append(token)
+        else:
+            parts[-1] += token
+    return (parts, separators) if depth == 0 else ([], [])
 
 
-def read(text):
-    """Tidy text -> Answer."""
-    def several(kind, texts, label=""):
-        return Answer(kind, text, None, [read(part) for part in texts if part], label)
-
-    parts, _ = split(text, ";")
-    if len(parts) > 1:
-        return several("list", parts)
-    parts, found = split(text, r",|\\or ")
-    if len(parts) > 1:
-        answer = several("list", parts)
-        label = answer.parts[0].label if answer.parts else ""
-        # x=1, x=2 and x=1,2 are values of one x
-        if label and all(part.label in (label, "") for part in answer.parts):
-            intervals = set(found) == {r"\or"} and all(part.kind[0] in "([" for part in answer.parts)
-            return Answer("union" if intervals else "list", text, None,
-                          [replace(part, label="") for part in answer.parts], label)
-        return answer
-    if match := LABEL.match(text):
-        answer = read(text[match.end():])
-        if not answer.label and answer.kind != "relation":
-            return replace(answer, label=match[1].strip())
-    parts, found = split(text, RELATION)
-    if len(parts) > 1:
-        return read_relation(text, parts, found)
-    parts, _ = split(text, r"\\cup(?![A-Za-z])")
-    if len(parts) > 1:
-        return several("union", parts)
-    if match := re.fullmatch(r"(\\\{|[(\[{⟦])(.*?)(\\\}|[)\]}⟧])", text):
-        kind = match[1][-1] + match[3][-1]
-        parts, _ = split(match[2], "¶" if kind == "⟦⟧" else "[,;]")
-        if kind == "⟦⟧":
-            return Answer(kind, text, None, [Answer("row", row, None, [read(x) for x in split(row, "&")[0]])
-                                             for row in parts])
-        if parts:  # one in parentheses or plain braces is only grouped
-            return read(parts[0]) if len(parts) == 1 and match[1] in "({" else several(kind, parts)
-    if text.count(r"\pm") == 1:
-        return several("list", [re.sub(r"\\pm *", sign, text).removeprefix("+") for sign in "+-"])
-    if match := UNIT.fullmatch(text):
-        names = [name.lower() for name in re.findall(r"[A-Za-z%/]+|\^\{-?\d", match[2])]
-        answer = read(match[1])
-        changed = NO_UNIT.intersection(names + [name.removesuffix("s") for name in names])
-        if answer.kind in ("number", "expression") and not answer.unit and not changed:
-            names = [UNITS.get(name, UNITS.get(name.removesuffix("s"), name.removesuffix("s")))
-                     for name in names]
-            return replace(answer, unit=" ".join(sorted(filter(None, names))).replace("{", ""))
-    value = plain_number(text)
-    return Answer("number" if value is not None else "words" if '"' in text else "expression", text, value)
-
-
-def read_relation(text, parts, signs):
-    r"""x > 5 and 1 < x \le 3 are intervals, labelled x; what cannot be read so remains a relation."""
-    if all(sign in (">", r"\ge") for sign in signs):
-        parts, signs = parts[::-1], ["<" if sign == ">" else r"\le" for sign in signs[::-1]]
-    if len(parts) == 2:
-        x_is_first = re.fullmatch("[A-Za-z]", parts[0])
-        parts = [r"-\infty", *parts] if x_is_first else [*parts, r"\infty"]
-        signs = ["<", *signs] if x_is_first else [*signs, "<"]
-    if (len(parts) != 3 or not set(signs) <= {"<", r"\le"} or not re.fullmatch("[A-Za-z]", parts[1]) or any(
-            not end or re.search(r"(?<![\\a-z])[A-Za-z]", end) for end in parts[::2])):
-        return Answer("relation", text)
-    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-    return Answer(kind, text, None, [read(end) for end in parts[::2]], parts[1])
-
-
-def same(a, b, strict, judge, depth=0):
-    """Whether Answer a, predicted, is Answer b; judge(a, b) decides about two expressions."""
-    def alike(x, y):
-        return same(x, y, strict, judge, depth + 1)
-
-    def pairwise(xs, ys, ordered):
-        if ordered:
-            return len(xs) == len(ys) and all(map(alike, xs, ys))
-        if len(xs) != len(ys):  # sets, in which something may stand twice
-            return all(any(alike(x, y) for y in ys) for x in xs) and all(any(alike(x, y) for x in xs) for y in ys)
-        left = list(ys)
-        for x in xs:
-            partner = next((i for i, y in enumerate(left) if alike(x, y)), None)
-            if partner is None:
-                return False
-            del left[partner]
-        return True
-
-    if a == b:
-        return True
-    if depth > 4:  # sets of sets of sets take exponential time, and are no answer
-        return False
-    if "relation" in (a.kind, b.kind) or (a.label and b.label and a.label != b.label):  # two equations
-        fit = all(x.kind == "relation" or (x.label and x.kind in ("number", "expression")) for x in (a, b))
-        # where the reference is x=5, 2x=10 has not been solved
-        equations = [f"{x.label}={x.text}" if x.label else x.text for x in (a, b)]
-        unknowns = all(re.search(r"(?<![\\A-Za-z])[A-Za-z]", text) for text in equations)  # 5=5 says nothing
-        return fit and unknowns and b.kind != "number" and judge(*equations)
-    if (a.label != b.label and (strict or depth)) or (a.unit != b.unit and (strict or (a.unit and b.unit))):
-        return False
-    if a.kind == b.kind == "number":
-        scale = {"%": Fraction(1, 100)} if a.unit != b.unit else {}
-        return a.value == b.value or a.value * scale.get(a.unit, 1) == b.value * scale.get(b.unit, 1)
-    if not strict and {"list", "{}"} & {a.kind, b.kind}:
-        xs, ys = (x.parts if x.kind in ("list", "{}") else [replace(x, label="", unit="")] for x in (a, b))
-        return (len(xs) == len(ys) or a.kind == b.kind == "{}") and pairwise(xs, ys, ordered=False)
-    if a.kind == b.kind and a.parts:
-        return (len(a.parts) == len(b.parts) or a.kind == "{}") and pairwise(
-            a.parts, b.parts, ordered=a.kind not in ("{}", "union"))
-    if a.kind == b.kind == "words":
-        return not strict and a.text.casefold() == b.text.casefold()
-    # CRUCIAL: for a plain number 37*99 is no answer; the judge would do the arithmetic
-    return {a.kind, b.kind} <= {"number", "expression"} and b.kind != "number" and judge(a.text, b.text)
-
-
-def expression(text):
-    """Tidy text for the judge, every number exact, and the operations in it that not every answer may use;
-    None for what the judge would misread."""
-    allowed = re.fullmatch(r"[\w\\+/^(){}\[\]|!=<>' .-]{1,400}", text, re.ASCII)
-    if not allowed or MISREAD.search(text):
-        return None
-    used = set(re.findall(r"\\[A-Za-z]+|!", re.sub(r"\\(?:cos|tan|cot|sec|csc)", r"\\sin", text)))
-    text = re.sub(r"(\d{1,9}) ?\\frac\{(\d{1,9})\}\{(\d{1,9})\}",
-                  lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}", text)
-    text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)
-    text = re.sub(r"(?<=[\d)])(?=\()", r"\\cdot ", text)
-    return text, used - {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log"}
-
-
-class Verifier:
-    """math-verify behind a wall: its parser evaluates what it reads, `10^{10^{10}}` would hang the trainer.
-
-    One server process with a clean environment runs `verify_server`: it imports math-verify once and forks
-    for every pair; the fork has limits on CPU time and memory and is killed when its seconds are over.
-    Thread-safe. RuntimeError if the server does not start, which means a broken installation.
-    """
-
-    def __init__(self):
-        self.lock, self.server = threading.Lock(), None
-
-    def start(self):
-        environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
-        # The function's source travels on the command line: importing this file would load torch as well.
-        source = f"{inspect.getsource(verify_server)}\nverify_server()"
-        self.server = subprocess.Popen([sys.executable, "-I", "-c", source], bufsize=0, env=environment,
-                                       cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if self.read(60.0) != "ready\n":
-            raise RuntimeError("the math-verify server does not start: is math-verify installed?")
-
-    def read(self, seconds):
-        if not select.select([self.server.stdout], [], [], seconds)[0]:
-            return ""
-        return self.server.stdout.readline().decode()
-
-    def stop(self):
-        if self.server:
-            self.server.kill()
-            self.server.wait()
-            self.server.stdin.close()
-            self.server.stdout.close()
-            self.server = None
-
-    def __call__(self, predicted, reference, seconds):
-        """(whether the two expressions are equal, how many of the seconds are left)"""
-        with self.lock:
-            if self.server is None or self.server.poll() is not None:
-                self.stop()
-                self.start()
-            request, begin = json.dumps([predicted, reference, seconds]) + "\n", time.monotonic()
-            try:
-                self.server.stdin.write(request.encode())
-                reply = self.read(seconds + 5.0)
-            except BrokenPipeError:
-                reply = ""
-            if not reply:  # it is gone or stuck: this pair counts as different, the next gets a new server
-                self.stop()
-            return reply == "1\n", seconds - (time.monotonic() - begin)
-
-
-def verify_server():
-    """Reads [predicted, reference, seconds] as JSON lines, answers 1 or 0 for each; every pair is judged in a
-    limited fork."""
-    import gc, json, logging, math, os, resource, select, signal, sys  # noqa: E401  (it runs alone)
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    logging.disable()
-    from math_verify import verify
-    from math_verify.grader import should_treat_as_complex
-
-    def judge(predicted, reference):
-        real = not any(map(should_treat_as_complex, (predicted, reference)))
-        config = ConversionConfig(lowercase_symbols=False)
-        gold, target = (latex2sympy(text, is_real=real, normalization_config=None, conversion_config=config)
-                        for text in (reference, predicted))
-        return verify(gold, target, numeric_precision=30, timeout_seconds=None)
-
-    # The grammar's tables and sympy's caches fill as they are used: what is in them before the fork is 10
-    # times as fast after it.
-    for text in (r"-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot y", r"2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)!", "x<5",
-                 r"\frac{\ln{3}}{\log_{2}{x}}+\sin^{2}x-\cos(2x)|x|", r"e^{i\pi/3}+4i+\binom{n}{2}\alpha",
-                 r"x+y=2z^{-1}"):
-        judge(text, text.replace("2", "7"))
-    gc.freeze()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        *pair, seconds = json.loads(line)
-        verdict, answer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-            os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-            try:
-                os.write(answer, b"1" if judge(*pair) else b"0")
-            finally:  # whatever was raised, SystemExit and MemoryError included, is "not equivalent"
-                os._exit(0)
-        os.close(answer)
-        # readable when the child has answered or is gone
-        equal = bool(select.select([verdict], [], [], seconds)[0]) and os.read(verdict, 1) == b"1"
-        os.close(verdict)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        print(int(equal), flush=True)
-
-
-VERIFIER = Verifier()
-
-
-def old_is_equivalent(predicted, reference, strict=False):
-    r"""Whether two final answers mean the same, at most 1 s of judging per pair.
-
-    In both modes numbers are compared exactly (nothing is rounded: 0.333 is not 1/3, 3.14 is not \pi) and
-    expressions by math-verify; the kind of brackets, the order in a tuple and the number of elements count;
-    units are never converted; and what still has to be computed (37*99 for 3663, \arctan(1) for
-    \frac{\pi}{4}) is wrong, because a policy that boxes the question would be rewarded for it.
-
-    lenient: the default, for rewards, evaluation and curation, because references leave out what the question
-    says. "x =", a unit or a percent sign may be missing on one side (5 cm is 5, but not 5 m; 50% is 50, and
-    0.5, which it equals); a list has no order, and may be written as a set or with \pm; an interval may be
-    an inequality; words have no case.
-    strict: both have the same label, unit and kind, lists the same order, words the same case. What is
-    equivalent strictly is so leniently.
-
-    Never raises and never hangs, from any thread: what cannot be read, or judged in time, is not equivalent.
-    """
-    if predicted is None or reference is None:
-        return False
-    try:
-        texts = [str(predicted).strip(), str(reference).strip()]
-    except ValueError:  # an int of more than 4,300 digits
-        return False
-    if any(not text or len(text) > 4000 or len(re.findall(r"[(\[{=]", text)) > 100 for text in texts):
-        return False
-    seconds = 1.0
-
-    def judge(x, y):
-        nonlocal seconds
-        x, y = expression(x), expression(y)
-        if seconds <= 0 or not x or not y or not x[1] <= y[1]:
-            return False
-        verdict, seconds = VERIFIER(x[0], y[0], seconds)
-        return verdict
-
-    predicted, reference = (tidy(text) for text in texts)
-    return bool(predicted and reference) and same(read(predicted), read(reference), strict, judge)
+def brackets_and_parts(text):
+    """("()", ["1", "2"], [","]) of "(1,2)". Where order does not count, in a list, a set and a
+    union, the brackets are ""; (5) only groups."""
+    parts, separators = top_level_parts(text, r",|\\cup(?![a-z])")
+    match = re.fullmatch(r"(\\\{|[(\[{⟦])(.*?)(\\\}|[)\]}⟧])", text)
+    inner, inner_separators = top_level_parts(match[2], "[,&¶]") if match else ([], [])
+    if separators or not inner:
+        return "", parts or [text], separators
+    brackets = match[1][-1] + match[3][-1]
+    has_order = brackets != "{}" and (brackets != "()" or inner_separators)
+    return brackets if has_order else "", inner, inner_separators
 
 
 async def is_equivalent(predicted, reference, sandbox):
-    return old_is_equivalent(predicted, reference)
+    r"""Whether two answers (texts, or None) mean the same. Numbers are compared exactly (0.333 is
+    not 1/3), and what still has to be computed (37*99 for 3663, \arctan(1) for \frac{\pi}{4}) is
+    wrong: a policy could box the question. Brackets and the order in them count. A unit, a percent
+    sign or "x=" may be missing on one side (5 cm is 5, but not 5 m; 50% is 50 and 0.5); a list has
+    no order and may be a set; words have no case. What cannot be read or judged in time is wrong.
+    UserError without math-verify."""
+    if any(not text or len(text) > MAX_LENGTH or len(re.findall(r"[(\[{=]", text)) > 100
+           for text in (predicted, reference)):
+        return False
+    predicted, reference = one_spelling(predicted), one_spelling(reference)
+    texts = without_label(predicted, reference), without_label(reference, predicted)
+    return all(texts) and await means_the_same(*texts, sandbox)
+
+
+async def means_the_same(predicted, reference, sandbox):
+    """`is_equivalent` for texts in one spelling and without a label."""
+    if predicted == reference or ('"' in reference and predicted.lower() == reference.lower()):
+        return True
+    brackets, parts, separators = brackets_and_parts(predicted)
+    wanted_brackets, wanted, wanted_separators = brackets_and_parts(reference)
+    kinds = [bool(INEQUALITY.search(text)) for text in (predicted, reference)]
+    if kinds[0] != kinds[1] and brackets != wanted_brackets:    # x>5 is the interval (5,\infty)
+        return await is_same_expression(predicted, reference, sandbox)
+    if kinds[0] != kinds[1] or (brackets, separators) != (wanted_brackets, wanted_separators):
+        return False
+    if (parts, wanted) == ([predicted], [reference]):
+        return await is_same_expression(predicted, reference, sandbox)
+    for part in parts:
+        for candidate in wanted[:1] if brackets else list(wanted):
+            if await means_the_same(part, candidate, sandbox):
+                wanted.remove(candidate)
+                break
+        else:
+            return False
+    return True
+
+
+async def is_same_expression(predicted, reference, sandbox):
+    """Whether two texts are equal as numbers or, to math-verify, expressions or relations."""
+    predicted, unit = without_unit(predicted)
+    reference, wanted_unit = without_unit(reference)
+    if (unit and wanted_unit and unit != wanted_unit) or ("=" in predicted) != ("=" in reference):
+        return False
+    value, wanted = exact_value(predicted), exact_value(LABEL.sub("", reference, count=1))
+    if wanted is not None:
+        # CRUCIAL: for a plain number 37*99 is no answer; math-verify would do the arithmetic.
+        scale = {"%": 100}
+        return value in (wanted, wanted * scale.get(unit, 1) / scale.get(wanted_unit, 1))
+    if MISREAD.search(predicted) or MISREAD.search(reference):
+        return False
+    used, allowed = (set(re.findall(r"\\[A-Za-z]+|!", text)) for text in (predicted, reference))
+    return used <= allowed | HARMLESS and await sandbox.equal(predicted, reference)
+
+
+async def parses(answer, sandbox):
+    """Whether a reference is short and readable, so that answers can be compared with it."""
+    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
+        return False
+    text = one_spelling(answer)
+    is_readable = '"' in text or brackets_and_parts(text)[1] != [text]
+    return is_readable or await is_same_expression(text, text, sandbox)
 
 
 async def is_correct(trajectory, tokenizer, reference, sandbox):
@@ -472,6 +289,23 @@ async def is_correct(trajectory, tokenizer, reference, sandbox):
 
 def code_lines(code):
     return sum(1 for line in code.splitlines() if line.strip() and not line.strip().startswith("#"))
+
+
+def code_purpose(code, before):
+    """What a snippet is for, guessed from its syntax tree and the words before it."""
+    nodes = list(ast.walk(ast.parse(code)))
+    imported = {getattr(node, "module", "") for node in nodes}
+    imported |= {alias.name.split(".")[0] for node in nodes
+                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    announced = re.search(r"(?i)\b(check|verif|confirm|double-check|make sure)", before[-200:])
+    if announced or any(isinstance(node, ast.Assert) for node in nodes):
+        return "verification"
+    if imported & {"sympy", "symbols"}:
+        return "symbolic algebra"
+    if "random" in imported:
+        return "simulation"
+    loops = (ast.For, ast.While, ast.comprehension)
+    return "enumeration" if any(isinstance(node, loops) for node in nodes) else "calculation"
 
 
 def mean(values):
@@ -549,7 +383,8 @@ async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, d
 
 async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, desc, max_prompt_tokens,
                    **settings):
-    """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories).
+    """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories); their prompt_index
+    is that of the problem.
 
     Over-long prompts are skipped and counted; UserError if none remain. settings go to `generate`.
     """
@@ -558,11 +393,15 @@ async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, d
     if not fits:
         raise UserError(f"{desc}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
     skipped = len(problems) - len(fits)
-    problems, prompts = [problems[i] for i in fits], [prompts[i] for i in fits]
     # step -1: noise of its own, the same before and after training
-    trajectories = await sample_all(model, tokenizer, prompts, [p["answer"] for p in problems], sandbox, rank,
-                                    world, desc, step=-1, **settings)
-    metrics = rollout_metrics(trajectories) | {"problems": len(problems), "skipped_long": skipped}
+    trajectories = await sample_all(model, tokenizer, [prompts[i] for i in fits],
+                                    [problems[i]["answer"] for i in fits], sandbox, rank, world, desc, step=-1,
+                                    **settings)
+    for t in trajectories:
+        t.prompt_index = fits[t.prompt_index]
+    if all(t.finish_reason == "sandbox_error" for t in trajectories):
+        raise UserError(f"{desc}: the sandbox failed in every response")
+    metrics = rollout_metrics(trajectories) | {"problems": len(fits), "skipped_long": skipped}
     per_problem, by_family = {}, {}
     for t in trajectories:
         if t.finish_reason != "sandbox_error":
@@ -604,6 +443,32 @@ def evaluation_table(results):
                                      for name, metrics in results.items()])
 
 
+# Arguments that may differ between runs whose mean is taken: seeds, places, and what only changes speed.
+NOT_A_SETTING = {"seed", "sft_seed", "run_dir", "warm_start_dir", "resume", "export", "plan", "save_every",
+                 "keep_checkpoints", "save_rollouts", "sandbox_workers"}
+
+
+def runs_tables(runs):
+    """`runs_table` for each group of runs with the same arguments, under a line of what differs."""
+    groups = {}
+    for run in runs:
+        try:
+            with open(f"{run}/arguments.json") as file:
+                arguments = json.load(file)["arguments"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--runs {run}: arguments.json: {error}") from None
+        kept = {name: value for name, value in arguments.items() if name not in NOT_A_SETTING}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
+    settings = [json.loads(key) for key in groups]
+    differ = sorted(name for name in set().union(*settings)
+                    if len({json.dumps(s.get(name)) for s in settings}) > 1)
+    tables = []
+    for setting, members in zip(settings, groups.values()):
+        line = " ".join(f"--{name} {setting.get(name)}" for name in differ)
+        tables.append((f"{line}\n\n" if line else "") + runs_table(members))
+    return "\n\n".join(tables)
+
+
 def runs_table(runs):
     """Markdown table: mean and range over run folders of every evaluation in their metrics.jsonl, and of the
     wall time."""
@@ -636,10 +501,11 @@ def runs_table(runs):
                      for label, found in values.items()])
 
 
-def describe_trajectory(t, tokenizer):
-    """A trajectory as a JSON row for people."""
+def describe_trajectory(t, tokenizer, problem):
+    """A trajectory as a JSON row for people; problem: the row that it answers."""
     return {"prompt": tokenizer.decode(t.prompt_ids), "response": tokenizer.decode(t.response_ids),
-            "correct": t.correct, "finish_reason": t.finish_reason,
+            "correct": t.correct, "answer": problem["answer"], "family": problem["family"],
+            "finish_reason": t.finish_reason,
             "tool_statuses": [call.status for call in t.tool_calls],
             "prompt_index": t.prompt_index, "sample_index": t.sample_index}
 
@@ -677,10 +543,38 @@ def distributed():
         dist.destroy_process_group()
 
 
+GOES_ON = ["the same command goes on"]  # what to do after an interrupt, by what the script is doing
+
+
+@contextlib.contextmanager
+def at_once(rank):
+    """Ctrl-C and SIGTERM end the process at once, with one line. A thread does that: Python's own handlers wait
+    until C code, a collective for instance, returns. What is on the disk is complete or not there at all."""
+    signals, (read, write) = (signal.SIGINT, signal.SIGTERM), os.pipe()
+    os.set_blocking(write, False)
+
+    def watch():
+        while number := os.read(read, 1):
+            if number[0] in signals:
+                os.write(2, f"\ninterrupted: {GOES_ON[0]}\n".encode() if rank == 0 else b"")
+                os._exit(130)
+
+    before = [signal.signal(number, lambda *_: None) for number in signals]
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(write)  # ends the thread
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
+
+
 def run_script(main):
     """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
     try:
-        with distributed() as (rank, world, device):
+        with distributed() as (rank, world, device), at_once(rank):
             try:
                 asyncio.run(main(rank, world, device))
             except Exception as error:
@@ -690,7 +584,7 @@ def run_script(main):
                 # group: leave at once, torchrun ends them.
                 print(describe_error(error) or traceback.format_exc(), file=sys.stderr, flush=True)
                 os._exit(1)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         line = describe_error(error)
         if not line:
             raise
@@ -703,7 +597,6 @@ def describe_error(error):
     if isinstance(error, (UserError, FloatingPointError)) or (
             isinstance(error, OSError) and error.errno):
         return f"error: {error}"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
 
 def all_sum(value, device):
@@ -711,6 +604,16 @@ def all_sum(value, device):
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the file's docstring as it is, and all defaults."""
+
+
+def given(argv):
+    """Names of the flags on a command line (its parser must have allow_abbrev=False)."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word[2:].split("=")[0] for word in words if word.startswith("--")}
 
 
 def in_range(low, high=math.inf, kind=float, above=False):
@@ -782,12 +685,190 @@ def check_positions(config, args):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Sharding
+
+
+def add_trainer_arguments(parser):
+    add = parser.add_argument_group("trainer").add_argument
+    add("--token_budget", type=at_least(1), default=8192, help="tokens per micro-batch and rank")
+    add("--activation_checkpointing", action="store_true",
+        help="keep only the layers' inputs, compute the rest again in the backward pass")
+    add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
+    add("--replicas", type=at_least(1), default=1,
+        help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
+
+
+def sharding_settings(args):
+    """The keyword arguments of `shard`."""
+    return {"dtype": args.dtype, "replicas": args.replicas, "cpu_offload": args.cpu_offload,
+            "activation_checkpointing": args.activation_checkpointing}
+
+
+def check_mesh(replicas, world):
+    """UserError where the ranks cannot be arranged as so many copies of a sharded model."""
+    if world % replicas:
+        raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
+
+
+def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
+    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed, the rest
+    belongs to the root. With replicas the ranks form a grid (replicas, shards): hybrid sharding. The module
+    may lie in host memory: its units go to the GPU one by one, so that no GPU ever holds all of it.
+
+    Master weights, gradients between ranks and optimiser states are fp32 whatever dtype computes.
+    """
+    world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
+    if replicas > 1:
+        mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world,))
+    lm.eval()
+    if activation_checkpointing:
+        for layer in lm.model.layers:
+            layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    precision = MixedPrecisionPolicy(DTYPES[dtype], torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    for unit in [*lm.model.layers, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return module
+
+
+@torch.no_grad()
+def sync_weights(policy, plain):
+    """Copy the sharded policy's weights into a plain model, in place (a captured graph over `plain` stays
+    valid). All ranks call it; plain may be None on those that want no copy."""
+    policy.reshard()  # after a forward without backward the root's weights are still gathered
+    sources = dict(policy.lm.named_parameters())
+    targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
+    assert targets.keys() == sources.keys()
+    for name, source in sources.items():
+        full = source.full_tensor()
+        if plain:
+            targets[name].copy_(full)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own, and reads
+# them for any other number of ranks; what it lacks is added here: a checkpoint is there as a whole or not at
+# all, and a damaged one is recognised.
+
+
+def zero_moments(optimizer):
+    """Give AdamW the moments it would make at its first step. Without them the helpers of torch take a real
+    step to make them when saving, and saving would change the run."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def training_state(name, module, optimizer):
+    """Every tensor that a step changes, by name: sharded weights and AdamW's moments. Loading writes into
+    them in place."""
+    module.reshard()  # after a forward without backward the root's weights are still gathered
+    state = {}
+    for key, p in module.named_parameters():
+        state[f"{name}.{key}"] = p.detach()
+        state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state[p].items()}
+    return state
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_checkpoint(folder, state, record, keep, rank):
+    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all but the last
+    `keep`. All ranks call it, on a file system that they share.
+
+    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the last file; one
+    rename makes it a checkpoint. A crash at any moment leaves the ones before untouched. UserError where
+    nothing can be written, a full disk for instance.
+    """
+    partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
+
+    def refuse(error):
+        raise UserError(f"checkpoint of step {record['step']} cannot be written ({error}); the ones before "
+                        f"it in {folder} are intact")
+
+    def on_rank_0(action):
+        error = [None]
+        if rank == 0:
+            try:
+                action()
+            except OSError as problem:
+                error = [str(problem)]
+        dist.broadcast_object_list(error)  # every rank stops, or none
+        if error[0]:
+            refuse(error[0])
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        partial.mkdir(parents=True)
+
+    def publish():
+        manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
+        manifest["files"][".metadata"] = file_hash(partial / ".metadata")
+        for name in manifest["files"]:
+            os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        sync_to_disk(partial / "manifest.json")
+        sync_to_disk(partial)
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
+        partial.rename(final)
+        sync_to_disk(folder)
+        found = sorted(folder.glob("step-*"))
+        later = found.index(final) + 1  # damaged ones, which the run has gone back behind
+        for old in found[:later][:-keep] + found[later:]:
+            shutil.rmtree(old)
+
+    on_rank_0(begin)
+    try:
+        dcp.save(state, checkpoint_id=partial)
+    except CheckpointException as error:  # the same on all ranks
+        refuse(f"{str(error).strip().splitlines()[-1]}: disk full?")
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
+    on_rank_0(publish)
+
+
+def find_checkpoint(folder, rank):
+    """The newest undamaged checkpoint, (path, record), the same on all ranks; (None, None) if there is none."""
+    found = [newest_checkpoint(folder) if rank == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def newest_checkpoint(folder):
+    """`find_checkpoint` on one rank. UserError if all are damaged. Says which ones it passes over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = json.loads((path / "manifest.json").read_text())
+            damaged = [name for name, digest in record["files"].items() if file_hash(path / name) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return path, record
+        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
+    if any(folder.glob("step-*")):
+        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The script
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="", help="checkpoint folder or hub id")
     add("--runs", nargs="+", default=[],
@@ -812,7 +893,7 @@ def parse_arguments():
 async def main(rank, world, device):
     args = parse_arguments()
     if args.runs:
-        return print(runs_table(args.runs))
+        return print(runs_tables(args.runs))
     template = load_template(args.prompt_template)
     sets = {name: embedded_rows(name, args.limit, args.seed) if name in SPLITS else load_problems(name)
             for name in args.problems.split(",")}
@@ -830,7 +911,8 @@ async def main(rank, world, device):
                 n_samples=args.samples, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
                 **rollout_settings(args))
             for t in trajectories:
-                responses.write(json.dumps(describe_trajectory(t, tokenizer) | {"set": name}) + "\n")
+                row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
+                responses.write(json.dumps({"set": name} | row) + "\n")
     responses.close()
     if rank == 0:
         print(evaluation_table(results))

@@ -1,42 +1,40 @@
-"""Run model-written Python, confined: a process that has numpy and sympy imported forks once per snippet.
+"""Run model-written Python, confined: a prepared process forks once per snippet.
 
     async with Sandbox(workers=2, timeout=1.0) as sandbox:
         result = await sandbox.run("print(1 + 1)", seed=0)     # status "ok", output "2\\n"
 
-How it works. Importing numpy and sympy costs a hundred times more than a fork, so one "zygote" process
-imports them once and forks a child per snippet. Trainer (asyncio) and zygote talk over a unix socketpair:
-    trainer -> zygote   request id, seed, time limit, and two files: the snippet's text, an empty output
+Importing numpy and sympy costs a hundred times more than a fork, so one process, the "zygote",
+imports them once and forks a child per snippet. It shares a socketpair with the trainer (asyncio):
+    trainer -> zygote   request id, seed, time limit, and two files: the code, an empty output
     zygote  -> trainer  request id, exit code, verdict, wall, CPU and own seconds, peak memory
-The zygote keeps the queue, the deadlines and the exit codes: a trainer whose event loop is blocked for
-seconds by a GPU step neither delays nor falsifies a time limit, and nothing that a snippet prints can be
-taken for its status. Output goes to an anonymous file: no pipe to fill up, nothing to unpickle.
+The zygote keeps queue, deadlines and exit codes: a trainer blocked by a GPU step neither delays
+nor falsifies a time limit, and nothing that a snippet prints can pass for its status.
 
 The adversary is a policy that is paid for answers and may know this file. Mandatory on Linux:
-    seccomp       a list of harmless system calls; no new process, program, socket, signal to others, lock,
-                  shared memory, or change of a file's name, mode, times or size
-    Landlock      files: the interpreter's own libraries can be read, /dev/null written, nothing else
-    rlimits       memory, output, descriptors, core dumps; no capability; an environment of constants
-Sandbox() does not start where one is missing, nor where its self-test finds an attack that works, unless
-unsafe=True (--unsafe_sandbox). Best effort, reported at start: namespaces (network, IPC, read-only mounts,
-an unreadable /proc), the OOM killer's preference, time limits that do not count waiting for a core.
+    seccomp     harmless system calls only: no process, program, socket, lock, shared memory,
+                signal to others, or change of a file's name, mode, times or size
+    Landlock    no file but the interpreter's libraries, to read, and /dev/null
+    rlimits     on memory, output, descriptors; no capability; an environment of constants
+Sandbox() does not start where one is missing, nor where its self-test finds an attack that works,
+unless unsafe=True (--unsafe_sandbox). Best effort, as reported at start: namespaces, the OOM
+killer's preference, time limits that do not count waiting for a core.
 
-The time limit. `timeout` limits a snippet's *own* time: its CPU seconds over all threads, and the wall time
-of its main thread less the time for which that was ready to run and waited for a core. A loop and a sleep
-both end at `timeout`, and on an idle machine that is wall time. A snippet of 5 ms does not run into its limit
-because a trainer keeps the cores busy (snippets run niced). WALL_FACTOR times `timeout` of wall time ends
-all. Results that used more than half of their limit are counted: those may differ on another run.
+The time limit. `timeout` limits a snippet's *own* time: the CPU seconds of its threads, or the
+wall time of its main thread less what that waited for a core, whichever is more. So a loop and a
+sleep both end at `timeout`, and other load pushes nothing over it. WALL_FACTOR * `timeout` of wall
+time ends all. Results that took more than half of their limit are counted: they may differ.
 
-Covered: that, and endless loops (in C code too), floods of output, memory, threads and recursion, crashes of
-the interpreter, left-over threads, state passed between snippets (memory, files, locks, shared futexes), a
-killed or frozen zygote, a killed trainer, a cancelled task. The same code and seed give the same text
-(clocks, os.urandom, object addresses and what is close to a time limit aside).
-NOT covered: holes in the kernel; timing and cache channels between snippets; stat(), which Landlock leaves
-open: a snippet learns which files exist, their sizes and times, and without namespaces also which processes;
-nonsense in the text itself (tags are neutralised in rollout.py). macOS (Python 3.13 or later) and
---unsafe_sandbox are for development: accidents only.
+Covered: that, and endless loops (in C too), floods of output, memory, threads and recursion,
+crashes, left-over threads, state passed between snippets (memory, files, locks, futexes), a killed
+or frozen zygote, a killed trainer, a cancelled task. The same code and seed give the same text
+(clocks, os.urandom, addresses and what is close to a time limit aside).
+NOT covered: holes in the kernel; timing and cache channels; stat(), which Landlock leaves open
+(names, sizes and times of files); nonsense in the text itself (rollout.py neutralises tags). macOS
+(Python 3.13 or later) and --unsafe_sandbox are for development: accidents only.
 
-    python sandbox.py                         # layers, self-test, speed against a fresh interpreter for each
-    python tests/test_sandbox.py 10000        # soak: hostile snippets, and what they leave behind
+    python sandbox.py                     # does it start here? layers and self-test in a line
+    python tests/bench_sandbox.py         # speed against a fresh interpreter per snippet
+    python tests/test_sandbox.py 10000    # soak: hostile snippets, and what they leave behind
 """
 import ast
 import asyncio
@@ -47,10 +45,12 @@ import ctypes
 import dataclasses
 import errno
 import gc
+import importlib.util
 import io
 import itertools
 import json
 import linecache
+import logging
 import math
 import os
 import random
@@ -71,37 +71,38 @@ import types
 import warnings
 
 LINUX = sys.platform == "linux"
-SNIPPET = "snippet.py"                 # the file name that a snippet sees in its own tracebacks
-OUTPUT_BYTES = 1 << 20                 # a snippet that prints this much is stopped: status output_limit
-MEMORY_RESERVE = 64 << 20              # bytes beyond memory_mb, released only to report a MemoryError
-STACK_BYTES = 2 << 20                  # CPython's time to overflow it with repr() grows with its square
-MAX_FRAMES = 6                         # traceback frames shown
-MAX_THREADS = 128                      # a snippet with more is killed
-MAX_IN_FLIGHT = 128                    # requests inside the zygote: 2 descriptors each, well below 1024
-WALL_FACTOR = 10                       # wall seconds for each second of a time limit, at most
-NICENESS = 10                          # of snippets: the trainer comes first
-LOOK_SECONDS = 0.1                     # how often the zygote looks at a snippet's threads and CPU time
-WATCH_SECONDS = 0.2                    # how often the trainer looks at the zygote's state
-SPARE_SECONDS = 3.0                    # a pool this old gets a second zygote, to replace the first at once
-FROZEN_SECONDS = 30.0                  # a zygote silent this long past a time limit, or at start, is replaced
-REQUEST = struct.Struct("=Qqd?")       # request id, seed, time limit in s, True to cancel that request
-REPLY = struct.Struct("=Qibdddd")      # request id, exit code, verdict, wall s, CPU s, peak MiB, own s
-FINISHED, TIMED_OUT, TOO_MANY_THREADS = range(3)       # verdicts
-ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
-               "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+SNIPPET = "snippet.py"  # the file name that a snippet sees in its own tracebacks
+OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped: status output_limit
+MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, released only to report a MemoryError
+STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
+MAX_FRAMES = 6  # traceback frames shown
+MAX_THREADS = 128  # a snippet with more is killed
+MAX_DEATHS = 10  # of zygotes, without a finished snippet in between
+MAX_IN_FLIGHT = 128  # requests inside the zygote: 2 descriptors each, well below 1024
+WALL_FACTOR = 10  # wall seconds for each second of a time limit, at most
+JUDGE_SECONDS = 1.0  # own time of a snippet of `equal`
+NICENESS = 10  # of snippets: the trainer comes first
+LOOK_SECONDS = 0.1  # how often the zygote looks at a snippet's threads and CPU time
+WATCH_SECONDS = 0.2  # how often the trainer looks at the zygote's state
+FROZEN_SECONDS = 30.0  # a zygote silent this long past a time limit, or at start, is replaced
+REQUEST = struct.Struct("=Qqd?")  # request id, seed, time limit, True to cancel
+REPLY = struct.Struct("=qibdddd")  # id, exit code, verdict, wall, CPU, MiB, own
+FINISHED, TIMED_OUT, TOO_MANY_THREADS = range(3)  # verdicts
+ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0"}
+ENVIRONMENT |= dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
 
 
 class UserError(Exception):
-    """What the user or the machine has to change: scripts print its one line, and exit with a non-zero status."""
+    """What the user or the machine has to change: scripts print its one line and fail."""
 
 
 @dataclasses.dataclass
 class SandboxResult:
     """What one snippet did.
 
-    status: ok | error | timeout | output_limit | killed | sandbox_error. The last is the sandbox's own fault:
+    status: ok | error | timeout | output_limit | killed | sandbox_error, which is our own fault:
         drop the rollout, never score it, never show it to the model.
-    output: text for the model: at most output_chars characters, plus a count and a notice in brackets.
+    output: text for the model: at most output_chars characters, plus notices in brackets.
     seconds: wall time from fork to exit. cpu_seconds: user + system time.
     max_rss_mb: peak resident MiB; the 60 or so shared with the zygote count too.
     """
@@ -112,22 +113,21 @@ class SandboxResult:
     max_rss_mb: float = 0.0
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The trainer's side
 
 
 def anonymous_file(content=b""):
-    """An open file without a name that holds `content`: memfd on Linux. Elsewhere an unlinked temporary file,
-    for development only (it is on disk)."""
+    """An open file without a name that holds `content`, in memory (on macOS on disk)."""
     file = open(os.memfd_create("snippet"), "w+b", 0) if LINUX else tempfile.TemporaryFile(buffering=0)
     file.write(content)
     return file
 
 
 def feedback(raw, exit_code, verdict, timeout, output_chars, folders=()):
-    """(status, text for the model) of a finished process, from its output bytes and its exit code (minus the
-    signal's number if one killed it). Numbers that differ from run to run must not enter the text, nor must
-    the host's `folders`."""
+    """(status, text for the model) of a finished process, from its output bytes and exit code
+    (minus the number of a signal). The text must not differ from run to run, nor name the
+    host's `folders`."""
     text = raw.decode("utf-8", "replace")
     for folder in folders:
         text = text.replace(folder + "/", "")
@@ -139,18 +139,18 @@ def feedback(raw, exit_code, verdict, timeout, output_chars, folders=()):
     elif verdict == TOO_MANY_THREADS and exit_code == -signal.SIGKILL:
         status, notice = "killed", f"[killed: more than {MAX_THREADS} threads]"
     elif exit_code < 0:
-        names = {s.value: s.name for s in signal.Signals}      # most real-time signals have no name
+        names = {s.value: s.name for s in signal.Signals}  # most real-time ones have none
         status, notice = "killed", f"[killed by {names.get(-exit_code, f'signal {-exit_code}')}]"
     elif len(raw) >= OUTPUT_BYTES:
         status, notice = "output_limit", f"[output limit of {OUTPUT_BYTES} bytes reached]"
     elif exit_code == 0:
         status, notice = "ok", "" if text else "[no output: use print(...) to see a result]"
-    else:                # 1 is an exception or sys.exit, described by the child; others are os._exit
+    else:  # 1 is an exception or sys.exit, described by the child; others are os._exit
         status, notice = "error", "" if exit_code == 1 and text else f"[exit code {exit_code}]"
     return status, text + ("\n" if notice and text and not text.endswith("\n") else "") + notice
 
 
-ATTACKS = {              # what a snippet must not be able to do; every line is harmless where it can
+ATTACKS = {  # what a snippet must not be able to do; every line is harmless where it can
     "use a descriptor of the pool": "os.fstat(3)",
     "fork": "os.fork() or os._exit(0)",
     "open a socket": "socket.socket()",
@@ -188,6 +188,25 @@ print("end")
 """
 
 
+# What `equal` runs. The parser's tables and sympy's caches fill with use: what resembles an
+# expression that was read before the fork (WARM_UP) takes a fraction of the time.
+JUDGE = """
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify import grader, verify
+grader.sympy_solve_and_compare = lambda *_: False  # two equations it cannot solve were equal
+real = not any(map(grader.should_treat_as_complex, texts))
+config = ConversionConfig(lowercase_symbols=False)
+predicted, reference = [latex2sympy(text, is_real=real, conversion_config=config,
+                                    normalization_config=None) for text in texts]
+print(verify(reference, predicted, numeric_precision=30, timeout_seconds=None,
+             allow_set_relation_comp=True))
+"""
+WARM_UP = r"""
+-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot{y} 2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)! x<5 x+y=2z^{-1} 3-2i
+\frac{\ln{3}}{\log_{2}{x}}+\sin^{2}x-\cos(2x)|x| e^{i\pi/3}+4i+\binom{n}{2}\alpha \frac{2\pi}{3}
+1+2\sqrt{3} \frac{x}{2} (x+1)(x-2) (x+2)^{2} 2ab+c/2 [2,\infty) x\ge2 2<x\le3 \log_{2}3""".split()
+
+
 def is_running(process):
     """False for a Popen that has ended or is stopped (SIGSTOP; on Linux)."""
     if process.poll() is not None or not LINUX:
@@ -197,68 +216,71 @@ def is_running(process):
 
 
 class Sandbox:
-    """A pool of `workers` snippets at a time, for one event loop: `async with Sandbox() as sandbox`.
+    """A pool of `workers` snippets at a time, for one event loop: `async with Sandbox() as s`.
 
-    timeout: seconds of its own time that a snippet has from its fork, see the top of this file.
+    timeout: seconds of its own time that a snippet has, see the top of this file.
     memory_mb: address space in MiB above what the zygote has mapped.
     output_chars: characters of output kept, half from the head and half from the tail.
-    unsafe: start although a mandatory layer is missing or an attack works. Printed at every start.
-    report: one line on layers and self-test. counts: results by status, and "near_limit", see above.
-    Entering runs the self-test, and raises RuntimeError when that fails.
+    unsafe: start although a mandatory layer is missing or an attack works, with a warning.
+    math_verify: have math-verify imported, which the snippets of `equal` need.
+    report: one line on layers and self-test. counts: results by status, and "near_limit".
+    Entering runs the self-test: UserError if it fails.
     """
 
-    def __init__(self, workers=2, timeout=1.0, memory_mb=512, output_chars=2000, unsafe=False):
+    def __init__(self, workers=2, timeout=1.0, memory_mb=512, output_chars=2000, unsafe=False,
+                 math_verify=False):
         assert workers >= 1 and timeout > 0 and memory_mb > 0 and output_chars >= 0
         self.workers, self.timeout, self.unsafe = workers, timeout, unsafe
-        self.memory_mb, self.output_chars = memory_mb, output_chars
-        self.process = self.socket = None                     # the zygote; socket is None while there is none
-        self.spare = None                                      # (process, socket) of the one that waits
+        self.memory_mb, self.output_chars, self.math_verify = memory_mb, output_chars, math_verify
+        self.process = self.socket = None  # the zygote; socket is None while there is none
+        self.judge = None  # the pool of `equal`, once it is needed
         self.report, self.counts = "", collections.Counter()
         self.closed = True
 
     async def __aenter__(self):
         self.loop = asyncio.get_running_loop()
         self.slots = asyncio.Semaphore(max(MAX_IN_FLIGHT, 2 * self.workers))
+        self.judge_lock = asyncio.Lock()
         self.ids = itertools.count()
-        self.futures = {}                                    # request id -> future of its reply, None if lost
-        self.layers = {}                                       # what the zygote says about itself
+        self.futures = {}  # request id -> future of its reply, or of the status of a lost one
+        self.deaths, self.is_ready = 0, False  # zygotes since the last reply; this one's imports
+        self.layers = {}  # what the zygote says about itself
         self.closed, self.watch = False, None
         self.layers_file = anonymous_file()
         try:
             self._watch()
             self.report = await self._self_test()
-        except BaseException:                                  # a cancellation too must not leave a process
+        except BaseException:  # a cancellation too must not leave a process
             await self.__aexit__()
             raise
-        if self.unsafe or not LINUX:
+        if (self.unsafe or not LINUX) and not self.math_verify:
             flag = "--unsafe_sandbox" if self.unsafe else "development only, not isolation"
             print(f"WARNING: {flag}: {self.report}", file=sys.stderr, flush=True)
         return self
 
     async def __aexit__(self, *exc_info):
         self.closed = True
+        if self.judge:
+            await self.judge.__aexit__()
         self._stop(grace=5.0)
-        if self.spare:
-            self._end(*self.spare, grace=0)
         self.watch.cancel()
         self.layers_file.close()
 
     async def _self_test(self):
-        """Try each kind of attack and each limit for real. The one-line report, or RuntimeError."""
+        """Try each kind of attack and each limit. The one-line report, or UserError."""
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             canary = os.path.join(folder, "canary")
             with open(canary, "w") as file:
                 file.write("canary")
-            code = f"canary, source, attacks = {canary!r}, {os.path.abspath(__file__)!r}, {ATTACKS!r}{PROBE}"
+            code = f"canary, source, attacks = {(canary, os.path.abspath(__file__), ATTACKS)!r}{PROBE}"
             attacked = await self._attempt(code, 0, 10.0, output_chars=10_000)
             self.layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or b'{"missing": []}')
-            if self.layers["missing"] and not self.unsafe:
-                missing = ", ".join(self.layers["missing"])
-                raise RuntimeError(f"the sandbox does not start: it lacks {missing}. --unsafe_sandbox (in "
-                                   "code: unsafe=True) runs snippets without that")
+            missing = ", ".join(self.layers["missing"])
+            if missing and not self.unsafe:
+                raise UserError(f"the sandbox does not start: it lacks {missing} (see --unsafe_sandbox)")
             if attacked.status != "ok":
-                raise RuntimeError(f"the sandbox does not start: {attacked.output} (see standard error)")
+                raise UserError(f"the sandbox does not start: {attacked.output} (see stderr)")
             with open(canary) as file:
                 intact = os.listdir(folder) == ["canary"] and file.read() == "canary"
         loop, memory, output = await asyncio.gather(
@@ -266,37 +288,59 @@ class Sandbox:
             self._attempt("bytearray(1 << 40)", 0, 10.0, output_chars=10_000),
             self._attempt("print('x' * (1 << 22))", 0, 10.0, output_chars=10_000))
         lines = attacked.output.splitlines()
-        possible = [line for line in lines if line in ATTACKS] + ["leave a trace in a folder"] * (not intact)
-        possible += ["run a program"] * ("end" not in lines)   # the last attack: a program prints nothing
-        limits = {"time limit": loop.status == "timeout", "memory limit": "MemoryError" in memory.output,
-                  "output limit": output.status == "output_limit"}
-        possible += [f"exceed the {name}" for name, holds in limits.items() if not holds]
+        holds = {"leave a trace in a folder": intact, "run a program": "end" in lines,  # the last attack
+                 "exceed the time limit": loop.status == "timeout",
+                 "exceed the memory limit": "MemoryError" in memory.output,
+                 "exceed the output limit": output.status == "output_limit"}
+        possible = [line for line in lines if line in ATTACKS] + [name for name in holds if not holds[name]]
         if possible and LINUX and not self.unsafe:
-            raise RuntimeError("the sandbox does not start: its self-test was able to " + ", ".join(possible))
-        lacks = self.layers["missing"] and [f"LACKS {', '.join(self.layers['missing'])}"]
-        return "; ".join([
-            f"sandbox: POSSIBLE: {', '.join(possible)}" if possible else
-            f"sandbox: {len(ATTACKS)} attacks refused, limits hold (0.1 s fired at {loop.seconds:.3f} s)",
-            *lacks, ", ".join(self.layers["layers"]), f"self-test {time.monotonic() - begin:.1f} s"])
+            raise UserError(f"the sandbox does not start: its self-test could {', '.join(possible)}")
+        found = (f"POSSIBLE: {', '.join(possible)}" if possible else
+                 f"{len(ATTACKS)} attacks refused, limits hold (0.1 s fired at {loop.seconds:.3f} s)")
+        return (f"sandbox: {found}; {f'LACKS {missing}; ' if missing else ''}"
+                f"{', '.join(self.layers['layers'])}; self-test {time.monotonic() - begin:.1f} s")
 
     async def run(self, code, seed=0):
-        """Run `code` (str) with the generators of random, numpy and sympy seeded by `seed` (64-bit, signed).
-        Returns a SandboxResult; RuntimeError outside `async with`. Cancelling the task kills the snippet."""
+        """The SandboxResult of `code`; `seed` (64-bit, signed) is for random, numpy and sympy.
+        Cancelling the task kills the snippet. RuntimeError outside `async with`."""
         async with self.slots:
-            for _ in range(2):                                 # once more after an error of our own
+            tries = 0
+            while tries < 2:  # once more after an error of our own; what never ran is no try
                 result = await self._attempt(code, seed, self.timeout, self.output_chars)
-                if result.status != "sandbox_error":
+                if result.status not in ("sandbox_error", "never ran"):
                     break
+                tries += result.status == "sandbox_error"
             self.counts[result.status] += 1
             return result
 
-    async def _attempt(self, code, seed, timeout, output_chars):
+    async def equal(self, predicted, reference):
+        """Whether math-verify takes two LaTeX expressions for equal; not if it cannot tell
+        within JUDGE_SECONDS. It calculates what it reads and can be made to hang, so it runs
+        as a snippet, in a pool of its own that the first call starts. UserError if it does not
+        run."""
+        async with self.judge_lock:
+            self._check_open()
+            if self.judge is None:
+                judge = Sandbox(self.workers, JUDGE_SECONDS, unsafe=self.unsafe, math_verify=True)
+                self.judge = await judge.__aenter__()
+        result = await self.judge.run(f"texts = {[predicted, reference]!r}\n{JUDGE}")
+        if result.status == "sandbox_error":  # our own fault is no verdict
+            raise UserError(f"math-verify does not run: {result.output}")
+        return (result.status, result.output) == ("ok", "True\n")
+
+    def _check_open(self):
         if self.closed:
             raise RuntimeError("the sandbox is closed: use it inside `async with`")
+
+    async def _attempt(self, code, seed, timeout, output_chars):
+        self._check_open()
+        if self.deaths >= MAX_DEATHS:
+            raise UserError(f"the sandbox's process died {self.deaths} times without finishing a "
+                            "snippet in between; is something killing it?")
         if self.socket is None:
             self._start()
         if not self.futures:
-            self.heard = self.loop.time()                      # an idle zygote owes nobody a sign of life
+            self.heard = self.loop.time()  # an idle zygote owes nobody a sign of life
         request_id, future = next(self.ids), self.loop.create_future()
         patience = WALL_FACTOR * timeout + FROZEN_SECONDS
         source = code.encode("utf-8", "surrogatepass")
@@ -306,18 +350,17 @@ class Sandbox:
                 self._send(request_id, seed, timeout, False, [source_file.fileno(), output_file.fileno()])
                 while not future.done():
                     await asyncio.wait([future], timeout=patience)
-                    # Some snippet ends at least every WALL_FACTOR * timeout seconds: silence means that the
-                    # zygote hangs. After a blocked event loop replies are read before timers run: our
-                    # lateness does not count.
+                    # Some snippet ends every WALL_FACTOR * timeout seconds: a silent zygote
+                    # hangs. Replies are read before timers run: our lateness does not count.
                     if not future.done() and self.loop.time() - self.heard > patience:
                         self._stop(grace=0)
             finally:
                 del self.futures[request_id]
-                if not future.done():                          # this task was cancelled
+                if not future.done():  # this task was cancelled
                     self._send(request_id, 0, 0.0, True, [])
             raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
-        if future.result() is None:
-            return SandboxResult("sandbox_error", f"[sandbox error: the zygote died] {raw[-2000:]!r}")
+        if isinstance(future.result(), str):
+            return SandboxResult(future.result(), f"[sandbox error: the zygote died] {raw[-2000:]!r}")
         exit_code, verdict, *usage, own_seconds = future.result()
         folders = self.layers.get("folders", ())
         status, text = feedback(raw, exit_code, verdict, timeout, output_chars, folders)
@@ -325,132 +368,132 @@ class Sandbox:
         return SandboxResult(status, text, *usage)
 
     def _start(self):
-        """Take the spare zygote or start one; requests may be sent at once, they wait in the socket for its
-        imports to end."""
-        if self.spare and not is_running(self.spare[0]):
-            self.spare = self._end(*self.spare, grace=0)
-        self.process, self.socket = self.spare or self._spawn()
-        self.spare = None
-        self.heard = self.loop.time()
+        """Start a zygote. Requests may be sent at once: the socket holds them."""
+        self.process, self.socket = self._spawn()
+        self.heard, self.is_ready = self.loop.time(), False
         self.loop.add_reader(self.socket, self._on_readable)
 
     def _spawn(self):
         """A new zygote: its process and our end of its socket."""
-        self.spawned = self.loop.time()
-        # Message boundaries keep descriptors with their request; on macOS, the fixed record sizes do that.
+        # Message boundaries keep descriptors with their request; on macOS fixed sizes do.
         kind = socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         for end in (ours, theirs):
             end.setblocking(False)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)    # room for all that is in flight
-        config = {"workers": self.workers, "timeout": self.timeout, "memory_mb": self.memory_mb,
-                  "trainer_pid": os.getpid(), "unsafe": self.unsafe}
-        # Not `python -I`: that would ignore PYTHONHASHSEED. The environment is clean as it is, -s leaves out
-        # the user's site-packages, and the zygote drops this file's folder from sys.path.
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for all in flight
+        names = "workers", "timeout", "memory_mb", "unsafe", "math_verify"
+        config = {name: getattr(self, name) for name in names} | {"trainer_pid": os.getpid()}
+        # Not `python -I`, which ignores PYTHONHASHSEED. -s leaves out the user's
+        # site-packages, and the zygote drops this file's folder from sys.path.
         fds = theirs.fileno(), self.layers_file.fileno()
         command = [sys.executable, "-s", os.path.abspath(__file__), "--zygote", *map(str, fds)]
+        # Unless numpy is there alone, as after a plain pip install without a virtual
+        # environment.
+        home = os.path.dirname(os.path.dirname(importlib.util.find_spec("numpy").origin))
+        environment = ENVIRONMENT | ({} if home in library_folders() else {"SNIPPET_LIBRARY": home})
         with theirs:
-            process = subprocess.Popen(
-                [*command, json.dumps(config)], env=ENVIRONMENT, cwd="/", pass_fds=fds,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        return process, ours
+            return subprocess.Popen([*command, json.dumps(config)], env=environment, cwd="/", pass_fds=fds,
+                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL), ours
 
     def _watch(self):
-        """Every WATCH_SECONDS: end a zygote that is stopped, and have a spare one ready."""
+        """Every WATCH_SECONDS: end a zygote that is stopped."""
         if self.socket is not None and not is_running(self.process):
             self._stop(grace=0)
-        if self.socket is not None and self.spare is None and self.loop.time() - self.spawned > SPARE_SECONDS:
-            self.spare = self._spawn()
         self.watch = self.loop.call_later(WATCH_SECONDS, self._watch)
 
     def _send(self, request_id, seed, timeout, cancel, fds):
         try:
             socket.send_fds(self.socket, [REQUEST.pack(request_id, seed, timeout, cancel)], fds)
-        except OSError:                                        # it died, or is frozen and its buffer is full
+        except OSError:  # it died, or is frozen and its buffer is full
             self._stop(grace=0)
 
     def _on_readable(self):
         try:
             message = self.socket.recv(REPLY.size)
-        except ConnectionError:                                # it died with requests unread
+        except ConnectionError:  # it died with requests unread
             message = b""
         if not message:
             return self._stop(grace=0)
         self.heard = self.loop.time()
         request_id, *reply = REPLY.unpack(message)
-        future = self.futures.get(request_id)                  # None: its task was cancelled
+        if request_id < 0:
+            self.is_ready = True
+            return
+        self.deaths = 0
+        future = self.futures.get(request_id)  # None: its task was cancelled
         if future is not None and not future.done():
             future.set_result(reply)
 
     def _stop(self, grace):
-        """End the zygote. Whoever waits for a reply gets None."""
+        """End the zygote: `grace` seconds to kill and reap its snippets, then SIGKILL, which ends
+        them too. Whoever waits is told whether its snippet may have run: the oldest requests
+        have, as many as there are workers."""
         if self.socket is None:
             return
         self.loop.remove_reader(self.socket)
-        self._end(self.process, self.socket, grace)
+        self.socket.close()  # the zygote reads an end of file
         self.socket = None
-        for future in self.futures.values():
-            if not future.done():
-                future.set_result(None)
-
-    def _end(self, process, sock, grace):
-        """`grace` seconds for a zygote to kill and reap its snippets, then SIGKILL (their death signal ends
-        them)."""
-        sock.close()                                           # the zygote reads an end of file
         try:
-            process.wait(grace)
+            self.process.wait(grace)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self.process.kill()
+            self.process.wait()
+        self.deaths += 1
+        for i, future in enumerate(self.futures.values()):
+            if not future.done():
+                ran = self.is_ready and i < self.workers
+                future.set_result("sandbox_error" if ran else "never ran")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The zygote's side
 
 
 @dataclasses.dataclass
 class Job:
     pid: int
-    timeout: float                                             # seconds of own time
-    started_at: float                                          # time.monotonic() at the fork, seconds
-    look_at: float                                             # time of the next look; infinite once killed
+    timeout: float  # seconds of own time
+    started_at: float  # time.monotonic() at the fork, seconds
+    look_at: float  # time of the next look; infinite once killed
     verdict: int = FINISHED
 
 
 def kernel(call, *arguments):
-    """A libc function by name, or a system call by number; integers go as unsigned long. Raises OSError."""
+    """A libc function by name or a system call by number; integers are long. Raises
+    OSError."""
     if isinstance(call, int):
         return kernel("syscall", call, *arguments)
-    result = getattr(LIBC, call)(*(ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments))
+    arguments = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    result, code = getattr(LIBC, call)(*arguments), ctypes.get_errno()
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{call}{arguments[:1]}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(code, f"{call}({arguments[0]}): {os.strerror(code)}")
     return result
 
 
 def die_with_parent(parent_pid):
-    """Linux: SIGKILL for this process when its parent goes. Trap: "parent" is the thread that forked it."""
+    """Linux: SIGKILL for this process when its parent, the *thread* that forked it, goes."""
     if LINUX:
-        kernel("prctl", 1, signal.SIGKILL.value, 0, 0, 0)      # PR_SET_PDEATHSIG
-        if os.getppid() != parent_pid:                         # it went before the call
+        kernel("prctl", 1, signal.SIGKILL.value, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent_pid:  # it went before the call
             os._exit(1)
 
 
 def zygote_main(sock, layers_fd, config):
-    """Import and warm what snippets use, give up what they must not have, then serve until the trainer closes
-    its end of the socket."""
+    """Import what snippets use, give up what they must not have, serve until the trainer
+    closes."""
     global LIBC, PROC
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
-    # A process group of its own, because Ctrl-C in the trainer's terminal must not reach it; not a session,
-    # for under the kernel's autogroups niceness counts only within one.
+    # A process group of its own: Ctrl-C in the trainer's terminal must not reach it. Not a
+    # session: under the kernel's autogroups niceness counts only within one.
     os.setpgid(0, 0)
     die_with_parent(config["trainer_pid"])
-    # The usual 1024 is few for many workers; "unlimited" makes closerange() below crawl on an old kernel.
+    # 1024 is few for many workers; with "unlimited", closerange() crawls on an old kernel.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     soft = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     os.chdir("/")
-    prepare()
+    prepare(config["math_verify"])
     limit_resources(config)
     config["zygote_pid"] = os.getpid()
     report = give_up(config)
@@ -458,44 +501,50 @@ def zygote_main(sock, layers_fd, config):
     os.pwrite(layers_fd, json.dumps(report).encode(), 0)
     os.close(layers_fd)
     if report["missing"] and not config["unsafe"]:
-        return                                                 # the trainer's side reads the report
-    die_with_parent(config["trainer_pid"])                     # entering a user namespace has reset it
-    gc.disable()                                               # a collection would un-share all pages
-    gc.set_threshold(10_000, 10, 10)                           # for snippets: collections are dear after fork
+        return  # the trainer's side reads the report
+    die_with_parent(config["trainer_pid"])  # entering a user namespace has reset it
+    gc.disable()  # a collection would un-share all pages
+    gc.set_threshold(10_000, 10, 10)  # for snippets: collections are dear after fork
     gc.freeze()
     serve(sock, config)
 
 
 def library_folders():
-    """Where this interpreter's modules lie. Not sys.path: that may name the repository (this file's folder,
-    an editable install); and not sys.prefix: a virtual environment may lie in the repository or around it."""
-    names = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return names | set(site.getsitepackages()) | {f"{sys.base_prefix}/lib"}
+    """Where this interpreter's modules lie. Not sys.path, which may name the repository (this
+    file's folder, an editable install), nor sys.prefix: the repository may hold a venv."""
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    paths += filter(None, [os.environ.get("SNIPPET_LIBRARY")])  # see _spawn
+    return {*paths, *site.getsitepackages(), f"{sys.base_prefix}/lib"}
 
 
-def prepare():
+def prepare(math_verify=False):
     """Imports, and the settings that are the same for all snippets."""
-    global numpy, sympy                                        # only here: the trainer imports none of them
+    global numpy, sympy  # only here: the trainer imports none of them
     folders = tuple(folder + "/" for folder in library_folders())
-    sys.path[:] = [folder for folder in sys.path if (folder + "/").startswith(folders)]
-    # Without these few calls each snippet would pay for what numpy and sympy import or allocate lazily.
-    import cmath, decimal, fractions, functools, heapq, re, statistics, string  # noqa: E401, F401
+    sys.path[:] = [folder for folder in [*sys.path, os.environ.get("SNIPPET_LIBRARY", "")]
+                   if (folder + "/").startswith(folders)]
+    # Without these calls each snippet would pay for what numpy and sympy load lazily.
+    import cmath, decimal, fractions, functools, heapq, re, statistics, string  # noqa: E401,F401
     import numpy, numpy.fft, numpy.linalg, numpy.random, sympy  # noqa: E401
     numpy.linalg.solve(numpy.eye(64) @ numpy.eye(64), numpy.ones(64))
     x = sympy.Symbol("x")
     str([sympy.solve(sympy.sympify("x**2 - 2"), x), sympy.integrate(sympy.sin(x) ** 2, x),
          sympy.factorint(360), sympy.simplify((x ** 2 - 1) / (x - 1)), sympy.N(sympy.pi, 20)])
+    if math_verify:
+        logging.disable()
+        for text in WARM_UP:
+            exec(JUDGE, {"texts": [text, text.replace("2", "7")]})
     sys.argv = [SNIPPET]
     sys.dont_write_bytecode = True
     sys.set_int_max_str_digits(50_000)
     sys.setrecursionlimit(1000)
-    warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"         # no host path
+    warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"  # no host path
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
 
 
 def limit_resources(config):
-    """rlimits: those that the zygote can share at once, the others into config["limits"] for each snippet."""
-    cpu_seconds = math.ceil(config["timeout"]) + WALL_FACTOR   # a backstop; the zygote's deadline comes first
+    """rlimits: those the zygote can share at once, the others into config["limits"]."""
+    cpu_seconds = math.ceil(config["timeout"]) + WALL_FACTOR  # the zygote's deadline comes first
     config["limits"] = [(resource.RLIMIT_NOFILE, (64, 64)),
                         (resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))]
     # CORE 1: none at all. 0 would still start the crash handler of a host that has one.
@@ -510,15 +559,16 @@ def limit_resources(config):
 
 
 def serve(sock, config):
-    """The loop: reap, kill at deadlines, take requests, fork. An OSError here ends the zygote with a message
-    on standard error, and the trainer's side starts another."""
+    """The loop: reap, kill at deadlines, take requests, fork. After an OSError a new zygote
+    starts."""
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_r, False)
     os.set_blocking(wake_w, False)
-    signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)    # a child's end wakes select()
+    signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)  # a child's end wakes select()
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    queue = collections.OrderedDict()                          # request id -> seed, timeout, two descriptors
-    jobs = {}                                                  # request id -> Job
+    sock.send(REPLY.pack(-1, 0, 0, 0.0, 0.0, 0.0, 0.0))  # ready
+    queue = collections.OrderedDict()  # request id -> seed, timeout, two descriptors
+    jobs = {}  # request id -> Job
     while True:
         look_at = min((job.look_at for job in jobs.values()), default=math.inf)
         wait = None if look_at == math.inf else max(0.0, look_at - time.monotonic())
@@ -526,7 +576,7 @@ def serve(sock, config):
         if wake_r in readable:
             os.read(wake_r, 4096)
         for request_id, job in list(jobs.items()):
-            # WNOWAIT: looks without reaping, for the pid must stay taken until its group has been killed
+            # WNOWAIT does not reap: the pid must stay taken until its group has been killed
             if os.waitid(os.P_PID, job.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
                 sock.send(REPLY.pack(request_id, *reap(jobs.pop(request_id))))
             elif time.monotonic() >= job.look_at:
@@ -536,9 +586,9 @@ def serve(sock, config):
                 message, fds, _, _ = socket.recv_fds(sock, REQUEST.size, 2)
             except BlockingIOError:
                 break
-            except ConnectionError:                            # closed with replies unread
+            except ConnectionError:  # closed with replies unread
                 message = b""
-            if not message:                                    # the trainer closed, or died
+            if not message:  # the trainer closed, or died
                 for job in jobs.values():
                     reap(job)
                 return
@@ -556,7 +606,7 @@ def serve(sock, config):
             started_at = time.monotonic()
             pid = os.fork()
             if pid == 0:
-                run_child(config, seed, code_fd, output_fd)    # never returns
+                run_child(config, seed, code_fd, output_fd)  # never returns
             os.close(code_fd)
             os.close(output_fd)
             jobs[request_id] = Job(pid, timeout, started_at, started_at + min(timeout, LOOK_SECONDS))
@@ -569,15 +619,14 @@ def process_file(pid, name):
 
 
 def own_seconds(job):
-    """What counts against the time limit: CPU seconds of all threads, or wall seconds less those for which
-    the main thread was ready and waited for a core, whichever is more."""
+    """What counts against the time limit, see the top of this file."""
     wall = time.monotonic() - job.started_at
     if not LINUX:
         return wall
-    cpu = time.clock_gettime((~job.pid << 3) | 2)              # its CPU clock: see clock_getcpuclockid
-    if wall < job.timeout / 2:                                 # the usual case needs no second look
+    cpu = time.clock_gettime((~job.pid << 3) | 2)  # its CPU clock: see clock_getcpuclockid
+    if wall < job.timeout / 2:  # the usual case needs no second look
         return max(wall, cpu)
-    waited = int(process_file(job.pid, "schedstat").split()[1]) * 1e-9     # 0 if the kernel does not count
+    waited = int(process_file(job.pid, "schedstat").split()[1]) * 1e-9  # 0 if not counted
     return max(wall - waited, cpu)
 
 
@@ -598,73 +647,74 @@ def look(job):
 
 def kill_group(pid):
     """SIGKILL for a child that is not reaped yet, and for all processes of its group."""
-    os.kill(pid, signal.SIGKILL)                               # it may not have made its own group yet
-    with contextlib.suppress(ProcessLookupError, PermissionError):       # no group; macOS: only zombies in it
+    os.kill(pid, signal.SIGKILL)  # it may not have made its own group yet
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # no group; a zombie's
         os.killpg(pid, signal.SIGKILL)
 
 
 def reap(job):
-    """End what is left of a snippet: exit code, verdict, wall seconds, CPU seconds, peak memory in MiB, own
-    seconds."""
+    """End what is left of a snippet: its REPLY but for the request id."""
     own = own_seconds(job)
     kill_group(job.pid)
     _, wait_status, usage = os.wait4(job.pid, 0)
     seconds, cpu_seconds = time.monotonic() - job.started_at, usage.ru_utime + usage.ru_stime
-    max_rss_mb = usage.ru_maxrss / (2**10 if LINUX else 2**20)              # macOS counts bytes
+    max_rss_mb = usage.ru_maxrss / (2**10 if LINUX else 2**20)  # macOS counts bytes
     return os.waitstatus_to_exitcode(wait_status), job.verdict, seconds, cpu_seconds, max_rss_mb, own
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The walls: what the zygote gives up once for all its children, and what each child gives up
 
 
-# name, number on x86-64, number on aarch64 ("-": not there). They act on the calling process alone, or on
-# files that Landlock let it open. Not here, with a reason: sendmsg and recvmsg (pass descriptors), shm*,
-# sem*, msg*, mq_*, flock, inotify* (messages between snippets), mincore, preadv2, statfs, sysinfo (shared
-# state that can be read), readlink, access (Landlock does not cover them), memfd_create, setpriority.
+# name, number on x86-64, number on aarch64 ("-": not there). They act on the calling process,
+# or on files that Landlock let it open. Not here: sendmsg and recvmsg (pass descriptors),
+# shm*, sem*, msg*, mq_*, flock, inotify* (messages between snippets), mincore, preadv2,
+# statfs, sysinfo (state that is shared), readlink, access (Landlock does not cover them).
 ALLOWED = """
-read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57,
-close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, open 2 -, openat 257 56, getdents64 217 61,
-getcwd 79 17, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, pipe 22 -, pipe2 293 59, poll 7 -,
-ppoll 271 73, select 23 -, pselect6 270 72, epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21,
-epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441, eventfd2 290 19, getsockname 51 204,
-getpeername 52 205, getsockopt 55 209, recvfrom 45 207, shutdown 48 210, mmap 9 222, munmap 11 215,
-mremap 25 216, mprotect 10 226, brk 12 214, set_robust_list 273 99, set_tid_address 218 96, rseq 334 293,
+read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62,
+close 3 57, close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, open 2 -, openat 257 56,
+getdents64 217 61, getcwd 79 17, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, pipe 22 -,
+pipe2 293 59, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, epoll_create 213 -,
+epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
+epoll_pwait2 441 441, eventfd2 290 19, getsockname 51 204, getpeername 52 205,
+getsockopt 55 209, recvfrom 45 207, shutdown 48 210, mmap 9 222, munmap 11 215, mremap 25 216,
+mprotect 10 226, brk 12 214, set_robust_list 273 99, set_tid_address 218 96, rseq 334 293,
 sched_yield 24 124, getcpu 309 168, nanosleep 35 101, alarm 37 -, pause 34 -, getitimer 36 102,
-setitimer 38 103, time 201 -, times 100 153, gettimeofday 96 169, getrusage 98 165, getrlimit 97 163,
-getrandom 318 278, uname 63 160, getpid 39 172, gettid 186 178, getppid 110 173, getpgrp 111 -,
-getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getresuid 118 148, getresgid 120 150,
-getgroups 115 158, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigpending 127 136, rt_sigsuspend 130 133,
-rt_sigtimedwait 128 137, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128, exit 60 93,
+setitimer 38 103, time 201 -, times 100 153, gettimeofday 96 169, getrusage 98 165,
+getrlimit 97 163, getrandom 318 278, uname 63 160, getpid 39 172, gettid 186 178,
+getppid 110 173, getpgrp 111 -, getuid 102 174, geteuid 107 175, getgid 104 176,
+getegid 108 177, getresuid 118 148, getresgid 120 150, getgroups 115 158, rt_sigaction 13 134,
+rt_sigprocmask 14 135, rt_sigpending 127 136, rt_sigsuspend 130 133, rt_sigtimedwait 128 137,
+rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128, exit 60 93,
 exit_group 231 94"""
-SELF = 0x5E1F5E1F                      # stands for the snippet's own pid in a filter
-CLOCKS = {0: range(12)}                # not the CPU clocks of other processes, whose ids are negative
-# (x86-64, aarch64), {argument: the values it may have}. All are 32-bit arguments in the kernel.
+SELF = 0x5E1F5E1F  # stands for the snippet's own pid in a filter
+CLOCKS = {0: range(12)}  # not the CPU clocks of other processes, whose ids are negative
+# (x86-64, aarch64), {argument: the values it may have}, all of 32 bits in the kernel
 CONDITIONAL = [
-    ((56, 220), {0: (0x3D0F00, 0x7D0F00)}),                    # clone: a thread's flags in glibc, in musl
-    ((62, 129), {0: [SELF]}), ((234, 131), {0: [SELF]}),       # kill, tgkill
-    ((157, 167), {0: (15, 16)}),                               # prctl: the thread's name
+    ((56, 220), {0: (0x3D0F00, 0x7D0F00)}),  # clone: a thread's flags in glibc, in musl
+    ((62, 129), {0: [SELF]}), ((234, 131), {0: [SELF]}),  # kill, tgkill
+    ((157, 167), {0: (15, 16)}),  # prctl: the thread's name
     # prlimit64: not of others; not RLIMIT_CORE, for 0 would start the host's crash handler
     ((302, 261), {0: (0, SELF), 1: [n for n in range(16) if n != 4]}),
-    ((204, 123), {0: (0, SELF)}),                              # sched_getaffinity
-    ((121, 155), {0: (0, SELF)}), ((124, 156), {0: (0, SELF)}),            # getpgid, getsid
+    ((204, 123), {0: (0, SELF)}),  # sched_getaffinity
+    ((121, 155), {0: (0, SELF)}), ((124, 156), {0: (0, SELF)}),  # getpgid, getsid
     # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     ((16, 29), {1: (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)}),
-    ((72, 25), {1: (0, 1, 2, 3, 4, 1030)}),                    # fcntl: no locks, leases, owners, seals
-    ((28, 233), {2: (0, 1, 2, 3, 4, 8, 14, 15)}, errno.EINVAL),            # madvise, as on an old kernel
-    ((53, 199), {0: [1], 1: (1, 0x801, 0x80001, 0x80801)}),    # socketpair: AF_UNIX streams, for asyncio
-    ((44, 206), {5: [0]}),                                     # sendto: without an address
-    ((228, 113), CLOCKS), ((229, 114), CLOCKS), ((230, 115), CLOCKS),      # clock_gettime, getres, nanosleep
-    # futex: private ones only. A shared one names a place in a file: any page of libc would be a doorbell
-    # between snippets. EAGAIN makes glibc look again (the end of a joined thread is a shared futex).
+    ((72, 25), {1: (0, 1, 2, 3, 4, 1030)}),  # fcntl: no locks, leases, owners, seals
+    ((28, 233), {2: (0, 1, 2, 3, 4, 8, 14, 15)}, errno.EINVAL),  # madvise, as on an old kernel
+    ((53, 199), {0: [1], 1: (1, 0x801, 0x80001, 0x80801)}),  # socketpair, for asyncio
+    ((44, 206), {5: [0]}),  # sendto: without an address
+    ((228, 113), CLOCKS), ((229, 114), CLOCKS), ((230, 115), CLOCKS),  # clock_gettime, getres, nanosleep
+    # futex: private ones only. A shared one names a place in a file: any page of libc would be
+    # a doorbell between snippets. EAGAIN makes glibc look again (a joined thread's is shared).
     ((202, 98), {1: (128, 129, 131, 132, 133, 134, 135, 137, 138, 393)}, errno.EAGAIN)]
-CLONE3, FIRST_UNKNOWN = 435, 451       # ENOSYS, so that glibc takes an older way
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}         # column, AUDIT_ARCH
+CLONE3, FIRST_UNKNOWN = 435, 451  # ENOSYS, so that glibc takes an older way
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
 
 
 def seccomp_filter():
-    """(BPF program, where in it a snippet puts its pid, what the kernel wants to know of it). An instruction
-    has 8 bytes: code, jump if true, jump if false, constant."""
+    """(BPF program, where a snippet puts its pid in it, the kernel's struct of it). An
+    instruction is 8 bytes: code, jump if true, jump if false, constant."""
     column, arch = MACHINES[os.uname().machine]
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
     allow = [(leave, 0, 0, 0x7FFF0000)]
@@ -676,14 +726,14 @@ def seccomp_filter():
     for numbers, conditions, *code in CONDITIONAL:
         answers[numbers[column]] = block = []
         for argument, values in conditions.items():
-            block += [(load, 0, 0, 16 + 8 * argument)]         # its lower half
+            block += [(load, 0, 0, 16 + 8 * argument)]  # its lower half
             block += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)] + fail(*code)
         block += allow
     answers |= {CLONE3: fail(errno.ENOSYS)}
-    # From which number on which answer holds; then a binary search. The kernel runs the filter for all
-    # numbers when it is installed, so a list of comparisons would cost each snippet half a millisecond.
+    # From which number on which answer holds, then a binary search: the kernel tries all
+    # numbers when it installs a filter, and a list would cost each snippet half a ms.
     steps = {n: answers.get(n, fail()) for number in answers for n in (number, number + 1)}
-    steps |= {FIRST_UNKNOWN: fail(errno.ENOSYS), 0x40000000: fail()}       # the latter: x32's numbers
+    steps |= {FIRST_UNKNOWN: fail(errno.ENOSYS), 0x40000000: fail()}  # and x32's numbers
     steps = sorted((n, answer) for n, answer in steps.items() if n >= 0)
     assert steps[0][0] == 0
     steps = [step for i, step in enumerate(steps) if i == 0 or step[1] != steps[i - 1][1]]
@@ -697,27 +747,28 @@ def seccomp_filter():
     program = [(load, 0, 0, 4), (equal, 1, 0, arch), *fail(), (load, 0, 0, 0), *search(steps)]
     text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     selves = [8 * i + 4 for i, line in enumerate(program) if line[3] == SELF]
-    return text, selves, struct.pack("HP", len(program), ctypes.addressof(text))       # struct sock_fprog
+    return text, selves, struct.pack("HP", len(program), ctypes.addressof(text))
 
 
 def landlock_ruleset():
-    """(descriptor, ABI) of a ruleset that allows to read the libraries and to write /dev/null."""
-    abi = kernel(444, None, 0, 1)                              # landlock_create_ruleset: the version
-    handled = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1             # all file rights it knows of
+    """(descriptor, ABI) of a ruleset: the libraries can be read, /dev/null written."""
+    abi = kernel(444, None, 0, 1)  # landlock_create_ruleset: the version
+    handled = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # all file rights it knows of
     rights = struct.pack("=QQQ", handled, 3 * (abi >= 4), 3 * (abi >= 6))  # TCP; abstract sockets, signals
     ruleset = kernel(444, rights, len(rights), 0)
     folders = [*library_folders(), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
-    files = {"/etc/ld.so.cache": 4, "/dev/urandom": 4, "/dev/null": 6}     # 2: write, 4: read, 8: list
+    files = {"/etc/ld.so.cache": 4, "/dev/urandom": 4, "/dev/null": 6}  # write 2, read 4, list 8
     for path, access in (dict.fromkeys(folders, 12) | files).items():
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_PATH)
-            kernel(445, ruleset, 1, struct.pack("=Qi", access, fd), 0)     # landlock_add_rule, beneath a path
+            kernel(445, ruleset, 1, struct.pack("=Qi", access, fd), 0)  # landlock_add_rule
             os.close(fd)
     return ruleset, abi
 
 
 def give_up(config):
-    """What all snippets share, set once: {"layers": what is on, "missing": mandatory layers that are not}."""
+    """The walls of all snippets, raised once: {"layers": what is on, "missing": what is
+    not}."""
     report = {"layers": [], "missing": []}
     if not LINUX:
         return report
@@ -742,20 +793,20 @@ def give_up(config):
     host = os.stat("self/ns/mnt", dir_fd=PROC).st_ino
     with layer("network, IPC and mount namespaces", mandatory=False):
         try:
-            kernel("unshare", 0x48020000)                      # CLONE_NEWNET, NEWIPC, NEWNS
+            kernel("unshare", 0x48020000)  # CLONE_NEWNET, NEWIPC, NEWNS
         except PermissionError:
-            kernel("unshare", 0x58020000)                      # and NEWUSER, which allows the others
+            kernel("unshare", 0x58020000)  # and NEWUSER, which allows the others
     with layer("read-only mounts, no /proc", mandatory=False):
-        # CRUCIAL, for root: without a namespace of its own this would strike the host; with one, but shared
-        # with the host's and not private, the cover of /proc would spread to it.
+        # CRUCIAL, for root: without a namespace of its own this would strike the host, and
+        # from one that is not private (MS_PRIVATE) the cover of /proc would spread to it.
         if os.stat("self/ns/mnt", dir_fd=PROC).st_ino == host:
             raise OSError("no mount namespace")
-        kernel("mount", b"none", b"/", None, 0x44000, None)    # MS_REC, MS_PRIVATE
-        kernel("mount", b"none", b"/proc", b"tmpfs", 1, b"mode=0,size=4k")         # 1: MS_RDONLY
-        kernel(442, -100, b"/", 0x8000, struct.pack("=QQQQ", 1, 0, 0, 0), 32)      # mount_setattr, recursive
-    kernel("prctl", 4, 1, 0, 0, 0)   # PR_SET_DUMPABLE: a user namespace hides this process from its owner
+        kernel("mount", b"none", b"/", None, 0x44000, None)  # MS_REC, MS_PRIVATE
+        kernel("mount", b"none", b"/proc", b"tmpfs", 1, b"mode=0,size=4k")  # 1: MS_RDONLY
+        kernel(442, -100, b"/", 0x8000, struct.pack("=QQQQ", 1, 0, 0, 0), 32)  # mount_setattr
+    kernel("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: a user namespace hides this process from its owner
     with layer("dropped capabilities"):
-        kernel("prctl", 38, 1, 0, 0, 0)                        # PR_SET_NO_NEW_PRIVS
+        kernel("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
         kernel("capset", header, data)
         kernel("capget", header, data)
@@ -767,37 +818,38 @@ def give_up(config):
         report["layers"][-1] += f" (ABI {abi})"
     with layer("seccomp"):
         config["seccomp"] = seccomp_filter()
-        if LIBC.prctl(22, 2, None, 0, 0) != -1 or ctypes.get_errno() != errno.EFAULT:      # wants a program
-            raise OSError(ctypes.get_errno(), "PR_SET_SECCOMP: " + os.strerror(ctypes.get_errno()))
+        result, code = LIBC.prctl(22, 2, None, 0, 0), ctypes.get_errno()
+        if result != -1 or code != errno.EFAULT:  # EFAULT: it wants a program
+            raise OSError(code, "PR_SET_SECCOMP: " + os.strerror(code))
     return report
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The snippet's side: the forked child
 
 
 def confine(config):
-    """Every restriction of a snippet, set in the child just before its code runs. Raises OSError, ValueError.
-    The environment, the working folder and the zygote's own losses are inherited."""
-    os.setpgid(0, 0)                                        # killed as a whole, where there can be a whole
+    """The restrictions that are not inherited, just before the code. Raises OSError,
+    ValueError."""
+    os.setpgid(0, 0)  # killed as a whole, where there can be a whole
     die_with_parent(config["zygote_pid"])
     os.nice(NICENESS)
     # An open file of its own: the flags of the zygote's stdin are shared by all its children.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "landlock" in config:
-        kernel(446, config["landlock"], 0)                     # landlock_restrict_self
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))                # the socket, and the files of queued snippets
-    for name, limits in config["limits"]:                      # after that: they are more than NOFILE
+        kernel(446, config["landlock"], 0)  # landlock_restrict_self
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the socket, and the files of queued snippets
+    for name, limits in config["limits"]:  # after that: they are more than NOFILE
         resource.setrlimit(name, limits)
-    if "seccomp" in config:                                    # last, for it forbids the others
+    if "seccomp" in config:  # last, for it forbids the others
         text, selves, program = config["seccomp"]
         for offset in selves:
             struct.pack_into("=I", text, offset, os.getpid())
-        kernel("prctl", 22, 2, program, 0, 0)                  # PR_SET_SECCOMP
+        kernel("prctl", 22, 2, program, 0, 0)  # PR_SET_SECCOMP
 
 
 def run_child(config, seed, code_fd, output_fd):
-    """Runs in the forked child and ends it whatever happens: nothing may return into the zygote's loop."""
+    """Runs in the forked child and ends it: nothing may return into the zygote's loop."""
     exit_code = 1
     try:
         try:
@@ -808,8 +860,8 @@ def run_child(config, seed, code_fd, output_fd):
             os.dup2(output_fd, 2)
             confine(config)
         except BaseException:
-            # Our own fault. An exit code that says so could be forged by a snippet, so the zygote goes too:
-            # the trainer's side sees that, and finds this text in the output file.
+            # Our own fault. A snippet could forge an exit code that says so, so the zygote
+            # goes too: the trainer's side sees that, and finds this text in the output file.
             emit(traceback.format_exc())
             os.kill(config["zygote_pid"], signal.SIGKILL)
         else:
@@ -820,7 +872,7 @@ def run_child(config, seed, code_fd, output_fd):
 
 def emit(text):
     """Append to the output on a new line, past any buffer or replacement of sys.stdout."""
-    with contextlib.suppress(OSError):                        # the output is full: its size tells the trainer
+    with contextlib.suppress(OSError):  # the output is full: its size tells the trainer
         size = os.fstat(1).st_size
         if size and os.pread(1, 1, size - 1) != b"\n":
             text = "\n" + text
@@ -828,24 +880,25 @@ def emit(text):
 
 
 def run_snippet(code, seed, memory_mb):
-    """Execute `code` as a script of its own. Returns the exit code: 1 after an exception, already printed."""
-    gc.freeze()                                             # counters to zero: collections at the same points
+    """Execute `code` as a script. Returns the exit code: 1 after an exception, which it
+    prints."""
+    gc.freeze()  # counters to zero: collections at the same points
     gc.enable()
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-    sympy.core.random.seed(seed)                           # its own generator, seeded by the system at import
-    # Line-buffered: what was printed before a kill is in the file. A lone surrogate must not raise.
+    sympy.core.random.seed(seed)  # its own generator, seeded by the system at import
+    # Line-buffered: what was printed before a kill is in the file. No surrogate may raise.
     out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
-    main = sys.modules["__main__"] = types.ModuleType("__main__")          # pickle and dataclasses look it up
-    # Universal newlines as in the tokenizer; splitlines() would also split at form feeds and shift the lines.
+    main = sys.modules["__main__"] = types.ModuleType("__main__")  # pickle looks it up
+    # Universal newlines as in the tokenizer; splitlines() would also split at form feeds.
     linecache.cache[SNIPPET] = (len(code), None, io.StringIO(code, newline=None).readlines(), SNIPPET)
     exit_code = 0
     try:
         tree = ast.parse(code, SNIPPET)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, SNIPPET, "exec", dont_inherit=True), main.__dict__)
-        if last is not None:                                # a trailing expression is echoed as in a notebook
+        if last is not None:  # a trailing expression is echoed as in a notebook
             echo = compile(ast.Expression(last.value), SNIPPET, "eval", dont_inherit=True)
             value = eval(echo, main.__dict__)
             if value is not None:
@@ -855,19 +908,19 @@ def run_snippet(code, seed, memory_mb):
             exit_code = 1
             message = f"[exit code {stop.code}]" if isinstance(stop.code, int) else stop.code
             print(message, file=sys.stderr)
-    except BaseException as error:                       # all that a snippet can raise: KeyboardInterrupt too
+    except BaseException as error:  # all that a snippet can raise: KeyboardInterrupt too
         exit_code = 1
-        if LINUX:                                          # after a MemoryError there is no room to format it
+        if LINUX:  # after a MemoryError there is no room to format it
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         message = describe(error)
         if isinstance(error, MemoryError):
             message += f"[memory limit of {memory_mb} MiB reached]\n"
-        with contextlib.suppress(OSError, ValueError):         # the output is full; the snippet closed it
+        with contextlib.suppress(OSError, ValueError):  # the output is full, or closed
             out.flush()
         emit(message)
-    # What the interpreter does at its end and os._exit leaves out. _shutdown and not Thread.join: it also
-    # wakes the idle workers of an executor that was never shut down.
+    # What os._exit leaves out. _shutdown, unlike Thread.join, wakes the idle workers of
+    # executors.
     threading._shutdown()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
@@ -885,92 +938,13 @@ def describe(error):
     return "".join(lines + traceback.format_exception_only(type(error), error))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The slow twin, and the check
-
-
-def run_fresh_interpreter(code, timeout=10.0, output_chars=2000):
-    """The slow twin: a new interpreter that imports numpy and sympy for this one snippet. Blocks; `seconds`
-    counts the imports; CPU and memory are not measured. No seed, no echo of a trailing expression, no memory
-    or output limit, Python's own traceback; `code` travels as an argument, so at most 128 KiB."""
-    boot = "import sys, numpy, sympy; exec(compile(sys.argv[1], 'snippet.py', 'exec'))"
-    begin, timed_out = time.monotonic(), False
-    with anonymous_file() as output_file:
-        process = subprocess.Popen([sys.executable, "-s", "-c", boot, code], env=ENVIRONMENT, cwd="/",
-                                   stdin=subprocess.DEVNULL, stdout=output_file, stderr=subprocess.STDOUT)
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            process.kill()
-            process.wait()
-        raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
-    status, text = feedback(raw, process.returncode, TIMED_OUT * timed_out, timeout, output_chars)
-    return SandboxResult(status, text, time.monotonic() - begin)
-
-
-def bare_fork_main():
-    """The fast twin, a lower bound: the prepared process forks children that do nothing. Reads counts, one a
-    line, and answers each with the seconds it took."""
-    prepare()
-    gc.disable()
-    gc.freeze()
-    for line in sys.stdin:
-        begin = time.monotonic()
-        for _ in range(int(line)):
-            pid = os.fork()
-            if pid == 0:
-                os._exit(0)
-            os.waitpid(pid, 0)
-        print(time.monotonic() - begin, flush=True)
-
-
-async def benchmark(rounds=10, n=50):
-    """The report, deadlines, and the three twins in turns on one core; medians over the rounds."""
-    async with Sandbox(timeout=0.5) as sandbox:
-        print(sandbox.report)
-        hanging = [await sandbox.run(code) for code in ["while True: pass", "import time; time.sleep(9)"] * 4]
-        assert {r.status for r in hanging} == {"timeout"}
-        late, cpu = (max(abs(s - 0.5) for s in found) for found in (
-            [r.seconds for r in hanging], [r.cpu_seconds for r in hanging[::2]]))
-        print(f"deadline of 0.5 s, 4 loops and 4 sleeps in turn: at most {1000 * late:.1f} ms of wall time\n"
-              f"  off (waiting for a core included), the loops at most {1000 * cpu:.1f} ms of CPU time")
-    if LINUX:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})            # inherited by all that follows
-    rates, latencies, trainer, code = {"confined": [], "bare fork": [], "fresh": []}, [], 0.0, "print(1 + 1)"
-    command = [sys.executable, "-s", os.path.abspath(__file__), "--bare_fork"]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          bufsize=1) as twin:
-        async with Sandbox(workers=1) as sandbox:
-            for i in range(rounds + 1):                        # the first only warms up
-                begin, cpu = time.monotonic(), time.process_time()
-                results = []
-                for _ in range(n):
-                    start = time.monotonic()
-                    results.append(await sandbox.run(code))
-                    latencies.append(1000 * (time.monotonic() - start))
-                rates["confined"].append(n / (time.monotonic() - begin))
-                trainer += time.process_time() - cpu
-                print(n, file=twin.stdin)
-                rates["bare fork"].append(n / float(await asyncio.to_thread(twin.stdout.readline)))
-                results.append(await asyncio.to_thread(run_fresh_interpreter, code))
-                rates["fresh"].append(1 / results[-1].seconds)
-                assert {(r.status, r.output) for r in results} == {("ok", "2\n")}
-        twin.stdin.close()
-    confined, bare, fresh = (sorted(rate[1:])[rounds // 2] for rate in rates.values())
-    latencies = sorted(latencies[n:])
-    print(f"{code} on one core, one at a time, median of {rounds} rounds of {n}: {confined:.0f} per second "
-          f"with all layers\n  p50 {latencies[len(latencies) // 2]:.1f} ms, "
-          f"p99 {latencies[len(latencies) * 99 // 100]:.1f} ms; "
-          f"trainer's side {1000 * trainer / (rounds + 1) / n:.2f} ms of CPU each\n"
-          f"  {confined / fresh:.0f} times a fresh interpreter that imports numpy and sympy ({fresh:.2f})\n"
-          f"  {confined / bare:.2f} times a bare fork of the same prepared process ({bare:.0f})")
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
         zygote_main(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), json.loads(sys.argv[4]))
-    elif sys.argv[1:2] == ["--bare_fork"]:
-        bare_fork_main()
+    elif sys.argv[1:]:
+        print(__doc__)
     else:
-        asyncio.run(benchmark())
+        try:
+            print(asyncio.run(Sandbox().__aenter__()).report)
+        except UserError as error:
+            sys.exit(str(error))

@@ -28,7 +28,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sandbox as module  # noqa: E402
-from sandbox import OUTPUT_BYTES, Sandbox, run_fresh_interpreter  # noqa: E402
+from bench_sandbox import run_fresh_interpreter  # noqa: E402
+from sandbox import OUTPUT_BYTES, Sandbox, UserError  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -294,32 +295,46 @@ def test_killed_zygote_is_replaced_and_snippets_retried():
 def test_two_lost_zygotes_are_a_sandbox_error():
     """Endless retries would hang the step; `error` would be scored as the model's own mistake."""
     async def main():
-        async with Sandbox(timeout=5.0) as sandbox:
-            task = asyncio.create_task(sandbox.run("import time; time.sleep(4); print('done')"))
+        async with Sandbox(workers=1, timeout=5.0) as sandbox:
+            codes = ["import time; time.sleep(4)", "print('alive')", "print('alive')"]
+            tasks = [asyncio.create_task(sandbox.run(code)) for code in codes]
             for _ in range(2):
                 await until(lambda: children(sandbox.process.pid), 20.0)
                 lost = sandbox.process
                 os.kill(lost.pid, signal.SIGKILL)
                 await until(lambda: lost.returncode is not None)
-            return await task, await sandbox.run("print('alive')"), sandbox.counts
-    fatal, after, counts = asyncio.run(main())
-    assert fatal.status == "sandbox_error" and (after.status, after.output) == ("ok", "alive\n")
-    assert counts["sandbox_error"] == counts["ok"] == 1
+            return await asyncio.gather(*tasks), sandbox.counts
+    [fatal, *queued], counts = asyncio.run(main())
+    assert fatal.status == "sandbox_error"  # what waited in the queue has not been tried
+    assert [(r.status, r.output) for r in queued] == [("ok", "alive\n")] * 2
+    assert counts["sandbox_error"] == 1 and counts["ok"] == 2
 
 
 @linux_only
-@pytest.mark.parametrize("spare", [False, True])
-def test_stopped_zygote_is_replaced(monkeypatch, spare):
-    """A stopped zygote closes nothing, and a spare one may be stopped as well: both must be found out."""
-    monkeypatch.setattr("sandbox.SPARE_SECONDS", 0.0 if spare else 1e9)
+def test_a_pool_that_keeps_dying_ends_the_run_with_one_line(monkeypatch):
+    """Retries without end would hang the step, and dropping every row would train on nothing."""
+    monkeypatch.setattr("sandbox.MAX_DEATHS", 3)
     async def main():
         async with Sandbox(timeout=5.0) as sandbox:
-            await until(lambda: bool(sandbox.spare) == spare)
+            task = asyncio.create_task(sandbox.run("import time; time.sleep(4)"))
+            while not task.done():
+                if sandbox.socket is not None:
+                    os.kill(sandbox.process.pid, signal.SIGKILL)
+                await asyncio.sleep(0.05)
+            return await task
+    with pytest.raises(module.UserError, match="died 3 times without finishing a snippet"):
+        asyncio.run(main())
+
+
+@linux_only
+def test_stopped_zygote_is_replaced():
+    """A stopped zygote closes nothing: it must be found out."""
+    async def main():
+        async with Sandbox(timeout=5.0) as sandbox:
             first = sandbox.process.pid
             task = asyncio.create_task(sandbox.run("import time; time.sleep(1); print('thawed')"))
             await until(lambda: children(first))
-            for process in [sandbox.process, *(sandbox.spare or [])[:1]]:
-                os.kill(process.pid, signal.SIGSTOP)
+            os.kill(first, signal.SIGSTOP)
             result = await task
             assert sandbox.process.pid != first
             return result
@@ -336,21 +351,6 @@ def test_silent_zygote_is_replaced(monkeypatch):
             os.kill(sandbox.process.pid, signal.SIGSTOP)
             return await sandbox.run("print('thawed')")
     assert asyncio.run(main()).output == "thawed\n"
-
-
-@linux_only
-def test_spare_zygote_takes_over(monkeypatch):
-    """Without a spare one the pool is back only after another import of sympy."""
-    monkeypatch.setattr("sandbox.SPARE_SECONDS", 0.0)
-    async def main():
-        async with Sandbox() as sandbox:
-            await until(lambda: sandbox.spare)
-            spare = sandbox.spare[0]
-            os.kill(sandbox.process.pid, signal.SIGKILL)
-            result = await sandbox.run("print('back')")
-            assert sandbox.process is spare
-            return result
-    assert asyncio.run(main()).output == "back\n"
 
 
 @linux_only
@@ -411,8 +411,42 @@ def test_start_fails_loudly(monkeypatch):
     async def main():
         async with Sandbox():
             pass
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(UserError, match="does not start"):
         asyncio.run(main())
+
+
+def test_a_judge_that_does_not_run_is_no_verdict(monkeypatch):
+    """A math-verify that is missing, or dies, must not make every answer of a run wrong."""
+    async def main():
+        async with Sandbox() as sandbox:
+            with monkeypatch.context() as broken:
+                broken.setattr("sys.executable", "/bin/false")
+                with pytest.raises(UserError):
+                    await sandbox.equal("x", "y")
+            assert await sandbox.equal("x+1", "1+x") and not await sandbox.equal("}{", "x")
+            assert sandbox.counts.total() == 0 and sandbox.judge.counts["ok"] == 1
+            lost = module.SandboxResult("sandbox_error", "[lost]")
+            monkeypatch.setattr(sandbox.judge, "_attempt", lambda *_: asyncio.sleep(0, lost))
+            with pytest.raises(UserError, match="lost"):
+                await sandbox.equal("x", "y")
+            judge = sandbox.judge.process
+        with pytest.raises(RuntimeError, match="closed"):
+            await sandbox.equal("x", "y")
+        return judge
+    assert asyncio.run(main()).poll() is not None                # it was closed with its parent
+
+
+@linux_only
+def test_the_file_says_whether_it_starts_here():
+    """The first command on a new machine must not print a traceback, or nothing."""
+    def run(*arguments, **options):
+        return subprocess.run([sys.executable, module.__file__, *arguments], capture_output=True, text=True,
+                              timeout=60, **options)
+    starts, refuses = run(), run(preexec_fn=deny(n444=errno.ENOSYS))
+    assert starts.returncode == 0 and "attacks refused" in starts.stdout and not starts.stderr
+    assert refuses.returncode == 1 and not refuses.stdout
+    assert refuses.stderr.startswith("the sandbox does not start") and refuses.stderr.count("\n") == 1
+    assert "python tests/bench_sandbox.py" in run("--help").stdout
 
 
 @linux_only
@@ -469,7 +503,7 @@ x86_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of
 @pytest.mark.parametrize("calls, started, text", [
     (dict(n444=errno.ENOSYS), False, "it lacks Landlock"),
     (dict(n444=errno.EOPNOTSUPP, n126=errno.EPERM), False, "dropped capabilities"),
-    (dict(n446=0), False, "its self-test was able to read"),                    # says yes and does nothing
+    (dict(n446=0), False, "its self-test could read"),                    # says yes and does nothing
     (dict(n272=errno.EPERM), True, "NOT network, IPC and mount namespaces"),
     (dict(n165=errno.EPERM), True, "NOT read-only mounts"),
     (dict(n444=errno.ENOSYS, unsafe=True), True, "POSSIBLE: read"),

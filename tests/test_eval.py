@@ -1,25 +1,35 @@
-r"""How `is_equivalent` judges a table of labelled pairs. Run: python -m pytest tests/test_equivalence.py
+r"""Is an answer judged as a careful person would? Run: python -m pytest tests/test_eval.py
 
-The labels were decided by mathematics and by what a careful human grader would say, before the code was run
-on them. A row of SAME is a group whose members all mean what the first one means; in a row of DIFFERENT
-none of the others does. KEPT_APART are answers that only `strict` tells from the reference. Where two graders
-could disagree (a base left out, a pair without its parentheses) the label is "different": a wrong answer that
-is rewarded costs more than a right one that is not.
+The labels of the table were decided by mathematics and by what a careful human grader would say,
+before code was run on them. A row of SAME is a group whose members all mean what the first one
+means; in a row of DIFFERENT none of the others does. Where two graders could disagree (a base left
+out, a pair without its parentheses) the label is "different": a wrong answer that is rewarded costs
+more than a right one that is not.
 
-    python tests/test_equivalence.py       # every disagreement, precision and recall, pairs/s
+    python tests/test_eval.py       # the whole table: disagreements, precision, recall, pairs/s
 """
+import asyncio
 import itertools
+import os
 import random
+import re
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import boxed, is_equivalent  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import boxed, extract_answer  # noqa: E402
+from eval import is_correct, is_equivalent, parses, plain_number  # noqa: E402
+from rollout import ToolCall, Trajectory, encode_text  # noqa: E402
+from sandbox import Sandbox  # noqa: E402
+
+# -------------------------------------------------------------------------------------------
+# The table
 
 # Members of a row are separated by " | ".
 SAME = r"""
@@ -227,22 +237,31 @@ UNEVALUATED = [
     ("3663 = 37*99 = 3664", "3663"), ("sum(range(11))", "55"), ("pow(7,5,13)", "11"), ("gcd(12, 18)", "6"),
 ]
 
-# (predicted, reference): equal by default, not with strict=True
-KEPT_APART = [
+# (predicted, reference)
+PAIRS = [
     ("5 cm", "5"), ("5", "5 cm"), (r"\$5", "5"), ("50%", "50"), ("50%", "0.5"), (r"90^\circ", "90"),
     ("x=5", "5"), ("2,1", "1,2"), (r"\{1,2\}", "1,2"), ("Yes", "yes"),
     ("x>5", r"(5,\infty)"), (r"x \in [0,1]", "[0,1]"),
     (r"\pm 2", "-2,2"), (r"f(x)=2x+1", "2x+1"), (r"\{5\}", "5"), (r"12\text{ apples}", "12"),
     (r"2\sqrt{3}\text{ cm}", r"2\sqrt{3}"),
-]
-# equal in either mode
-STRICTLY_SAME = [
     ("5", "5.0"), ("1,000", "1000"), (r"\frac12", "0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("2x+1", "1+2x"),
     ("(1,2)", "(1, 2.0)"), (r"\{2,1\}", r"\{1,2\}"), ("50%", r"50\%"), ("5 cm", r"5\text{ cm}"),
     ("x=5", "x = 5.0"), ("(A)", "A"), ("1,2", "1, 2"), (r"3\frac12", "3.5"),
     (r"(1,2)\cup(3,4)", r"(3,4) \cup (1,2)"), (r"\$5", r"\$5.00"),
     (r"\text{yes}", "yes"), (r"90^\circ", r"90^{\circ}"),
 ]
+
+# Right answers that are known to be missed, either way round: what it would take to read them is
+# more than they are worth.
+MISSED = {frozenset(pair) for pair in [
+    (r"-\left(\frac{3}{4}\right)", r"-\frac{3}{4}"), (r"{\pi \over 4}", r"\frac{\pi}{4}"),
+    (r"{5 \choose 2}", r"\binom{5}{2}"), (r"1-\cos^2 x", r"\sin^2 x"), (r"\{1,2,2\}", r"\{1,2\}"),
+    (r"x<-1 \text{ or } x>1", r"(-\infty,-1)\cup(1,\infty)"), ("2>x>1", "1 < x < 2"),
+    ("101_{{2}}", "101_2"),
+    # units with several names
+    ("5 centimeters", "5 cm"), (r"12\text{ square centimeters}", r"12 \text{ cm}^2"),
+    (r"12 \text{ sq cm}", r"12 \text{ cm}^2"), ("60 mph", "60 miles per hour"),
+    (r"60 \text{ mph}", "60 miles per hour")]}
 
 
 def groups(table):
@@ -296,14 +315,14 @@ def generated(seed=0, n=60):
 
 
 def table():
-    """All (predicted, reference, label) of the default mode."""
+    """All (predicted, reference, label)."""
     for members in groups(SAME):
         yield from ((a, members[0], True) for a in members[1:])
         yield from ((members[0], b, True) for b in members[1:] if not written_out(members[0], b))
     for members in groups(DIFFERENT):
         yield from ((a, b, False) for a, b in itertools.permutations(members, 2) if members[0] in (a, b))
     yield from ((a, b, False) for a, b in UNEVALUATED)
-    yield from ((a, b, True) for a, b in KEPT_APART + STRICTLY_SAME)
+    yield from ((a, b, True) for a, b in PAIRS)
     yield from generated()
 
 
@@ -312,43 +331,90 @@ def written_out(predicted, reference):
     return any(sign in predicted for sign in ("!", r"\binom", "2^{10}")) and reference.isdigit()
 
 
-def measure(pairs, judge):
-    """(disagreements, precision, recall, pairs/s)"""
-    begin = time.perf_counter()
-    verdicts = [judge(a, b) for a, b, _ in pairs]
-    seconds = time.perf_counter() - begin
-    wrong = [(verdict, *pair) for verdict, pair in zip(verdicts, pairs) if verdict != pair[2]]
-    right = sum(verdict and pair[2] for verdict, pair in zip(verdicts, pairs))
-    return wrong, right / sum(verdicts), right / sum(label for *_, label in pairs), len(pairs) / seconds
+@pytest.fixture(scope="module")
+def judged():
+    """judged(pairs): verdicts of pairs that are judged side by side in one sandbox for the whole file,
+    because the judge takes seconds to start. judged.sandbox is that sandbox."""
+    loop = asyncio.new_event_loop()
+    sandbox = loop.run_until_complete(Sandbox().__aenter__())
+
+    async def verdicts(pairs):
+        return await asyncio.gather(*(is_equivalent(*pair, sandbox) for pair in pairs))
+
+    def judge(pairs):
+        return loop.run_until_complete(verdicts(pairs))
+    judge.sandbox, judge.wait = sandbox, loop.run_until_complete
+    yield judge
+    loop.run_until_complete(sandbox.__aexit__())
+    loop.close()
 
 
-# The right answers that are known to be missed.
-MISSED = [(r"-\left(\frac{3}{4}\right)", r"-\frac{3}{4}")]
+class DeafJudge:
+    """Stands in for the sandbox: finds nothing equal, and counts how often it was asked."""
+    asked = 0
+
+    async def equal(self, predicted, reference):
+        self.asked += 1
+        return False
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_a_sixth_of_the_table_is_judged_right(part):
-    """Guards against a wrong answer that scores, and a right one that does not; running this file judges it
-    all."""
-    wrong, *_ = measure(list(table())[part::24], is_equivalent)
-    assert [pair[:3] for pair in wrong if pair[1:3] not in MISSED] == []
+# -------------------------------------------------------------------------------------------
+# Equivalence
 
 
-@pytest.mark.parametrize("predicted, reference", UNEVALUATED)
-def test_what_still_has_to_be_computed_is_no_answer(predicted, reference):
+def test_a_slice_of_the_table_is_judged_right(judged):
+    """Guards against a wrong answer that scores, and a right one that does not; running this file
+    judges it all."""
+    pairs = list(table())[::8]
+    verdicts = judged([pair[:2] for pair in pairs])
+    wrong = [pair for pair, verdict in zip(pairs, verdicts) if verdict != pair[2]]
+    assert [pair for pair in wrong if frozenset(pair[:2]) not in MISSED] == []
+
+
+def test_what_still_has_to_be_computed_is_no_answer(judged):
     """Guards against the policy that boxes the question and lets the judge do the arithmetic."""
-    assert not is_equivalent(predicted, reference) and not is_equivalent(predicted, reference, strict=True)
+    assert [pair for pair, verdict in zip(UNEVALUATED, judged(UNEVALUATED)) if verdict] == []
 
 
-def test_strict_and_lenient_differ_in_dressing_alone():
-    """Guards against one mode that does the other's work, and a strict mode that accepts more."""
-    for a, b in KEPT_APART:
-        assert is_equivalent(a, b) and not is_equivalent(a, b, strict=True), (a, b)
-        assert not is_equivalent(b, a, strict=True), (b, a)
-    for a, b in STRICTLY_SAME:
-        assert is_equivalent(a, b, strict=True) and is_equivalent(b, a, strict=True), (a, b)
-    for a, b, _ in list(generated(seed=1, n=20))[::4]:
-        assert is_equivalent(a, b) >= is_equivalent(a, b, strict=True), (a, b)
+# Neither is the other: multiplicities and order, values close by, relations, equations that say
+# nothing, words that are no units.
+LOOKS_ALIKE = [
+    ("1,1,2", "1,2,2"), ("(1,2),(1,2),(3,4)", "(1,2),(3,4),(3,4)"), ("(1;2)", "(2;1)"),
+    ("[2,1]", "[3,1]"), (r"\{\{1,2\}\}", r"\{1,2\}"), ("x=1,y=2", "2,1"), (r"\emptyset", r"\{0\}"),
+    ("0.3333333333x", r"\frac{x}{3}"), ("1.41421356237309504880168872420969807857", r"\sqrt{2}"),
+    ("x>3.14159265358979", r"(\pi,\infty)"), ("-1<x<1", "[-1,1]"), ("x>5", "(5,6)"), ("x<1", r"(-\infty,1]"),
+    ("0=0", "x^2=-1"), ("x=x", "x^2=-1"), ("y=y", "y=2x+1"), ("5=5", "5=6"), ("x>=x", r"\emptyset"),
+    ("5 millions", "5"), ("5 tenths", "5"), ("5 nope", "5"), ("3 quarters", "3"), ("x'", "x"), ("5", "5'"),
+    (r"5\text{ m}", r"5\text{ s}"), ("5 cm^2", "5 cm^3"), (r"\pi \text{ million}", r"\pi"),
+    (r"\not= 5", "5"), ("0,5", "0.5"), ("1.234,5", "1234.5"), ("True", "x"), (r"\sin(30)", r"\frac{1}{2}")]
+
+
+def test_what_looks_alike_is_not_equal(judged):
+    """Guards against a pattern that reads one thing for another."""
+    pairs = LOOKS_ALIKE + [pair[::-1] for pair in LOOKS_ALIKE]
+    assert [pair for pair, verdict in zip(pairs, judged(pairs)) if verdict] == []
+
+
+@pytest.mark.parametrize("text, value", [
+    ("-1,234.5", Fraction(-2469, 2)), ("$18.00", Fraction(18)), ("2/3", Fraction(2, 3)),
+    (r"-\frac{2}{3}", Fraction(-2, 3)), (r"3\frac{1}{2}", Fraction(7, 2)), (".5", Fraction(1, 2)),
+    (r"6 \times 10^{23}", Fraction(6 * 10**23)), ("1e-3", Fraction(1, 1000)), (r"50\%", None),
+    ("5 cm", None), ("1/0", None), ("37*99", None), ("x", None), ("", None), ("9" * 5000, None)])
+def test_a_plain_number_is_exact(text, value):
+    """Guards against floats, which take 0.1 for another number, and against arithmetic."""
+    assert plain_number(text) == value
+
+
+def test_plain_numbers_are_decided_without_the_judge():
+    """Guards against a run on number problems that starts a second pool, or needs math-verify."""
+    judge, numbers = DeafJudge(), ["5", "-3.5", r"\frac{1}{2}", "1,234", "x=5", "5 cm", "{5}"]
+    pairs = [*itertools.product(numbers, repeat=2), ("2x+1", "5"), ("37*99", "3663"), (None, "5"), ("", "5")]
+
+    async def verdicts():
+        return [await is_equivalent(a, b, judge) for a, b in pairs]
+    right = [pair for pair, verdict in zip(pairs, asyncio.run(verdicts())) if verdict]
+    assert right == [(a, b) for a, b in pairs if a == b or {a, b} <= {"5", "x=5", "5 cm", "{5}"}]
+    assert judge.asked == 0
 
 
 HOSTILE = [
@@ -362,39 +428,81 @@ HOSTILE = [
     "__import__('os').system('touch {path}')", "(((x+1)^{99}+1)^{99}+1)^{99}"]
 
 
-def test_hostile_answers_are_wrong_and_soon_judged_in_threads(tmp_path):
+
+
+def test_hostile_answers_are_wrong_and_read_soon(judged, tmp_path):
     """Guards against a policy that stalls, crashes or commands the trainer."""
+    judge = DeafJudge()
     hostile = [text.replace("{path}", str(tmp_path / "seen")) for text in HOSTILE]
-    pairs = [pair for text in hostile for pair in ((text, "5"), (text, r"x!+\sqrt{2}"), (text, "(1,2)"))]
-    def timed(pair):
+    hostile += [r"\{" * n + "6" + r"\}" * n for n in (20, 90)]
+    pairs = [pair for text in hostile for other in ("5", r"x!+\sqrt{2}", "(1,2)", r"\{5\}", "x>5")
+             for pair in ((text, other), (other, text))]
+    for pair in pairs:
         begin = time.monotonic()
-        return is_equivalent(*pair), time.monotonic() - begin
-    is_equivalent("x+1", "1+x")  # starts the judge
-    with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(timed, pairs))
-    # One judge serves all threads: a pair may wait for those that take their full second.
-    slow = [pair for pair, (verdict, seconds) in zip(pairs, outcomes) if verdict or seconds > 5]
-    assert not slow and not (tmp_path / "seen").exists() and is_equivalent("x+1", "1+x")
-
-
-@pytest.mark.parametrize("predicted, reference", [
-    ("1,1,2", "1,2,2"), ("(1,2),(1,2),(3,4)", "(1,2),(3,4),(3,4)"), ("(1;2)", "(2;1)"), ("5 millions", "5"),
-    ("5 tenths", "5"), ("5 nope", "5"), ("3 quarters", "3"), ("5=5", "5=6"), ("x'", "x"), ("5", "5'"),
-    (r"\not= 5", "5")])
-def test_what_looks_alike_is_not_equal(predicted, reference):
-    """Guards against multiplicities and separators that get lost, and words that are taken for units."""
-    assert not is_equivalent(predicted, reference)
-
-
-def test_nested_sets_and_numbers_without_a_text_are_judged_soon():
-    """Guards against time that doubles with each level, where the innermost element is right."""
+        assert not asyncio.run(is_equivalent(*pair, judge)), pair
+        assert time.monotonic() - begin < 2, pair                # it takes milliseconds
     begin = time.monotonic()
-    for n in (20, 90):
-        nested = r"\{" * n + "5" + r"\}" * n
-        for pair in ((nested, "5"), (nested, r"\{5\}"), ("5", nested), (nested, nested.replace("5", "6"))):
-            assert not is_equivalent(*pair) and not is_equivalent(*pair, strict=True)
-    assert not is_equivalent(10**5000, "5") and is_equivalent(r"\{\{1,2\},3\}", r"\{3,\{2,1\}\}")
-    assert time.monotonic() - begin < 5
+    assert not any(judged([(text, r"x!+\sqrt{2}") for text in hostile])) and not any(tmp_path.iterdir())
+    assert time.monotonic() - begin < 60                         # a second of own time for a few
+
+
+def test_a_killed_judge_comes_back(judged):
+    """Guards against all later answers being wrong once the judge died."""
+    pair = r"\sqrt{8}", r"2\sqrt{2}"
+    assert judged([pair]) == [True]
+    killed = judged.sandbox.judge.process
+    os.kill(killed.pid, signal.SIGKILL)
+    assert judged([pair]) == [True] and judged.sandbox.judge.process is not killed
+
+
+def test_what_can_be_read_parses(judged):
+    """Guards against references in the data with which no answer could ever be compared."""
+    readable = ["5", "2x+1", "(1,2)", r"\text{yes}", "5 cm", "y=2x+1", r"\{1,2\}", r"x>\frac{1}{2}"]
+    unreadable = ["proof", "", "x^^2", r"\frac{1}{", "?", "5" * 201]
+
+    async def main():
+        return [await parses(text, judged.sandbox) for text in readable + unreadable]
+    assert judged.wait(main()) == [True] * len(readable) + [False] * len(unreadable)
+
+
+# -------------------------------------------------------------------------------------------
+# The answer that a response states
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"so \boxed{5}.", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{ {a{b}} }", "{a{b}}"),
+    (r"\boxed{1} then \boxed{2}", "2"),
+    (r"\boxed{1} then \boxed{2", "1"),
+    (r"\boxed {7}", "7"),
+    (r"\boxed{\boxed{3}}", "3"),
+    (r"\boxed{", None),
+    (r"\boxed{{1}", None),
+    ("5", None),
+    ("", None),
+    (r"\boxed5", None),
+    (r"\boxed{}", ""),
+])
+def test_boxed_is_the_last_complete_one(text, answer):
+    """Guards against regular expressions that stop at the first brace, and the first of several answers."""
+    assert boxed(text) == answer
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"\boxed{5} <code>print('\boxed{6}')</code>", "5"),
+    (r"\boxed{5} <interpreter>\boxed{6}</interpreter>", "5"),
+    (r"<code>x</code><interpreter>\boxed{6}</interpreter>\boxed{7}", "7"),
+    (r"<interpreter>\boxed{6}</interpreter>", None),
+    (r"<code>\boxed{6}", None), (r"<interpreter>\boxed{6}", None),
+    (r"\boxed{5} <interpreter>\boxed{6}", "5"),
+    (r"<interpreter>a</interpreter>\boxed{1}<interpreter>\boxed{2}</interpreter>", "1"),
+    (r"<interpreter><code></interpreter>\boxed{8}", "8"),
+    (r"\boxed{1<code>x</code>2}", "1\n2"),
+])
+def test_answers_inside_blocks_do_not_count(text, answer):
+    """Guards against an answer that a program printed, or that stands in a block that was never closed."""
+    assert extract_answer(text) == answer
 
 
 def test_boxed_reads_a_text_once():
@@ -404,11 +512,98 @@ def test_boxed_reads_a_text_once():
     assert time.monotonic() - begin < 5
 
 
-if __name__ == "__main__":
-    pairs = list(table())
-    wrong, precision, recall, speed = measure(pairs, is_equivalent)
-    for verdict, predicted, reference, _ in wrong:
-        print("said equal    " if verdict else "said different", f"{predicted!r:45} {reference!r}")
+def is_right(trajectory, tokenizer):
+    return asyncio.run(is_correct(trajectory, tokenizer, "5", DeafJudge()))
+
+
+def test_a_boxed_answer_inside_an_executed_snippet_is_no_answer(tokenizer):
+    """Guards against nested tags: the engine runs from the last <code>, a text filter would start at the
+    first."""
+    ids = encode_text(tokenizer, "<interpreter><code></interpreter>\\boxed{5}</code>")
+    answer = encode_text(tokenizer, "\nSo it is.") + [tokenizer.eos_token_id]
+    call = ToolCall("", "", "error", len(encode_text(tokenizer, "<interpreter>")), len(ids), 0.0)
+    t = Trajectory(0, 0, [1], ids + answer, [1] * len(ids + answer), [], [call], "eos")
+    assert not is_right(t, tokenizer)
+    t.tool_calls = []  # the same text, had the engine not run it: the tags alone would have let it pass
+    assert is_right(t, tokenizer)
+
+
+def trajectory(tokenizer, parts, finish_reason="eos"):
+    """parts: texts; those of the form ("forced", text) are interpreter tokens."""
+    ids, mask = [], []
+    for part in parts:
+        forced = isinstance(part, tuple)
+        new = encode_text(tokenizer, part[1] if forced else part)
+        ids, mask = ids + new, mask + [int(not forced)] * len(new)
+    if finish_reason == "eos":
+        ids, mask = ids + [tokenizer.eos_token_id], mask + [1]
+    return Trajectory(0, 0, [5], ids, mask, [0.0] * len(ids), [], finish_reason)
+
+
+FORCED = ("forced", "\n<interpreter>\n\\boxed{5}\n</interpreter>")
+
+
+@pytest.mark.parametrize("parts, reason, right", [
+    ([r"It is <answer>\boxed{5}</answer>"], "eos", True),
+    ([r"It is \boxed{5.0}"], "eos", True),
+    ([r"<code>print(5)</code>", FORCED, r"\boxed{5}"], "eos", True),
+    ([r"It is \boxed{4}"], "eos", False),
+    (["It is 5"], "eos", False),
+    ([r"\boxed{5} or rather \boxed{4}"], "eos", False),
+    ([r"<interpreter>\boxed{5}</interpreter>"], "eos", False),
+    ([r"<interpreter>\boxed{5}"], "eos", False),
+    (["<code>print('\\boxed{5}')</code>", FORCED, "Done."], "eos", False),
+    (["<code>print('\\boxed{5}')", ], "eos", False),
+    (["<code>x</code>", FORCED], "eos", False),
+    (["<code>x</code>", FORCED, "So \\boxed{4}"], "eos", False),
+    (["<code>x</code>", FORCED, "\n<interpreter>\n\\boxed{5}\n</interpreter>\n"], "eos", False),
+    ([r"It is \boxed{5}"], "length", False),
+    ([r"It is \boxed{5}"], "max_calls", False),
+    ([], "eos", False),
+])
+def test_only_the_policy_s_own_finished_answer_counts(tokenizer, parts, reason, right):
+    """Guards against the reward hacks: print the answer, fake an interpreter block, ramble on."""
+    assert is_right(trajectory(tokenizer, parts, reason), tokenizer) is right
+
+
+# -------------------------------------------------------------------------------------------
+
+KINDS = [("matrix", "matrix"), ("base", r"\d_"), ("inequality", r"[<>≥]|\\[lg]e"),
+         ("interval", r"infty|∞|\\cup|^\["), ("equation", r"[a-z]="), ("set", r"^\\?\{.*,|emptyset"),
+         ("tuple", r"^(\\left|\$)?\(.*,"), ("list", r",| and | or |;|\\pm"),
+         ("unit", r"[%$°]|\\circ|\d ?[A-Za-z]{2,}|\d\S* ?\\(text|mbox|mathrm)"),
+         ("words", r"\\text|[A-Za-z]{3,}$"), ("expression", r"[A-Za-zπ√^!]"), ("number", "")]
+
+
+async def judge_all(pairs):
+    """(verdicts, seconds, how many pairs of expressions math-verify decided)"""
+    async with Sandbox() as sandbox:
+        await sandbox.equal("x", "y")                            # starts the judge
+        begin = time.monotonic()
+        verdicts = await asyncio.gather(*(is_equivalent(a, b, sandbox) for a, b, _ in pairs))
+        seconds, counts = time.monotonic() - begin, sandbox.judge.counts
+        return verdicts, seconds, counts.total() - counts["near_limit"] - 1
+
+
+def main():
+    pairs = list(dict.fromkeys(table()))
+    verdicts, seconds, decided = asyncio.run(judge_all(pairs))
+    total, missed = Counter(), Counter()
+    for (predicted, reference, label), verdict in zip(pairs, verdicts):
+        kind = next(kind for kind, pattern in KINDS if re.search(pattern, reference))
+        total[kind] += 1
+        if verdict != label:
+            missed[kind, label] += 1
+            print("said equal    " if verdict else "said different", f"{predicted!r:45} {reference!r}")
+    for kind, n in total.items():
+        print(f"{kind:12} {n:5} pairs, {missed[kind, True]} right ones missed, "
+              f"{missed[kind, False]} wrong ones taken")
+    right = sum(verdict and pair[2] for verdict, pair in zip(verdicts, pairs))
     equal = sum(label for *_, label in pairs)
-    print(f"{len(pairs)} pairs, {equal} of them equal: {len(wrong)} disagreements, "
-          f"precision {precision:.4f}, recall {recall:.4f}, {speed:.0f} pairs/s")
+    print(f"{len(pairs)} pairs, {equal} of them equal: precision {right / sum(verdicts):.4f}, "
+          f"recall {right / equal:.4f}, {len(pairs) / seconds:.0f} pairs/s")
+    print(f"math-verify decided {decided} times: {1000 * seconds / decided:.0f} ms each")
+
+
+if __name__ == "__main__":
+    main()
