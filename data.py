@@ -1,12 +1,11 @@
-"""Problems and prompts: what the policy is asked, and the reference answer that comes with it.
+"""Problems and prompts: what the policy is asked, and the reference answers.
 
-The embedded default needs no download: an endless, seeded generator of number problems (`embedded_problem`),
-each with a solution as a person would write it by hand (the paper's D_init) and a code-augmented rewriting
-that sft.py verifies, and a small byte-level BPE tokenizer trained on them (`embedded_tokenizer`). Everything
-else is a file or a hub id in one of the layouts that public data sets use.
+The default needs no download: endless, seeded number problems (`embedded_problem`), each with a
+solution by hand (the paper's D_init) and one with code, which sft.py verifies, and a small tokenizer
+(`embedded_tokenizer`). All else is a file or hub id in a layout that public data sets use.
 
     python data.py                   # sample problems
-    python data.py --file FILE       # loads a file of problems (or a hub id), prints how it was understood
+    python data.py --file FILE       # how a file of problems (or a hub id) is understood
 """
 import argparse
 import functools
@@ -23,13 +22,13 @@ import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rollout import CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN
+from rollout import CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, need_hub
 from sandbox import UserError
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Prompt
 
-# What a model that has never seen the format needs to be told; `--prompt_template retool`.
+# For a model that has never seen the format.
 RETOOL_PROMPT = r"""Work out the problem below, thinking step by step. Whenever a calculation or a \
 check is better done by a program, write a complete Python script (with its imports, printing what you \
 need) in this form:
@@ -49,8 +48,7 @@ PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT.replace("\\\n
 
 
 def load_template(name):
-    """"plain" (the question alone: a warm-started model knows the format), "retool", or a file containing
-    {question}."""
+    """"plain" (the question alone), "retool", or a file containing {question}."""
     if name in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[name]
     if not Path(name).is_file():
@@ -62,20 +60,20 @@ def load_template(name):
 
 
 def encode_prompt(tokenizer, template, question):
-    """One user message through the tokenizer's chat template -> token ids, ready for generation."""
+    """One user message in the tokenizer's chat template -> token ids, ready for generation."""
     message = {"role": "user", "content": template.replace("{question}", question)}
     return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The answer that a text states
 
-BLOCKS = re.compile(r"<(code|interpreter)>.*?(?:</\1>|\Z)", re.DOTALL)  # an unclosed block reaches to the end
+BLOCKS = re.compile(r"<(code|interpreter)>.*?(?:</\1>|\Z)", re.DOTALL)  # if unclosed, to the end
 
 
 def boxed(text):
-    r"""The content of the last complete \boxed{...} of the text, nested braces included, or None."""
-    opened, last = [], (-1, None)  # one pass: 5,000 times \boxed{ must not stall the reward
+    r"""The content of the last complete \boxed{...}, nested braces included, or None."""
+    opened, last = [], (-1, None)  # one pass: many \boxed{ must not stall the reward
     for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
         if match[0] != "}":
             opened.append(match)
@@ -87,19 +85,16 @@ def boxed(text):
 
 
 def extract_answer(response):
-    r"""The last \boxed{} outside code and interpreter blocks of a response given as text, or None.
-
-    For files. Rewards use `outcome_reward`, which knows which tokens the policy sampled itself.
-    """
+    r"""The last \boxed{} of a response outside its blocks, or None. For files:
+    `outcome_reward` knows what the policy sampled."""
     return boxed(BLOCKS.sub("\n", response))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Loading problems
 
-
-# (question, answer, solution) as dotted paths. The first whose fields are all there wins; where answer
-# and solution are one field, the answer is what that marks as final (#### or \boxed).
+# (question, answer, solution) as dotted paths; the first whose fields are all there wins. An answer
+# in the solution's field is what that marks as final.
 LAYOUTS = [
     ("problem", "answer", "solution"),  # NuminaMath-1.5
     ("problem", "ground_truth_solution", "deepseek_solution"),  # OpenThoughts with metadata
@@ -115,7 +110,7 @@ LAYOUTS = [
     ("messages.0.content", "messages.1.content", "messages.1.content"),  # the authors' released traces
     ("conversations.0.value", "conversations.1.value", "conversations.1.value"),  # OpenThoughts
 ]
-# What these sets put around the question in their prompts; it would contradict our own format.
+# What these sets put around the question; it would contradict our own format.
 PROMPT_HEAD = re.compile(r"\A(?:.*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?"
                          r"|Solve the following math problem step by step\. The last line [^\n]*\n+"
                          r"|Return your final response within \\boxed\{\}\.\s*)", re.DOTALL)
@@ -134,80 +129,93 @@ def dig(row, path):
 
 
 def marked_answer(text):
-    r"""What a solution marks as its final answer: the text after #### or the last \boxed{}; or None."""
+    r"""A solution's final answer: the text after #### or the last \boxed{}; or None."""
     if "####" in text and "<answer>" not in text:
         return text.rsplit("####", 1)[1].strip()
     return extract_answer(text)
 
 
 def read_row(row, layouts=LAYOUTS):
-    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer" is the
-    reference and "own" the solution's final answer, None if missing; "solution" is "" if there is none."""
-    for at_question, at_answer, at_solution in layouts:
-        question, answer, solution = dig(row, at_question), dig(row, at_answer), dig(row, at_solution)
-        if not isinstance(answer, (str, int, float)) or not (
-                isinstance(question, str) and (isinstance(solution, str) or not at_solution)):
+    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer":
+    the reference; "own": the solution's answer, None if missing; "solution": "" if missing."""
+    for layout in layouts:
+        at_question, at_answer, at_solution = layout
+        question, answer, solution = (dig(row, path) for path in layout)
+        if not (isinstance(question, str) and isinstance(answer, (str, int, float))
+                and (isinstance(solution, str) or not at_solution)):
             continue
         if "." in at_question:
             question = PROMPT_TAIL.sub("", PROMPT_HEAD.sub("", question, count=1))
         answer, solution = str(answer).strip(), solution or ""
         marked = marked_answer(answer)
         if at_answer == at_solution == "answer" and marked is None:
-            solution = ""  # nothing is marked: a bare answer, not a solution
+            solution = ""  # a bare answer
         elif marked is not None or at_answer == at_solution:
             answer = marked
         own = marked_answer(solution)
-        if "<answer>" not in solution:  # a solution still to be rewritten, not a trace
+        if "<answer>" not in solution:  # not a trace
             solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution.rsplit("####", 1)[0])
         return {"question": question.strip(), "answer": answer, "solution": solution.strip(), "own": own}
     return None
 
 
-def read_jsonl(path):
-    """Yields (line number, row) of the non-blank lines; UserError names file and line of what is not JSON."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+def read_jsonl(path, keep_bad=False):
+    """Yields (place, row) of non-blank lines. Of a line that is not JSON, a UserError names
+    the place, or with keep_bad the row is None."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+                if number == 1 and line.lstrip()[:1] == b"[":
+                    raise UserError(f"{path}: a JSON array; needed is JSONL, one row per line "
+                                    "(jq -c '.[]' FILE)") from None
+                if not keep_bad:
                     raise UserError(f"{path}:{number}: not JSON ({error})") from None
+                row = None
+            yield f"{path}:{number}", row
 
 
-def read_rows(source, split="train", config=None):
-    """Yields (place, row) of a JSONL file, a parquet file, or a hub id read as a stream; UserError if that
-    fails."""
+def read_rows(source, split="train", config=None, keep_bad=False):
+    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id; UserError, with
+    what to do, if that fails."""
     is_file, ending = Path(source).is_file(), Path(source).suffix
-    if ending == ".parquet" and not is_file:
-        raise UserError(f"{source}: no such file")
-    if ending != ".parquet" and (is_file or ending.startswith(".json") or source.count("/") != 1):
-        yield from ((f"{source}:{number}", row) for number, row in read_jsonl(source))
+    if not is_file and (ending in (".parquet", ".csv", ".gz") or ending.startswith(".json")
+                        or source.count("/") != 1):
+        raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
+    if ending in (".csv", ".tsv", ".gz", ".zip", ".zst"):
+        raise UserError(f"{source}: needed is JSONL, one row per line (unpack it, or convert it: "
+                        "pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True))")
+    if is_file and ending != ".parquet":
+        yield from read_jsonl(source, keep_bad)
         return
     try:
         import datasets
+        if not is_file:
+            need_hub()
         where = dict(path="parquet", data_files=source) if is_file else dict(path=source, name=config)
         rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
     except ImportError:
         raise UserError(f"{source}: needs the package datasets (pip install datasets)") from None
-    except (OSError, ValueError) as error:  # unreachable, unknown or gated; no such split; a damaged file
+    except (OSError, ValueError) as error:  # unreachable, gated, damaged, ...
         raise UserError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def load_problems(source):
-    """A file or hub id -> [{"question", "answer", "family"}]; UserError names file and line of a row without
-    the needed fields."""
+    """A file or hub id -> [{"question", "answer", "family"}]; UserError names the place of a
+    row without these."""
     problems = []
     for place, row in read_rows(str(source)):
         found = read_row(row)
         if not found or not found["question"] or not found["answer"]:
             raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with "
                             f"a \\boxed answer); found {field_names(row)}")
-        problems.append({"question": found["question"], "answer": found["answer"],
-                         "family": Path(source).stem})
+        family = Path(source).stem
+        problems.append({"question": found["question"], "answer": found["answer"], "family": family})
     if not problems:
         raise UserError(f"{source}: no rows")
     return problems
@@ -216,13 +224,28 @@ def load_problems(source):
 def field_names(row):
     return ", ".join(row) if isinstance(row, dict) else type(row).__name__
 
-# ------------------------------------------------------------------------------------------------------------
+
+def question_words(question, mask_numbers=False):
+    """The words of a question in lower case; mask_numbers: # stands for every number."""
+    question = re.sub(r"\d[\d.,]*", " # ", question) if mask_numbers else question
+    return re.findall(r"[^\W_]+|#", question.lower())
+
+
+def contamination_keys(question):
+    """What no training problem may share with an evaluation problem: the whole question, spaces
+    aside, and any 13 words in a row, numbers aside."""
+    words = question_words(question, mask_numbers=True)
+    grams = [" ".join(words[i:i + 13]) for i in range(len(words) - 12)]
+    return ["".join(question_words(question)), *grams]
+
+
+# ---------------------------------------------------------------------------------------------
 # The embedded problems. A family is a function of draw(low, high) that returns
 #   operands   what makes the problem that problem
 #   phrasings  ways to ask; {0}, {1}, ... are the operands
 #   by_hand    the solution as a person would write it, without the answer line
-#   by_code    the same with the computation given to Python: prose and tool_call(snippet, what it should print);
-#              tool_call(snippet) where the outcome is left to the run, because the natural script may fail
+#   by_code    the same by Python: prose and tool_call(snippet, what it should print), the latter
+#              left out where the natural script may fail
 #   answer     an integer
 
 
@@ -243,9 +266,9 @@ def square_and_multiply(a, b, m):
     power, exponent, result, lines = a % m, 1, 1, []
     while exponent <= b:
         if b & exponent:
-            lines.append(
-                f"{a}^{exponent} = {power}, {result}*{power} = {result * power} = {result * power % m}")
-            result = result * power % m
+            product = result * power
+            lines.append(f"{a}^{exponent} = {power}, {result}*{power} = {product} = {product % m}")
+            result = product % m
         else:
             lines.append(f"{a}^{exponent} = {power}")
         power, exponent = power * power % m, exponent * 2
@@ -254,8 +277,8 @@ def square_and_multiply(a, b, m):
 
 def factorise(n):
     factors = sympy.factorint(n)
-    return "*".join(f"{p}^{e}" if e > 1 else f"{p}"
-                    for p, e in factors.items()), math.prod(e + 1 for e in factors.values())
+    product = "*".join(f"{p}^{e}" if e > 1 else f"{p}" for p, e in factors.items())
+    return product, math.prod(e + 1 for e in factors.values())
 
 
 def addition(draw):
@@ -270,7 +293,8 @@ def larger(draw):
     phrasings = ["Which is larger, {0} or {1}?", "Of the numbers {0} and {1}, give the greater one.",
                  "Two towns have {0} and {1} inhabitants. How many live in the larger town?"]
     answer = max(a, b)
-    return (a, b), phrasings, f"The larger one is {answer}.", tool_call(f"print(max({a},{b}))", answer), answer
+    text = f"The larger one is {answer}."
+    return (a, b), phrasings, text, tool_call(f"print(max({a},{b}))", answer), answer
 
 
 def last_digit(draw):
@@ -292,7 +316,7 @@ def power_remainder(draw):
 def count_pairs(draw):
     n, m = draw(100, 1200), draw(3, 5)
     if draw(0, 9) == 0:
-        n = draw(6000, 9999)  # the natural loop now takes a second and more
+        n = draw(6000, 9999)  # the natural loop takes a second
     phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
                  "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
                  "Two dice have {0} sides each, numbered from 1. "
@@ -348,7 +372,8 @@ def divisor_count(draw):
                  "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows."]
     factors, answer = factorise(n)
     text = f"{n} = {factors}\nAdd one to each exponent and multiply: {answer}"
-    return (n,), phrasings, text, tool_call(f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer), answer
+    code = tool_call(f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer)
+    return (n,), phrasings, text, code, answer
 
 
 def prime_count(draw):
@@ -370,19 +395,16 @@ def power_sum(draw):
     phrasings = ["Compute the sum of n^{2} for n from {0} to {1}.",
                  "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
                  "Add the powers n^{2} of all integers n with {0} <= n <= {1}."]
-    totals, lines = [], []
-    for n in (b, a - 1):
-        if k == 2:
-            product = n * (n + 1) * (2 * n + 1)
-            totals.append(product // 6)
-            lines.append(f"Up to {n}: {n}*{n + 1}*{2 * n + 1}/6 = {product}/6 = {totals[-1]}")
-        else:
-            root = n * (n + 1) // 2
-            totals.append(root**2)
-            lines.append(f"Up to {n}: ({n}*{n + 1}/2)^2 = {root}^2 = {totals[-1]}")
+    text, totals = "", [sum(n**k for n in range(end + 1)) for end in (b, a - 1)]
+    for n, total in zip((b, a - 1), totals):
+        formula = f"{n}*{n + 1}*{2 * n + 1}/6 = {6 * total}/6"
+        if k == 3:
+            formula = f"({n}*{n + 1}/2)^2 = {n * (n + 1) // 2}^2"
+        text += f"Up to {n}: {formula} = {total}\n"
     answer = totals[0] - totals[1]
-    text = "\n".join(lines) + f"\n{totals[0]} - {totals[1]} = {answer}"
-    return (a, b, k), phrasings, text, tool_call(f"print(sum(n**{k} for n in range({a},{b}+1)))", answer), answer
+    text += f"{totals[0]} - {totals[1]} = {answer}"
+    code = tool_call(f"print(sum(n**{k} for n in range({a},{b}+1)))", answer)
+    return (a, b, k), phrasings, text, code, answer
 
 
 def recurrence(draw):
@@ -405,13 +427,13 @@ def recurrence(draw):
 
 def inverse(draw):
     m, a = draw(20, 999), draw(3, 999)
-    if draw(0, 1):  # about half of the problems have no inverse
+    if draw(0, 1):  # about half have no inverse
         g = 2 + a % 5
         m, a = m - m % g + g, a - a % g + g
     phrasings = ["Find the inverse of {0} modulo {1}, or 0 if there is none.",
                  "Which x with 0 < x < {1} satisfies {0}*x = 1 modulo {1}? Answer 0 if no such x exists.",
                  "Give the multiplicative inverse of {0} mod {1} (0 if it does not exist)."]
-    # Extended Euclid: every remainder r is x*a modulo m, with x carried along.
+    # Extended Euclid: every remainder r is x*a modulo m.
     lines, r, x = [], (m, a % m), (0, 1)
     while r[1]:
         q = r[0] // r[1]
@@ -501,26 +523,26 @@ class Problem:
     operands: tuple
     question: str
     answer: str
-    by_hand: str  # D_init: text only
-    by_code: str  # its code-augmented rewriting, not yet verified
+    by_hand: str  # D_init
+    by_code: str  # not yet verified
 
 
 def embedded_problem(split, seed, index):
-    """Problem number `index` of an endless split: a function of its three arguments alone.
-
-    A hash of (family, operands) sends each problem to train or test, so that the two are disjoint however
-    many are drawn; ood_large draws every operand above the training range; ood_families uses families that
-    training never sees.
-    """
-    # crc32, not hash(): Python's string hash differs from process to process
+    """Problem number `index` of an endless split: a function of its three arguments alone. A
+    hash of (family, operands) keeps train and test disjoint; ood_large draws operands above
+    the training range, ood_families from families not trained on."""
+    # not hash(): for strings it differs from process to process
     rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
+
+    def draw(low, high):
+        if split == "ood_large" and high > 9:  # ranges up to 9 are choices, not operands
+            return rng.randint(high + 1, 3 * high)
+        return rng.randint(low, high)
+
     while True:
         family = rng.choice(HELD_OUT if split == "ood_families" else FAMILIES)
-        large = split == "ood_large"
-        # ranges up to 9 are choices, not operands
-        operands, phrasings, by_hand, by_code, answer = family(lambda low, high: rng.randint(
-            high + 1, 3 * high) if large and high > 9 else rng.randint(low, high))
-        # sorted: "3 + 5" and "5 + 3" are one problem and belong into one split
+        operands, phrasings, by_hand, by_code, answer = family(draw)
+        # sorted: 3 + 5 and 5 + 3 are one problem
         is_test = zlib.crc32(f"{family.__name__}{sorted(operands)}".encode()) % 10 == 0
         if split in ("train", "test") and is_test != (split == "test"):
             continue
@@ -530,26 +552,21 @@ def embedded_problem(split, seed, index):
 
 
 def embedded_rows(split, n, seed=0):
-    """The first n problems of a split in the shape of `load_problems`."""
+    """The first n problems of a split, as `load_problems` returns them."""
     return [{"question": p.question, "answer": p.answer, "family": p.family}
             for p in (embedded_problem(split, seed, i) for i in range(n))]
 
 
 def embedded_overlap(seed, n=2000):
-    """How many of n problems of each other split also occur among n training problems; asserted to be 0, and
-    printed."""
-    keys = {
-        split: {(p.family, tuple(sorted(p.operands)))
-                for p in (embedded_problem(split, seed, i) for i in range(n))}
-        for split in SPLITS
-    }
+    """{split: problems, of n, that also occur among n training problems}; asserted to be 0."""
+    keys = {split: {(p.family, tuple(sorted(p.operands)))
+                    for p in (embedded_problem(split, seed, i) for i in range(n))} for split in SPLITS}
     overlap = {split: len(keys["train"] & keys[split]) for split in SPLITS[1:]}
     assert not any(overlap.values()), f"splits overlap: {overlap}"
     return overlap
 
 
-# What the sandbox answers to a script that fails, for the embedded tokenizer: else a traceback would take 200
-# tokens.
+# Failures as the sandbox prints them, for the tokenizer: else a traceback takes 200 tokens.
 ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
     print(u(2500))
@@ -566,35 +583,28 @@ NameError: name 'x' is not defined
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-@functools.cache  # training it takes seconds
+@functools.cache  # takes seconds
 def embedded_tokenizer(vocabulary=896, documents=3000):
-    """A byte-level BPE tokenizer trained on the embedded problems, with Qwen's pre-tokenisation (digits one
-    by one).
-
-    The tags are ordinary text to it, split and overrun as in the big tokenizers. End of turn is <|im_end|>,
-    pad another token. Digits in pairs would halve the steps after which operands are copied right (measured),
-    but transformers gives every qwen2 checkpoint Qwen's pre-tokenisation again when it loads one.
-    """
+    """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as
+    for the big tokenizers. Digits in pairs would halve the steps after which operands are
+    copied right (measured), but transformers gives every qwen2 checkpoint Qwen's
+    pre-tokenisation, digits one by one, when it loads one."""
     tokenizer = Tokenizer(models.BPE())
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    ])
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     problems = [embedded_problem("train", 0, i) for i in range(documents)]
     texts = [text for p in problems for text in (p.question, p.by_hand, p.by_code)]
     texts += ["user\n", "assistant\n"] * documents + [ERRORS] * (documents // 10)
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=vocabulary,
-                            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                            show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
                                    pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
                                    chat_template=CHAT_TEMPLATE)
@@ -603,10 +613,10 @@ def embedded_tokenizer(vocabulary=896, documents=3000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", default="",
-                        help="file or hub id of problems to load; empty: the embedded problems")
-    parser.add_argument("--n", type=int, default=2, help="problems to print")
-    parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")
+    add = parser.add_argument
+    add("--file", default="", help="file or hub id of problems to load; empty: the embedded problems")
+    add("--n", type=int, default=2, help="problems to print")
+    add("--seed", type=int, default=0, help="of the embedded problems")
     args = parser.parse_args()
     if args.file:
         problems = load_problems(args.file)

@@ -1,11 +1,11 @@
-"""Properties of `data.py curate`. Run: python -m pytest tests/test_curate.py"""
+"""Properties of the curation of cold-start traces in sft.py. Run: python -m pytest tests/test_curate.py"""
+import argparse
 import asyncio
 import contextlib
 import http.server
 import io
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -17,15 +17,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import StubSandbox
+from conftest import StubSandbox, decode
 
-import data
+import rollout
 import sft
-from data import Contamination, Duplicates, UserError, calculator, load_problems, load_traces, read_row
-from rollout import encode_text
-from sandbox import SandboxResult
+from data import load_problems, read_row
+from rollout import encode_response, encode_text, split_segments
+from sandbox import Sandbox, SandboxResult, UserError
+from sft import Rejected, calculator, check_format, contamination_keys, load_traces, verified_traces
 
-ROOT = Path(data.__file__).parent
+TESTS = Path(__file__).parent
 ANSWER = r"<answer>\boxed{4}</answer>"
 
 
@@ -45,17 +46,23 @@ def execute(code):
 
 
 class Trusted(StubSandbox):
-    """In place of data.Sandbox where no snippet is hostile."""
+    """In place of the sandbox where no snippet is hostile."""
 
     def __init__(self, *args, **options):
-        super().__init__(execute)
-        self.counts = Counter()
+        super().__init__(execute, delay=lambda code: Trusted.seconds)
+
+    seconds = 0.0
 
     async def __aenter__(self):
         return self
 
     async def __aexit__(self, *exc_info):
         pass
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    monkeypatch.setattr(sft, "Sandbox", Trusted)
 
 
 def write(path, rows):
@@ -67,15 +74,34 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def curate_cli(monkeypatch, *arguments):
-    """`python data.py curate ...` in this process."""
-    monkeypatch.setattr(sys, "argv", ["data.py", "curate", *map(str, arguments)])
-    asyncio.run(data.main())
+def curate(*arguments):
+    """`python sft.py curate ...` in this process; returns its report."""
+    parser = argparse.ArgumentParser()
+    sft.add_curate_arguments(parser)
+    args = parser.parse_args([*map(str, arguments)])
+    asyncio.run(sft.curate_file(args))
+    return json.loads(Path(args.output).with_suffix(".report.json").read_text())
+
+
+def reason(check, *args):
+    """What a check rejects for, or None."""
+    try:
+        check(*args)
+    except Rejected as rejected:
+        return str(rejected)
+
+
+def outputs(trace):
+    return [text.strip() for kind, text in split_segments(trace["response"]) if kind == "interpreter"]
 
 
 def trace(question, response, answer="4"):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": response}],
             "answer": answer}
+
+
+def problem(i=0, answer="4"):
+    return SimpleNamespace(question=f"q{i}", answer=answer, family="f")
 
 
 GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold half of them. Bob sold {n + 3} "
@@ -145,31 +171,39 @@ def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, options, message", [
-    ([{"foo": 1, "bar": 2}], [], "unknown layout; found foo, bar. Name the fields with --question_field"),
-    ([], [], "unknown layout; found no rows"),
-    (GSM8K[:1], ["--question_field", "q"], "unknown layout; found question, answer"),
-    (GSM8K[:1] + ["{broken\n"], [], ":2: not JSON"),
+    ([{"foo": 1, "bar": 2}], [], "rows kept, {'filter: unknown layout (foo, bar), name its --question_field"),
+    ([], [], "none of 0 rows kept"),
+    (GSM8K[:1], ["--question_field", "q"], "unknown layout (question, answer)"),
+    ([trace("Q", "Four. " + ANSWER)] * 3 + GSM8K[:1], ["--limit", "3"], "none of 3 rows kept, {'quality: no"),
     (GSM8K[:1], ["--rewriter", "api"], "needs --model"),
-    (GSM8K[:1], ["--agreement", "3"], "--agreement needs"),
     (GSM8K[:1], ["--prompt_template", "nowhere"], "--prompt_template nowhere"),
-    (GSM8K[:1], ["--rewriter", "local", "--model", "/nowhere"], "--model /nowhere: cannot be loaded"),
+    (GSM8K[:1], ["--rewriter", "local", "--model", "/nowhere"], "/nowhere: "),
+    (GSM8K[:1], ["--tokenizer", "/nowhere"], "/nowhere: "),
     (GSM8K[:1], ["--decontaminate", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
 ])
-def test_bad_input_is_one_line(tmp_path, monkeypatch, rows, options, message):
-    """Guards against tracebacks, and against a set that is silently read as empty."""
+def test_bad_input_is_one_line(tmp_path, trusted, rows, options, message):
+    """Guards against tracebacks, and against a set that becomes an empty one without a word."""
     with pytest.raises(UserError) as error:
-        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", rows), "--output",
-                   tmp_path / "out.jsonl", *options)
+        curate("--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl", *options)
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert not {"out.jsonl", "out.partial", "out.journal"} & {path.name for path in tmp_path.iterdir()}
 
 
-def test_fields_of_an_unknown_layout_can_be_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("option, value", [("limit", -1), ("in_flight", 0), ("sandbox_timeout", 0),
+                                           ("sandbox_timeout", "nan"), ("max_tokens", 0),
+                                           ("sandbox_workers", 0), ("temperature", -1), ("limit", "many")])
+def test_numbers_out_of_range_are_the_parser_s_errors(capsys, option, value):
+    """Guards against a run that never ends, or ends in a traceback, for in_flight 0."""
+    with pytest.raises(SystemExit) as error:
+        curate("--input", "in.jsonl", "--output", "out.jsonl", f"--{option}={value}")
+    assert error.value.code == 2 and f"error: argument --{option}: " in capsys.readouterr().err
+
+
+def test_fields_of_an_unknown_layout_can_be_named(tmp_path, trusted):
     """Guards against a mapping that reads nested fields, or the answer inside the solution, wrongly."""
-    monkeypatch.setattr(data, "Sandbox", Trusted)
     rows = [{"x": {"q": [row["question"]]}, "text": row["answer"]} for row in GSM8K[:3]]
-    curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
-               "--question_field", "x.q.0", "--answer_field", "text", "--solution_field", "text")
+    curate("--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
+           "--question_field", "x.q.0", "--answer_field", "text", "--solution_field", "text")
     assert [t["answer"] for t in read(tmp_path / "out.jsonl")] == ["7", "9", "11"]
 
 
@@ -179,50 +213,238 @@ def test_fields_of_an_unknown_layout_can_be_named(tmp_path, monkeypatch):
 
 def test_annotations_become_snippets_in_place():
     """Guards against a result that stands in the text before its snippet, and annotations left there."""
-    text = calculator(read_row(GSM8K[0]), random.Random(0))
-    first, second = fenced("print(4/2)", "2").strip(), fenced("print(2+5)", "7").strip()
-    assert re.fullmatch(re.escape(f"Ann sold 4/2 boxes.\n{first}\n") + r"\w[\w ]* is 2 boxes of fruit\."
-                        + re.escape(f"\nSo Bob sold 2 + 5 boxes.\n{second}\n") + r"\w[\w ]* is 7 boxes\.\n"
-                        + re.escape(r"<answer>\boxed{7}</answer>"), text)
+    found = read_row(GSM8K[0])
+    assert calculator(found["solution"], found["own"]) == (
+        f"Ann sold 4/2 =\n{fenced('print(4/2)', '2')}2 boxes of fruit.\n"
+        f"So Bob sold 2 + 5 =\n{fenced('print(2+5)', '7')}7 boxes.\n" r"<answer>\boxed{7}</answer>")
 
 
-@pytest.mark.parametrize("solution, code, text", [
-    ("Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.", ["print(12/60)"], "is $0.2 per minute."),
-    ("She has 3 apples * 2 = <<3*2=6>>6 apples.", ["print(3*2)"], "She has 3 apples * 2.\n"),
-    ("Each gets 100/3 = <<100/3=33.33>>33.33 dollars.", ["print(round(100/3, 2))"], "is 33.33 dollars."),
-    ("They pay 07*2 = $<<07*2=14>>14.", ["print(7*2)"], "They pay 07*2.\n"),
-    # independent steps share a snippet, dependent ones do not
-    ("Tea is 2*3 = $<<2*3=6>>6.\nMilk is 4*5 = $<<4*5=20>>20.", ["print(2*3)\nprint(4*5)"], "is $6 and $20."),
-    ("Tea is 2*3 = $<<2*3=6>>6.\nMilk is 6*5 = $<<6*5=30>>30.", ["print(2*3)", "print(6*5)"], "is $30."),
-    # a line that does not fall apart into two sentences is kept whole, after its calculation
-    ("If she eats 2*3 = <<2*3=6>>6 of them, none is left.", ["print(2*3)"],
-     "</interpreter>\nIf she eats 2*3 = 6 of them, none is left."),
-    ("In total 4*5 = <<4*5=20>>20 are left.", ["print(4*5)"], "</interpreter>\nIn total 4*5 = 20 are left."),
-    ("Twice (2*3 = <<2*3=6>>6) is it.", ["print(2*3)"], "</interpreter>\nTwice (2*3 = 6) is it."),
-    ("He is 6 because 12/2 = <<12/2=6>>6 years.", ["print(12/2)"],
-     "</interpreter>\nHe is 6 because 12/2 = 6 years."),
+def blocks(text):
+    """The text with each snippet as [code] and without the answer line."""
+    text = re.sub(r"\n<code>\n```python\nprint\((.*)\)\n(?s:.)*?</interpreter>\n", r" [\1] ", text)
+    return text.rpartition("<answer>")[0].strip()
+
+
+@pytest.mark.parametrize("solution, text", [
+    ("She earns 12/60 = $<<12/60=0.2>>0.2 per minute.", "She earns 12/60 = [12/60] $0.2 per minute."),
+    ("She has <<3*2=6>>6 apples.", "She has [3*2] 6 apples."),
+    ("If he eats 2*4=<<2*4=8>>8, 9-8=<<9-8=1>>1 is left.", "If he eats 2*4= [2*4] 8, 9-8= [9-8] 1 is left."),
+    ("It is 5 - 3 + 3 = <<5-3+3=5>>5.", "It is 5 - 3 + 3 = [5-3+3] 5."),  # the 5 before it is a term
+    ("It falls to -20+10 = <<-20+10=-10>>-10.", "It falls to -20+10 = [-20+10] -10."),
+    # the result is named first: the snippet stands in front of the whole line
+    ("A.\nHe is 6, for 12/2 = <<12/2=6>>6 years.",
+     "A.\nLet me compute 12/2. [12/2] He is 6, for 12/2 = 6 years."),
+    # what is no calculation is left as text
+    ("That is 50% = <<50*.01=0.5>>0.5 or $<<60=60>>60.", "That is 50% = [50*.01] 0.5 or $60."),
+    ("Twice 5% is <<2*5%=10%>>10% of 2*3 = <<2*3=6>>6.", "Twice 5% is 10% of 2*3 = [2*3] 6."),
 ])
-def test_lines_become_sentences_around_their_snippet(solution, code, text):
-    """Guards against broken grammar and wrong rounding."""
-    found = calculator({"solution": solution, "own": "4"}, random.Random(1))
-    assert [data.strip_fence(block[6:-7]) for block in re.findall(r"(?s)<code>.*?</code>", found)] == code
-    assert text in found and "<<" not in found and data.verify_format(found) is None
+def test_lines_are_continued_after_their_snippet(solution, text):
+    """Guards against broken sentences, and results that are told before they are computed."""
+    found = calculator(solution, "4")
+    assert blocks(found) == text and reason(check_format, found) is None
 
 
-@pytest.mark.parametrize("solution", ["No calculation.", "It is <<60=60>>60.", "<<9**9**9=1>>1", "<<x+1=3>>3",
-                                      "<<1/0=5>>5", "<<5*1=5>>5", "<<+7=7>>7", "<<(((((=1>>1", "<<3//2=1>>1"])
+@pytest.mark.parametrize("solution", ["No calculation.", "It is <<60=60>>60.", "<<x+1=3>>3", "<<+7=7>>7",
+                                      "<<(((((=1>>1", "<<__import__('os')=1>>1", "<<3*x=3>>3", "<<1=1>>1"])
 def test_what_is_no_calculation_is_not_turned_into_code(solution):
-    """Guards against snippets that print a literal, and data that make the rewriter compute for ever."""
-    assert calculator({"solution": solution, "own": "4"}, random.Random(0)) is None
+    """Guards against snippets that print a literal, or run what stands in the data."""
+    assert calculator(solution, "4") is None
+
+
+def test_odd_rows_do_not_stall_the_run():
+    """Guards against patterns that go back and forth over spaces and brackets."""
+    begin = time.monotonic()
+    for line in ("So" + " " * 20_000 + "it is 2*3 = <<2*3=6>>6.", "((" * 20_000 + "2*3=<<2*3=6>>."):
+        assert "print(2*3)" in calculator(line, "6")
+    assert calculator("<<" + "(" * 20_000 + "1" * 20_000 + ")" * 20_000, "6") is None
+    long = {"messages": [{"content": "x " * 500_000}, {"content": ANSWER}]}
+    assert read_row(long)["answer"] == "4"
+    assert time.monotonic() - begin < 5
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Verification
+# Checks
+
+
+TAGS, BLOCK = "tags", "interpreter block missing or misplaced"
+SYNTAX, FINAL = "snippet does not parse", "no single final answer"
+
+
+@pytest.mark.parametrize("response, expected", [
+    (fenced("print(4)", "4") + ANSWER, None),
+    ("Plain text. " + ANSWER, None),
+    ("<code>print(4)</code><interpreter></interpreter>" + ANSWER, None),
+    (fenced("print(4)") * 3 + ANSWER, None),
+    ("<code>print(4)" + ANSWER, TAGS),
+    ("print(4)</code>\n<interpreter>\n4\n</interpreter>" + ANSWER, TAGS),
+    ("<code><code>x</code></code>\n<interpreter>\n4\n</interpreter>" + ANSWER, TAGS),
+    ("<code>x</code>\n<interpreter>\n4\n" + ANSWER, TAGS),
+    ("<code>x</interpreter>\n<interpreter>4</code>" + ANSWER, TAGS),
+    (fenced("print('</code>')") + ANSWER, TAGS),
+    (fenced("x", "<code>") + ANSWER, TAGS),
+    (r"<answer>\boxed{4}", TAGS),
+    (fenced("x") + r"<answer><answer>\boxed{4}</answer></answer>", TAGS),
+    ("<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
+    ("<code>x</code>\n" + ANSWER, BLOCK),
+    ("<code>x</code>\nThe result:\n<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
+    (fenced("x", "4") + "<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
+    ("<code>x</code><code>y</code>\n<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
+    (fenced("x = = 1") + ANSWER, SYNTAX),
+    (fenced("print(1)") + fenced("  indented\nwrong") + ANSWER, SYNTAX),
+    (fenced("x = '\x00'") + ANSWER, SYNTAX),
+    (fenced("(" * 5000 + ")" * 5000) + ANSWER, SYNTAX),
+    (fenced("-" * 200_000 + "1") + ANSWER, SYNTAX),
+    (fenced("print(4)", "4"), FINAL),
+    (fenced("print(4)", "4") + r"\boxed{4}", FINAL),
+    ("<answer>4</answer>", FINAL),
+    (r"<answer>\boxed{4</answer>", FINAL),
+    (ANSWER + ANSWER, FINAL),
+    (ANSWER + " and more", FINAL),
+    (ANSWER + fenced("print(4)", "4"), FINAL),
+    (fenced(r"print('\boxed{4}')") + "<answer>see above</answer>", FINAL),
+], ids=range(31))
+def test_broken_responses_are_rejected_for_their_reason(response, expected):
+    """Guards against teaching a format in which the triggers are not found where they should be."""
+    assert reason(check_format, response) == (f"format: {expected}" if expected else None)
+
+
+@pytest.mark.parametrize("ending", [r"So \boxed{4}. <answer>5</answer>",
+                                    r"<answer>\boxed{5} or \boxed{4}</answer>",
+                                    r"So \boxed{5}. <answer>\boxed{4}</answer>"])
+def test_the_answer_line_holds_the_one_final_answer(ending):
+    """Guards against a check that reads another box than a reader does."""
+    assert reason(check_format, f"2 + 2\n{ending}") == "format: no single final answer"
+    assert reason(check_format, rf"So \boxed{{4}}. {ANSWER}") is None
+
+
+@pytest.mark.parametrize("quoted, real, same", [
+    ("24", "24.0\n", True), ("1,234", "1234", True), ("0.33", "0.3333333333333333", True),
+    ("x = 5", "x = 5.0", True),
+    ("63", "63.00000000000001", True), ("2.80", "2.8", True), ("[1, 2]", "[1,  2]", True),
+    ("3.1", "3.14", True),
+    ("3", "3.3", False), ("0.34", "0.3333333333333333", False), ("24", "25", False), ("-24", "24", False),
+    ("24", "24 25", False), ("True", "False", False), ("x1", "x2", False), ("1" * 40, "1" * 39 + "2", False),
+    ("", "24", False),
+])
+def test_a_quoted_output_is_compared_by_value(quoted, real, same):
+    """Guards against invented outputs, and against rejecting 24 for 24.0 or a result that was rounded."""
+    assert sft.same_output(quoted, SandboxResult("ok", real)) is same
+
+
+def test_of_a_quoted_error_only_the_kind_counts():
+    """Guards against an invented error, and against asking a writer for our traceback's every word."""
+    real = SandboxResult(
+        "error", 'Traceback:\n  File "snippet.py", line 1\nZeroDivisionError: division by zero')
+    for quoted, same in ((real.output, True), ("ZeroDivisionError", True), ("ZeroDivisionError: by 0", True),
+                         ("ValueError: division by zero", False), ("0", False)):
+        assert sft.same_output(quoted, real) is same
+
+
+FAULTS = [
+    ("kept", fenced("print(2+2)", "4") + ANSWER, []),
+    ("kept", fenced("print(2+2)") + ANSWER, []),
+    ("kept", fenced("1/0") + "Once more.\n" + fenced("print(4)", "4") + ANSWER, [0]),
+    ("kept", fenced("print(3)", "3") + fenced("import time\ntime.sleep(60)") + fenced("undefined") + ANSWER,
+     [1, 2]),
+    ("kept", "By hand. " + ANSWER, []),
+    ("execution: quoted output differs", fenced("print(2+2)", "5") + ANSWER, None),
+    ("execution: quoted output differs", fenced("1/0", "4") + ANSWER, None),
+    ("execution: quoted output differs", fenced("print(1)", "1") + fenced("print(2)", "1") + ANSWER, None),
+    ("answer: differs from the reference", fenced("print(5)", "5") + r"<answer>\boxed{5}</answer>", None),
+    ("format: tags", "<code>" + ANSWER, None),
+    ("format: snippet does not parse", fenced("print(") + ANSWER, None),
+    ("format: no single final answer", fenced("print(4)", "4"), None),
+]
+
+
+def test_planted_faults_are_rejected_and_real_output_is_written_in():
+    """Guards against invented interpreter text, a wrong count per reason, and failures that SFT would not
+    mask."""
+    problems, ticks = [problem(i, "4.0") for i in range(len(FAULTS))], []
+
+    async def main():
+        async with Sandbox(workers=2, timeout=3.0) as sandbox:
+            candidates = [response for _, response, _ in FAULTS]
+            return await verified_traces(problems, candidates, sandbox, ticks.append)
+    traces, counts = asyncio.run(main())
+    assert counts == Counter(reason for reason, _, _ in FAULTS) and sum(ticks) == len(FAULTS)
+    kept = [(f"q{i}", failed) for i, (reason, _, failed) in enumerate(FAULTS) if reason == "kept"]
+    assert [(t["question"], t["failed_calls"]) for t in traces] == kept
+    printed = [outputs(t) for t in traces]
+    assert printed[:2] == [["4"], ["4"]] and printed[4] == []
+    assert printed[2][0].endswith("ZeroDivisionError: division by zero") and printed[2][1] == "4"
+    assert printed[3][:2] == ["3", "[timed out after 3.0 s]"] and "NameError" in printed[3][2]
+    for (_, response, _), t in zip(FAULTS, traces):  # the model's own words are untouched
+        assert [s for s in split_segments(t["response"])
+                if s[0] == "model"] == [s for s in split_segments(response) if s[0] == "model"]
+        assert reason(check_format, t["response"]) is None and (t["answer"], t["family"]) == ("4.0", "f")
+
+
+@pytest.mark.parametrize("output", [
+    "</interpreter>\nI know it.", "<code>x</code>", "<|im_end|>",
+    "</interpreter>\n<answer>\\boxed{4}</answer>"
+])
+def test_output_that_looks_like_markup_is_never_trained_on(tokenizer, output):
+    """Guards against a snippet that prints `</interpreter>`: what follows would count as the model's text in
+    SFT."""
+    candidate = "Go.\n" + fenced("print(x)") + ANSWER
+    traces, counts = asyncio.run(verified_traces([problem()], [candidate], StubSandbox(output)))
+    assert sum(counts.values()) == 1
+    for t in traces:  # rejecting it would do as well
+        ids, mask = encode_response(tokenizer, t["response"], 128)
+        trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
+        assert trained == "Go.\n<code>\n```python\nprint(x)\n```\n</code>\n" + ANSWER + "<|im_end|>"
+
+
+def test_traces_keep_their_order_when_snippets_finish_out_of_order():
+    """Guards against traces paired with the wrong problem."""
+    problems = [problem(i, str(i)) for i in range(20)]
+    candidates = [fenced(f"print({i})") + rf"<answer>\boxed{{{i}}}</answer>" for i in range(20)]
+    sandbox = StubSandbox(lambda code: code[6:-1] + "\n", delay=lambda code: 0.001 * (20 - int(code[6:-1])))
+    traces, counts = asyncio.run(verified_traces(problems, candidates, sandbox))
+    assert counts == {"kept": 20} and [t["question"] for t in traces] == [f"q{i}" for i in range(20)]
+    assert [outputs(t) for t in traces] == [[str(i)] for i in range(20)]
+
+
+def test_a_failing_sandbox_stops_curation():
+    """Guards against filling a training set with "[sandbox error]"."""
+    sandbox = StubSandbox(lambda code: SandboxResult("sandbox_error", "dead"))
+    with pytest.raises(RuntimeError, match="sandbox"):
+        asyncio.run(verified_traces([problem()], [fenced("print(4)") + ANSWER], sandbox))
+
+
+def test_embedded_traces_are_all_kept_and_their_last_result_is_the_answer():
+    """Guards against a generator whose programs do not do what its answer line says."""
+    async def main():
+        async with Sandbox(workers=2, timeout=0.5) as sandbox:
+            return await sft.embedded_traces(150, 1.0, 0, sandbox)
+    traces, counts = asyncio.run(main())
+    assert counts == {"kept": 150}
+    failed_last = Counter()
+    for t in traces:
+        printed = outputs(t)
+        if len(printed) - 1 in t["failed_calls"]:  # no inverse: the error is the answer
+            failed_last[t["family"]] += 1
+            assert "not invertible" in printed[-1] and t["answer"] == "0"
+        else:
+            assert printed[-1] == t["answer"], t
+    assert set(failed_last) == {"inverse"}
+
+
+def test_text_traces_need_no_sandbox():
+    """Guards against code in the text-only baseline's warm start."""
+    traces, counts = asyncio.run(sft.embedded_traces(60, 0.0, 0, None))
+    assert counts == {"kept": 60} and not any("<code>" in t["response"] for t in traces)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Quality, contamination, duplicates
 
 
 EVALUATION = ("A farmer in the northern valley keeps 12 cows, 7 goats and 31 hens on his land and sells 5 "
               "hens to a neighbour each week. After how many weeks are fewer hens than cows left?")
 GOOD = "Two and two.\n" + fenced("print(2+2)", "4") + "So it is 4.\n" + ANSWER
+EMPTY = GOOD.replace("\n4\n", "\n\n")  # the output is left to the run
 # reason, response[, question[, answer]]
 PLANTED = [
     ("kept", GOOD, "A first question that is good."),
@@ -235,199 +457,122 @@ PLANTED = [
     ("format: snippet does not parse", GOOD.replace("print(2+2)", "print(2+")),
     ("format: no single final answer", GOOD + " Done."),
     ("quality: snippet only prints a literal", GOOD.replace("2+2", "4")),
-    ("quality: snippet only prints a literal", GOOD.replace("print(2+2)", "x = 4\nprint(f'{x}')")),
-    ("quality: snippet only prints a literal", GOOD.replace("2+2", "int('4') * 1")),
-    ("quality: snippet prints the answer without computing it",
-     fenced("n = sum(range(9))\nprint(n)\nprint(4)", "36\n4") + "So 36 and 4.\n" + ANSWER),
     ("quality: snippet output is never used", fenced("print(30+7)", "37") + GOOD),
     ("quality: snippet output is never used", fenced("x = 30+7", "") + GOOD),
     ("quality: the answer comes from nowhere", fenced("print(3+2)", "5") + "It is 5.\n" + ANSWER),
     ("quality: no snippet", "It is 4.\n" + ANSWER),
-    ("contamination: same but for numbers and spacing", GOOD, EVALUATION),
-    ("contamination: same but for numbers and spacing", GOOD,
-     EVALUATION.replace("31", "1,250").replace(" 5", " six")),
-    ("contamination: same but for numbers and spacing", GOOD,
-     re.sub(r"(\w) (\w\w)", r"\1  \2", EVALUATION.upper())),
-    ("contamination: same but for numbers and spacing", GOOD,
-     EVALUATION.replace("northern valley", "northernvalley")),
-    ("contamination: 13-gram", GOOD, "Once more: " + EVALUATION.replace("12", "99").replace("After", "In")),
+    ("quality: too long", "Well. " * 1000 + GOOD),
+    ("contamination: whole question", GOOD, EVALUATION),
+    ("contamination: whole question", GOOD, re.sub(r"(\w) (\w\w)", r"\1  \2", EVALUATION.upper())),
+    ("contamination: whole question", GOOD, EVALUATION.replace("northern valley", "northernvalley")),
+    ("contamination: 13 words", GOOD, EVALUATION.replace("31", "1,250").replace(" 5", " 6")),
+    ("contamination: 13 words", GOOD, "Once more: " + EVALUATION.replace("12", "99").replace("After", "In")),
     ("duplicate: same question", GOOD, "A first question,  that is GOOD"),
-    ("execution: timeout, not corrected", GOOD.replace("print(2+2)", "while True: pass")),
     ("kept", fenced("print(1/0)") + "That failed.\n" + GOOD, "A third good one: it is noticed."),
-    ("execution: error, not corrected", fenced("print(1/0)") + "So far so good.\n" + GOOD),
-    ("execution: killed, not corrected", fenced(  # reads memory that is not there
+    ("quality: error, not corrected", fenced("print(1/0)") + "So far so good.\n" + GOOD),
+    ("quality: error, not corrected", EMPTY.replace("print(2+2)", "print(1/0)")),
+    ("quality: error, not corrected", EMPTY.replace("print(2+2)", "def f(): return f()\nf()")),
+    ("quality: timeout, not corrected", EMPTY.replace("print(2+2)", "while True: pass")),
+    ("quality: killed, not corrected", fenced(  # reads memory that is not there
         "import numpy as np\nx = np.lib.stride_tricks.as_strided(np.zeros(1), (2,), (2**40,))\nprint(x[1])")
      + "That failed.\n" + GOOD),
-    ("execution: error, not corrected", GOOD.replace("print(2+2)", "print(1/0)")),
-    ("execution: error, not corrected", GOOD.replace("print(2+2)", "def f(): return f()\nf()")),
-    ("execution: output_limit, not corrected", GOOD.replace("print(2+2)", "while True: print('x'*1000)")),
-    ("quality: snippet reaches for the system (os)",
-     GOOD.replace("print(", "import os\nos.kill(os.getppid(), 9)\nprint(")),
-    ("quality: snippet reaches for the system (subprocess)",
-     GOOD.replace("print(", "from subprocess import run\nrun('id')\nprint(")),
-    ("quality: snippet reaches for the system (open)",
-     GOOD.replace("print(", "open('/etc/passwd').read()\nprint(")),
-    ("quality: snippet reaches for the system (__class__)", GOOD.replace("print(", "().__class__\nprint(")),
+    ("quality: output_limit, not corrected", EMPTY.replace("print(2+2)", "while True: print('x'*1000)")),
+    ("quality: error, not corrected", EMPTY.replace("print(", "open('/etc/passwd').read()\nprint(")),
     ("filter: no answer that parses", GOOD, None, "proof"),
     ("filter: not well-formed", GOOD, " "),
     ("filter: not well-formed", GOOD.replace("Two", "\ud800")),
     ("filter: no solution", ""),
+    ("filter: not JSON", None),
 ]
 
 
-def test_planted_faults_are_each_rejected_for_their_reason(tmp_path, monkeypatch):
+def test_planted_rows_are_each_rejected_for_their_reason(tmp_path, capsys):
     """Guards against a fault that slips through, is counted under another name, or stops the run."""
     rows = []
     for i, (_, response, *rest) in enumerate(PLANTED):
         question = rest[0] if rest and rest[0] else f"What is {'xyz'[i % 3] * (i + 1)} of pears and figs?"
-        rows.append(trace(question, response, rest[1] if len(rest) > 1 else "4"))
+        rows.append("{torn\n" if response is None else trace(question, response, *rest[1:]))
     bad = write(tmp_path / "evaluation.jsonl", [{"question": EVALUATION, "answer": "4"}])
-    curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
-               "--decontaminate", bad, "--sandbox_timeout", "1")
-    report = json.loads((tmp_path / "out.report.json").read_text())
-    found = {name: n for name, n in report["reasons"].items() if not name.startswith("kept,")}
-    assert found == Counter(reason for reason, *_ in PLANTED)
-    assert report["left_after"]["duplicate"] == report["kept"] == 3 and report["reasons"][
-        "kept, with an error that is corrected"] == 2
+    report = curate("--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
+                    "--decontaminate", bad, "--sandbox_timeout", "1", "--max_tokens", "2000")
+    assert report["reasons"] == Counter(reason for reason, *_ in PLANTED) and report["rows"] == len(PLANTED)
     for reason, examples in report["examples"].items():
-        assert all(PLANTED[int(e["place"].split(":")[1]) - 1][0] == reason for e in examples)
-    assert len(report["hits"]) == 5 and all(hit[1] == "evaluation.jsonl:1" for hit in report["hits"])
+        assert len(examples) <= 3 and all(PLANTED[e["row"] - 1][0] == reason for e in examples)
+        assert reason[:3] != "con" or all(e["detail"][0] == "evaluation.jsonl:1" for e in examples)
+    assert f"{tmp_path}/in.jsonl:{len(rows)}: not JSON" in capsys.readouterr().err
     traces = load_traces(tmp_path / "out.jsonl")
     assert [t["failed_calls"] for t in traces] == [[], [0], [0]]
     assert "ZeroDivisionError: division by zero" in traces[1]["response"]  # what really came back
 
 
-@pytest.mark.parametrize("reason, response", [
-    (None, fenced("print(10/4)", "2.4") + "Go on.\n" + fenced("print(2+2)", "4") + "2.5 and 4.\n" + ANSWER),
-    (None, fenced("print(10/3)", "3.33") + "It is 3.33.\n" + fenced("print(2+2)", "4") + "4.\n" + ANSWER),
-    ("execution: later text depends on a wrong quoted output",
-     fenced("print(10/4)", "2.4") + "It is 2.4.\n" + fenced("print(2+2)", "4") + "4.\n" + ANSWER),
-    ("execution: later text depends on a wrong quoted output",
-     fenced("print(10/4)", "2.4") + fenced("print(2.4+1.6)", "4") + "4.\n" + ANSWER),
-    ("execution: later text depends on a wrong quoted output",
-     fenced("print(4 > 5)", "True") + "So it is.\n" + fenced("print(2+2)", "4") + "4.\n" + ANSWER),
-    ("execution: later text depends on a wrong quoted output",
-     fenced("print(1/0)", "7") + fenced("print(2+2)", "4") + "4.\n" + ANSWER),
+@pytest.mark.parametrize("code, expected", [
+    ("print(48/2)", True), ("print(sum(1 for n in range(2, 9) if n % 7 == 0))", True), ("print(4 > 3)", True),
+    ("x = 72\nassert x * 2 == 144\nprint(x)", True), ("print(max(3, 8))", True),
+    ("for i in 1, 2: print(i)", True),
+    ("from sympy import *\nprint(x.diff(y))", True), ("print(24)", False), ("x = 24\nprint(x, -x)", False),
+    ("print('The answer is 24')", False), ("x = 4\nprint(f'{x}')", False), ("print(print(4))", False),
 ])
-def test_a_wrong_quoted_output_is_replaced_only_where_nothing_depends_on_it(reason, response):
-    """Guards against text that argues from a number which the interpreter never printed."""
-    async def main(policy):
-        async def run(code):
-            return execute(code)
-        return await data.verify(response, "4", run, policy, strict=True)
-    found, real, snippets = asyncio.run(main("replace"))
-    assert found == reason and all(s["output"].strip("\n") in real for s in snippets)
-    assert asyncio.run(main("reject"))[0] == "execution: quoted output differs"
+def test_a_literal_is_told_from_a_calculation(code, expected):
+    """Guards against traces whose code is decoration."""
+    assert sft.computes(code) is expected
 
 
-@pytest.mark.parametrize("code, answer, reason", [
-    ("print(48/2)", "24", None), ("print(10-5)", "5", None), ("print(75/100*100)", "75", None),
-    ("print(5*2-5)", "5", None), ("print(sum(1 for n in range(2, 9) if n % 7 == 0))", "1", None),
-    ("x = 72\nassert x * 2 == 144\nprint(x / 2, x)", "36", None), ("print(max(3, 8) - 1)", "7", None),
-    ("print(24)", "24", "only prints a literal"), ("print('The answer is 24')", "9", "only prints a literal"),
-    ("x = 24\nprint(x)", "24", "only prints a literal"), ("print(24 + 0)", "24", "only prints a literal"),
-    ("print('yes')", "yes", "only prints a literal"), ("print(1)", "1", "only prints a literal"),
-    ("print(sum([24]))", "24", "only prints a literal"), ("print(-24)", "-24", "only prints a literal"),
-    ("y = 3 * 5\nprint(y, 24)", "24", "prints the answer without computing it"),
-])
-def test_what_a_snippet_computes_is_told_from_what_it_repeats(code, answer, reason):
-    """Guards against hard-coded results, and against rejecting a sum that equals one of its terms."""
-    async def run(code):
-        return execute(code)
-    assert asyncio.run(data.hard_coded(code, execute(code).output, answer, run)) == reason
-
-
-def test_odd_rows_neither_stop_nor_stall_the_run():
-    """Guards against an index error on a stray comma, and against patterns that go back and forth over spaces."""
-    begin = time.monotonic()
-    for line in ("He has 2*3=$<<2*3=6>>, apples.", "So" + " " * 20_000 + "it is 2*3 = <<2*3=6>>6.", "2*3=<<2*3=6>>."):
-        assert "print(2*3)" in calculator({"solution": line, "own": "6"}, random.Random(0))
-    long = {"messages": [{"content": "x " * 500_000}, {"content": ANSWER}]}
-    assert read_row(long)["answer"] == "4"
-    assert time.monotonic() - begin < 5
-
-
-@pytest.mark.parametrize("ending", [r"So \boxed{4}. <answer>5</answer>", r"<answer>\boxed{5} or \boxed{4}</answer>",
-                                    r"So \boxed{5}. <answer>\boxed{4}</answer>"])
-def test_the_answer_line_holds_the_one_final_answer(ending):
-    """Guards against a check that reads another box than a reader does."""
-    assert data.verify_format(f"2 + 2\n{ending}") == "no single final answer"
-    assert data.verify_format(rf"So \boxed{{4}}. {ANSWER}") is None
-
-
-def test_contamination_does_not_depend_on_numbers_case_or_spacing(tmp_path):
+def test_contamination_does_not_depend_on_numbers_case_or_spacing():
     """Guards against an evaluation problem with other numbers, and against short questions all being one."""
-    questions = EVALUATION, "What is 3 + 5?"
-    file = write(tmp_path / "e.jsonl", [{"question": question, "answer": "1"} for question in questions])
-    find = Contamination([file])
-    for changed in (EVALUATION, EVALUATION.replace("12 cows", "twelve cows"), EVALUATION.replace(" ", "\n\t"),
-                    EVALUATION.replace("12", "$12.50$").replace("7", "1,000"), EVALUATION.replace(" ", "")):
-        assert find(changed)[:2] == ("same but for numbers and spacing", "e.jsonl:1")
-    assert find("What is 3+5 ?")[1] == "e.jsonl:2" and find("What is 3 + 6?") is None
-    assert find("A farmer in the northern valley keeps 12 cows, and he has 3 sons.") is None
-    assert find("A farmer in the northern valley keeps 1 cow, 2 goats and 3 hens on his land today.") is None
-    assert find("A farmer in the northern valley keeps 9 cows, 8 goats and 1 hens there.")[0] == "13-gram"
+    known = set(contamination_keys(EVALUATION) + contamination_keys("What is 3 + 5?"))
 
-
-def test_near_duplicates_differ_in_a_word_not_in_a_number():
-    """Guards against copies with a changed word, and against taking another instance for a copy."""
-    question = " ".join(f"word{'abcdefghij'[i % 10] * (1 + i // 10)}" for i in range(40)) + " 17"
-    find = Duplicates()
-    assert find(question, 1) is None
-    assert find(question.replace("wordb ", "wort "), 2) == ("nearly the same question", 1)
-    assert find("What is 3 + 5?", 3) is None and find("What is 3 + 6?", 4) is None
-    assert find("what is 3+5", 5) == ("same question", 3)
+    def is_known(question):
+        return not known.isdisjoint(contamination_keys(question))
+    for changed in (EVALUATION, EVALUATION.replace("12", "$12.50$").replace("7", "1,000"),
+                    EVALUATION.replace(" ", "\n\t"), EVALUATION.replace(" ", ""), "what is 3+5 ?"):
+        assert is_known(changed)
+    assert not is_known("What is 3 + 6?")
+    assert not is_known("A farmer in the northern valley keeps 12 cows, and he has 3 sons.")
+    assert not is_known("A farmer in the northern valley keeps 1 cow, 2 goats and 3 hens on his land today.")
+    assert is_known("A farmer in the northern valley keeps 9 cows, 8 goats and 1 hens there.")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_path, monkeypatch, capsys):
-    """Guards against an order that depends on timing, spans that are off, and another chat format."""
-    monkeypatch.setattr(data, "Sandbox", Trusted)
+def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_path, trusted, capsys):
+    """Guards against an order that depends on timing, another chat format, and traces that do not pass a
+    second time."""
     source = write(tmp_path / "gsm.jsonl", GSM8K)
     for name, in_flight in (("a", 64), ("b", 3)):
-        curate_cli(monkeypatch, "--input", source, "--output", tmp_path / f"{name}.jsonl", "--in_flight",
-                   in_flight)
-    for end in (".jsonl", ".report.json"):
-        assert (tmp_path / f"a{end}").read_bytes() == (tmp_path / f"b{end}").read_bytes()
+        curate("--input", source, "--output", tmp_path / f"{name}.jsonl", "--in_flight", in_flight)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.journal"))
-    rows = read(tmp_path / "a.jsonl")
+    rows, traces = read(tmp_path / "a.jsonl"), load_traces(tmp_path / "a.jsonl")
     assert len(rows) == len(GSM8K) and all("*user question:*" in r["messages"][0]["content"] for r in rows)
-    traces = load_traces(tmp_path / "a.jsonl")
-    for source_row, row, t in zip(GSM8K, rows, traces):
-        response = row["messages"][1]["content"]
-        assert (t["question"], t["response"]) == (source_row["question"], response)
-        spans = [response[begin:end] for kind, begin, end in row["spans"] if kind == "code"]
-        assert len(spans) == 2 and all(s.startswith("<code>") and s.endswith("</code>") for s in spans)
-        assert row["provenance"]["place"].startswith("gsm.jsonl:") and "<<" not in response
-        assert "2.0" in response or source_row is not GSM8K[0]  # the sandbox's 4/2, not the annotation's
+    for i, (source_row, row, t) in enumerate(zip(GSM8K, rows, traces), 1):
+        assert (t["question"], t["response"]) == (source_row["question"], row["messages"][1]["content"])
+        assert row["place"] == f"gsm.jsonl:{i}" and len(row["purposes"]) == 2 and "<<" not in t["response"]
+    assert outputs(traces[0])[0] == "2.0"  # the sandbox's 4/2, not the annotation's 2
     # what comes out goes in again, and all of it is verified anew
-    curate_cli(monkeypatch, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
+    curate("--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
     assert [r["messages"] for r in read(tmp_path / "again.jsonl")] == [r["messages"] for r in rows]
     capsys.readouterr()
-    arguments = ["data.py", "show", f"{tmp_path}/a.jsonl", "--n", "1", "--color", "always"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    asyncio.run(data.main())
+    sft.show_traces(SimpleNamespace(file=f"{tmp_path}/a.jsonl", n=1, color="always"))
     shown = capsys.readouterr().out
     assert "\033[36m<code>" in shown and re.sub(r"\033\[[\d;]*m", "", shown).count(traces[0]["response"]) == 1
     with pytest.raises(UserError, match="there already"):
-        curate_cli(monkeypatch, "--input", tmp_path / "gsm.jsonl", "--output", tmp_path / "a.jsonl")
+        curate("--input", tmp_path / "gsm.jsonl", "--output", tmp_path / "a.jsonl")
 
 
-def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, monkeypatch):
-    """Guards against rows done twice or lost, a torn last line, and half a file under the final name."""
-    monkeypatch.setattr(data, "Sandbox", Trusted)
-    source, out = write(tmp_path / "gsm.jsonl", GSM8K), tmp_path / "out.jsonl"
-    curate_cli(monkeypatch, "--input", source, "--output", tmp_path / "whole.jsonl")
-    slow = ("import sys, asyncio, time; sys.path[:0] = sys.argv[1:3]; import data, test_curate\n"
-            "data.Sandbox, judge = test_curate.Trusted, data.judge\n"
-            "async def slowly(*a):\n    await asyncio.sleep(0.05)\n    return await judge(*a)\n"
-            "data.judge = slowly; sys.argv[:3] = ['data.py']; asyncio.run(data.main())")
-    command = [sys.executable, "-c", slow, ROOT, ROOT / "tests", "curate", "--input", source, "--output", out]
-    process = subprocess.Popen([*map(str, command), "--in_flight", "4"], stderr=subprocess.DEVNULL)
-    journal = tmp_path / "out.journal"
+def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, trusted, monkeypatch):
+    """Guards against rows done twice or lost, a torn last line, a mended row that keeps its old fate, rows
+    that were done with other arguments, and half a file under the final name."""
+    mended = write(tmp_path / "mended.jsonl", GSM8K)
+    curate("--input", mended, "--output", tmp_path / "whole.jsonl")
+    source = write(tmp_path / "gsm.jsonl", [*GSM8K[:3], "{torn\n", *GSM8K[4:]])
+    out, journal = tmp_path / "out.jsonl", tmp_path / "out.journal"
+    command = ["--input", source, "--output", out, "--in_flight", 4]
+    slow = ("import sys; sys.path.insert(0, sys.argv[1]); import test_curate as t\n"
+            "t.sft.Sandbox, t.Trusted.seconds = t.Trusted, 0.05; t.curate(*sys.argv[2:])")
+    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, [TESTS, *command])],
+                               stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
         assert process.poll() is None and time.monotonic() < deadline
@@ -435,21 +580,34 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, monkeyp
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    lines = journal.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
-    journal.write_bytes(b"".join(complete) + b'{"row": 59, "rea')  # as if it had been torn
-    with pytest.raises(UserError, match="other arguments"):
-        curate_cli(monkeypatch, "--input", source, "--output", out, "--seed", "1")
-    judged, judge = [], data.judge
+    with open(journal, "a") as file:
+        file.write('{"row": 59, "rea')  # as if it had been torn
+    finished = journal.read_text().count('"trace"')
+    assert 0 < finished < len(GSM8K)
+    source.write_bytes(mended.read_bytes())
+    judged, make_trace, interrupt_at = [], sft.make_trace, 60
 
-    async def counting(row, *rest):
-        judged.append(row["question"])
-        return await judge(row, *rest)
-    monkeypatch.setattr(data, "judge", counting)
-    curate_cli(monkeypatch, "--input", source, "--output", out)
-    assert len(judged) == len(set(judged)) == len(GSM8K) - (len(complete) - 1)
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
-    assert (tmp_path / "out.report.json").read_bytes() == (tmp_path / "whole.report.json").read_bytes()
+    async def counting(record, run):
+        judged.append(record["row"])
+        if record["row"] == interrupt_at:
+            raise UserError("interrupted")
+        await make_trace(record, run)
+    monkeypatch.setattr(sft, "make_trace", counting)
+    with pytest.raises(UserError, match="interrupted"):
+        curate(*command)
+    assert 4 in judged and len(set(judged)) == len(judged) == len(GSM8K) - finished and not out.exists()
+    judged.clear()
+    with pytest.raises(UserError, match="interrupted"):
+        curate(*command)
+    assert judged == [57, 58, 59, 60]  # the one chunk that is missing
+    with pytest.raises(UserError, match="interrupted"):
+        curate(*command, "--prompt_template", "plain")
+    assert len(judged) == 4 + len(GSM8K)  # another argument: nothing of the journal holds
+    interrupt_at = None
+    curate(*command)
+    kept = [{**row, "family": "", "place": ""} for row in read(out)]
+    assert kept == [{**row, "family": "", "place": ""} for row in read(tmp_path / "whole.jsonl")]
+    assert not journal.exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -470,7 +628,7 @@ def endpoint(answer):
                 state.requests += 1
                 state.at_once += 1
                 state.most, n = max(state.most, state.at_once), state.requests
-            time.sleep(0.05)
+            time.sleep(0.15)
             status, text = answer(body, n)
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
             reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
@@ -502,10 +660,9 @@ def model_reply(body):
     return f"{text}<answer>\\boxed{{{a + b}}}</answer>"
 
 
-def test_an_endpoint_is_asked_concurrently_and_again_after_errors(tmp_path, monkeypatch):
+def test_an_endpoint_is_asked_concurrently_and_again_after_errors(tmp_path, trusted):
     """Guards against requests one by one, rows lost to a 429 or 500, and a run stopped by one prompt."""
     pytest.importorskip("openai")
-    monkeypatch.setattr(data, "Sandbox", Trusted)
 
     def answer(body, n):
         if n in (3, 4, 5):
@@ -514,67 +671,43 @@ def test_an_endpoint_is_asked_concurrently_and_again_after_errors(tmp_path, monk
             return 400, "I do not like this prompt"
         return 200, "Sorry." if "number 9 " in body["messages"][0]["content"] else model_reply(body)
     with endpoint(answer) as (url, state):
-        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:20]), "--output",
-                   tmp_path / "out.jsonl", "--rewriter", "api", "--model", "m", "--api_url", url)
-    report = json.loads((tmp_path / "out.report.json").read_text())
+        report = curate("--input", write(tmp_path / "in.jsonl", GSM8K[:20]), "--output",
+                        tmp_path / "out.jsonl", "--rewriter", "api", "--model", "m", "--api_url", url)
     assert report["kept"] == 18 and state.requests == 23 and state.most >= 8
-    reasons = report["reasons"]
-    assert reasons["rewrite: unfinished"] == reasons["format: no single final answer"] == 1
+    assert report["reasons"]["rewrite: no calculation, or unfinished"] == 1
+    assert report["reasons"]["format: no single final answer"] == 1
 
 
-def test_an_endpoint_that_gives_up_ends_the_run_with_one_line_and_keeps_what_is_done(tmp_path, monkeypatch):
+def test_an_endpoint_that_gives_up_ends_the_run_with_one_line_and_keeps_what_is_done(tmp_path, trusted):
     """Guards against a paid run that starts from nothing after the quota is used up."""
     pytest.importorskip("openai")
-    monkeypatch.setattr(data, "Sandbox", Trusted)
     arguments = ["--input", write(tmp_path / "in.jsonl", GSM8K[:12]), "--output", tmp_path / "out.jsonl",
-                 "--rewriter", "api", "--model", "m", "--api_retries", "1", "--in_flight", "2"]
+                 "--rewriter", "api", "--model", "m", "--in_flight", "2"]
     with endpoint(lambda body, n: (200, model_reply(body)) if n < 8 else (429, "quota")) as (url, state):
-        with pytest.raises(UserError, match=r"--rewriter api: http://127.*quota.*tried 2 times") as error:
-            curate_cli(monkeypatch, *arguments, "--api_url", url)
-    assert "\n" not in str(error.value)
-    before = len(read(tmp_path / "out.journal")) - 1
+        with pytest.raises(UserError, match=r"--rewriter api: .*quota") as error:
+            curate(*arguments, "--api_url", url)
+    assert "\n" not in str(error.value) and state.requests >= 8 + 6
     with endpoint(lambda body, n: (200, model_reply(body))) as (url, state):
-        curate_cli(monkeypatch, *arguments, "--api_url", url)
-    assert before >= 5 and state.requests == 12 - before and len(read(tmp_path / "out.jsonl")) == 12
+        curate(*arguments, "--api_url", url)
+    assert state.requests == 6 and len(read(tmp_path / "out.jsonl")) == 12  # three chunks of two were done
 
 
-def test_problems_on_which_the_model_s_samples_disagree_are_filtered(tmp_path, monkeypatch):
-    """Guards against references that a model, asked several times, does not come to."""
-    pytest.importorskip("openai")
-    monkeypatch.setattr(data, "Sandbox", Trusted)
-
-    def answer(body, n):
-        if "Solution:" in body["messages"][0]["content"]:
-            return 200, model_reply(body)
-        return 200, r"\boxed{7}"  # right for the first problem only
-    with endpoint(answer) as (url, state):
-        curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:4]), "--output",
-                   tmp_path / "out.jsonl", "--rewriter", "api", "--model", "m", "--api_url", url,
-                   "--agreement", "3")
-    report = json.loads((tmp_path / "out.report.json").read_text())
-    assert report["kept"] == 1 and state.requests == 4 * 3 + 1
-    assert report["reasons"]["filter: model samples disagree with the reference"] == 3
-
-
-def test_a_local_checkpoint_rewrites_in_batches(tmp_path, monkeypatch, tokenizer):
+def test_a_local_checkpoint_rewrites_in_batches(tmp_path, trusted, monkeypatch, tokenizer, make_models):
     """Guards against one generation per row, texts given to the wrong row, and a crash on a useless text."""
-    monkeypatch.setattr(data, "Sandbox", Trusted)
-    sft.load_model("", tokenizer, "cpu").save_pretrained(tmp_path / "model")
+    make_models("qwen2", positions=2048)[1].save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    batches, original = [], data.generate
+    batches = []
 
     async def generate(model, tokenizer, prompts, *rest, **options):
         batches.append(len(prompts))
-        found = await original(model, tokenizer, prompts, *rest, **options)
+        found = await rollout.generate(model, tokenizer, prompts, *rest, **options)
         for prompt, t in zip(prompts, found):
             content = tokenizer.decode(prompt)
             if "number 4 " not in content:  # the first row keeps what an untrained model says
                 text = model_reply({"messages": [{"content": content}]})
                 t.response_ids, t.finish_reason = encode_text(tokenizer, text), "eos"
         return found
-    monkeypatch.setattr(data, "generate", generate)
-    curate_cli(monkeypatch, "--input", write(tmp_path / "in.jsonl", GSM8K[:6]), "--output",
-               tmp_path / "out.jsonl", "--rewriter", "local", "--model", tmp_path / "model",
-               "--max_response_tokens", "300")
-    report = json.loads((tmp_path / "out.report.json").read_text())
-    assert batches == [6] and report["kept"] == 5 and report["reasons"]["rewrite: unfinished"] == 1
+    monkeypatch.setattr(sft, "generate", generate)
+    report = curate("--input", write(tmp_path / "in.jsonl", GSM8K[:6]), "--output", tmp_path / "out.jsonl",
+                    "--rewriter", "local", "--model", tmp_path / "model", "--max_tokens", "600")
+    assert batches == [6] and report["rows"] == 6 and report["kept"] == 5

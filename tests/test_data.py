@@ -1,30 +1,23 @@
-"""Properties of data.py. Run: python -m pytest tests/test_data.py"""
-import asyncio
+"""Are problems right, endless, and apart? Is every layout understood?"""
 import contextlib
 import io
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import StubSandbox, decode
+from conftest import decode
 
 import data
 import sft
-from data import (UserError, boxed, curate, embedded_problem, extract_answer, is_equivalent, load_problems,
-                  outcome_reward, verify_format)
-from rollout import ToolCall, Trajectory, encode_response, encode_text, split_segments
-from sandbox import Sandbox, SandboxResult
+from data import UserError, embedded_problem, extract_answer, load_problems
+from rollout import encode_text, load_tokenizer
 
 ROOT = Path(data.__file__).parent
 REAL = ROOT.parent / "shared" / "data"
@@ -277,7 +270,7 @@ def test_a_saved_tokenizer_comes_back_the_same(tokenizer, drawn, tmp_path):
     type qwen2 it always uses Qwen's, whatever tokenizer.json says."""
     sft.embedded_config(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = sft.load_tokenizer(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
     for p in drawn["train"][:300]:
         for text in (p.question, p.by_hand, p.by_code):
             assert encode_text(loaded, text) == encode_text(tokenizer, text), text
@@ -298,215 +291,6 @@ def test_the_prompt_ends_where_the_assistant_begins(tokenizer):
     turn."""
     ids = data.encode_prompt(tokenizer, "Q {x} {question}!", "1+{0}?")
     assert decode(tokenizer, ids) == "<|im_start|>user\nQ {x} 1+{0}?!<|im_end|>\n<|im_start|>assistant\n"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Answers
-
-
-@pytest.mark.parametrize("text, answer", [
-    (r"so \boxed{5}.", "5"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{ {a{b}} }", "{a{b}}"),
-    (r"\boxed{1} then \boxed{2}", "2"),
-    (r"\boxed{1} then \boxed{2", "1"),
-    (r"\boxed {7}", "7"),
-    (r"\boxed{\boxed{3}}", "3"),
-    (r"\boxed{", None),
-    (r"\boxed{{1}", None),
-    ("5", None),
-    ("", None),
-    (r"\boxed5", None),
-    (r"\boxed{}", ""),
-])
-def test_boxed_is_the_last_complete_one(text, answer):
-    """Guards against regular expressions that stop at the first brace, and the first of several answers."""
-    assert boxed(text) == answer
-
-
-@pytest.mark.parametrize("text, answer", [
-    (r"\boxed{5} <code>print('\boxed{6}')</code>", "5"),
-    (r"\boxed{5} <interpreter>\boxed{6}</interpreter>", "5"),
-    (r"<code>x</code><interpreter>\boxed{6}</interpreter>\boxed{7}", "7"),
-    (r"<interpreter>\boxed{6}</interpreter>", None),
-    (r"<code>\boxed{6}", None), (r"<interpreter>\boxed{6}", None),
-    (r"\boxed{5} <interpreter>\boxed{6}", "5"),
-    (r"<interpreter>a</interpreter>\boxed{1}<interpreter>\boxed{2}</interpreter>", "1"),
-    (r"<interpreter><code></interpreter>\boxed{8}", "8"),
-    (r"\boxed{1<code>x</code>2}", "1\n2"),
-])
-def test_answers_inside_blocks_do_not_count(text, answer):
-    """Guards against an answer that a program printed, or that stands in a block that was never closed."""
-    assert extract_answer(text) == answer
-
-
-EQUIVALENT = [
-    ("5", "5"),
-    ("5.0", "5"),
-    ("+5", "5"),
-    ("1,234,567", "1234567"),
-    ("1{,}234", "1234"),
-    ("$12$", "12"),
-    (" 7 ", "7"),
-    ("-3", "-3.00"),
-    ("0.5", "1/2"),
-    (r"\frac{1}{2}", "0.5"),
-    (r"\dfrac{3}{4}", "3/4"),
-    (r"-\frac{1}{2}", "-0.5"),
-    (r"\frac{2}{4}", r"\frac12"),
-    (r"\sqrt{8}", r"2\sqrt{2}"),
-    ("\\frac{10}{2}", "5"), ("x = 5", "5"), ("5 \\text{ apples}", "5"),
-    ("x+1", "1+x"),
-    ("(1,2)", "(1, 2)"),
-    (r"5\text{ cm}", "5"),
-    ("0.1", "1/10"),
-    ("123456789012345678901234567890", "123456789012345678901234567890.0"),
-    (12, "12"),
-]
-DIFFERENT = [
-    ("5", "6"),
-    ("-3", "3"),
-    ("0.333", "1/3"),
-    ("1,2", "12"),
-    ("1/0", "5"),
-    ("", "5"),
-    (None, "5"),
-    ("5", None),
-    ("50", "5"),
-    ("1000000000000000000000000000001", "1000000000000000000000000000000"),
-    (r"\sqrt{2}", "2"),
-    ("(2,1)", "(1,2)"),
-    (r"\frac{1}{3}", "0.5"),
-    ("x+2", "x+1"),
-    ("no idea", "5"),
-    (r"\text{five}", "6"),
-    ("012 3", "5"),
-    ("5 or 6", "7"),
-]
-HOSTILE = [
-    "10^{10^{10}}", "9" * 5000, r"\frac{" * 500, "(" * 1500 + "1" + ")" * 1500, "\x00\ud800\U0010ffff",
-    "$" * 100, "9^9^9^9^9", r"(10^{10^{8}})!", "\n\r\n", "__import__('os').system('true')",
-    r"\int_0^{10^9} x^{x^x} dx", "1" + "0" * 3500 + "1", "{" * 200
-]
-
-
-@pytest.mark.parametrize("predicted, reference", EQUIVALENT)
-def test_equal_answers_are_equivalent(predicted, reference):
-    """Guards against punishing a right answer for the way it is written."""
-    assert is_equivalent(predicted, reference) and is_equivalent(reference, predicted)
-
-
-@pytest.mark.parametrize("predicted, reference", DIFFERENT)
-def test_different_answers_are_not_equivalent(predicted, reference):
-    """Guards against rewarding a wrong answer: floats that round together, a lost sign, a comma taken for
-    thousands."""
-    assert is_equivalent(predicted, reference) is False and is_equivalent(reference, predicted) is False
-
-
-@pytest.mark.parametrize("predicted, reference", [
-    (r"\gcd(12,18)", "6"), (r"7^{5} \mod 13", "11"), ("37*99", "3663"), ("12+30", "42"), ("2^{10}", "1024"),
-    (r"\sum_{n=1}^{10} n^2", "385"), (r"\lfloor 17/5 \rfloor", "3"), (r"\max(3,9)", "9"), ("4=5", "5"),
-    (r"37 \cdot 99", "3663"), ("5!", "120"), (r"\sqrt{9}", "3"), ("4$ $5", "5"),
-    ("(4)(5)", "20"), ("4 5", "20")])
-def test_an_expression_that_still_has_to_be_computed_is_no_answer(predicted, reference):
-    """Guards against the policy that boxes the question and lets the verifier do the arithmetic."""
-    assert is_equivalent(predicted, reference) is False
-
-
-def test_a_boxed_answer_inside_an_executed_snippet_is_no_answer(tokenizer):
-    """Guards against nested tags: the engine runs from the last <code>, a text filter would start at the
-    first."""
-    ids = encode_text(tokenizer, "<interpreter><code></interpreter>\\boxed{5}</code>")
-    answer = encode_text(tokenizer, "\nSo it is.") + [tokenizer.eos_token_id]
-    call = ToolCall("", "", "error", len(encode_text(tokenizer, "<interpreter>")), len(ids), 0.0)
-    t = Trajectory(0, 0, [1], ids + answer, [1] * len(ids + answer), [], [call], "eos")
-    assert outcome_reward(t, tokenizer, "5") == -1.0
-    t.tool_calls = []  # the same text, had the engine not run it: the tags alone would have let it pass
-    assert outcome_reward(t, tokenizer, "5") == 1.0
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_are_judged_soon(text):
-    """Guards against a policy that hangs or crashes the trainer; the bound is for a stall, not a
-    measurement."""
-    begin = time.monotonic()
-    assert is_equivalent(text, "5") is False
-    assert time.monotonic() - begin < 10
-    assert is_equivalent(r"\sqrt{8}", r"2\sqrt{2}")  # the judge is still there
-
-
-def test_answers_can_be_judged_from_several_threads():
-    """Guards against verdicts that go to the wrong caller, and timers that only work in the main thread."""
-    pairs = [(rf"\sqrt{{{n * n}x}}", rf"{m}\sqrt{{x}}") for n in range(1, 6) for m in range(1, 6)]
-    with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda pair: is_equivalent(*pair), pairs))
-    assert verdicts == [n == m for n in range(1, 6) for m in range(1, 6)]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_killed_verifier_comes_back_and_leaves_no_zombie():
-    """Guards against all later answers being wrong once the server died, and against unreaped processes."""
-    def children(parent):
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                state, ppid = stat.read_text().rsplit(")", 1)[1].split()[:2]
-                found += [(int(stat.parent.name), state)] if int(ppid) == parent else []
-        return found
-    assert is_equivalent(r"\sqrt{8}", r"2\sqrt{2}")
-    first = data.VERIFIER.server
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait(10)
-    assert is_equivalent(r"\sqrt{8}", r"2\sqrt{2}") and data.VERIFIER.server.pid != first.pid
-    assert not data.VERIFIER(r"10^{10^{10}}+x", "x", 1.0)[0]  # a judge that had to be killed, or gave up
-    second = data.VERIFIER.server.pid
-    assert children(second) == []
-    assert all(state != "Z" for _, state in children(os.getpid()))
-    data.VERIFIER.stop()
-    assert not Path(f"/proc/{second}").exists()
-    assert is_equivalent(r"\sqrt{8}", r"2\sqrt{2}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The reward
-
-
-def trajectory(tokenizer, parts, finish_reason="eos"):
-    """parts: texts; those of the form ("forced", text) are interpreter tokens."""
-    ids, mask = [], []
-    for part in parts:
-        forced = isinstance(part, tuple)
-        new = encode_text(tokenizer, part[1] if forced else part)
-        ids, mask = ids + new, mask + [int(not forced)] * len(new)
-    if finish_reason == "eos":
-        ids, mask = ids + [tokenizer.eos_token_id], mask + [1]
-    return Trajectory(0, 0, [5], ids, mask, [0.0] * len(ids), [], finish_reason)
-
-
-FORCED = ("forced", "\n<interpreter>\n\\boxed{5}\n</interpreter>")
-
-
-@pytest.mark.parametrize("parts, reason, reward", [
-    ([r"It is <answer>\boxed{5}</answer>"], "eos", 1.0),
-    ([r"It is \boxed{5.0}"], "eos", 1.0),
-    ([r"<code>print(5)</code>", FORCED, r"\boxed{5}"], "eos", 1.0),
-    ([r"It is \boxed{4}"], "eos", -1.0),
-    (["It is 5"], "eos", -1.0),
-    ([r"\boxed{5} or rather \boxed{4}"], "eos", -1.0),
-    ([r"<interpreter>\boxed{5}</interpreter>"], "eos", -1.0),
-    ([r"<interpreter>\boxed{5}"], "eos", -1.0),
-    (["<code>print('\\boxed{5}')</code>", FORCED, "Done."], "eos", -1.0),
-    (["<code>print('\\boxed{5}')", ], "eos", -1.0),
-    (["<code>x</code>", FORCED], "eos", -1.0),
-    (["<code>x</code>", FORCED, "So \\boxed{4}"], "eos", -1.0),
-    (["<code>x</code>", FORCED, "\n<interpreter>\n\\boxed{5}\n</interpreter>\n"], "eos", -1.0),
-    ([r"It is \boxed{5}"], "length", -1.0),
-    ([r"It is \boxed{5}"], "max_calls", -1.0),
-    ([], "eos", -1.0),
-])
-def test_only_the_policy_s_own_finished_answer_is_rewarded(tokenizer, parts, reason, reward):
-    """Guards against the reward hacks: print the answer, fake an interpreter block, ramble on after it."""
-    assert outcome_reward(trajectory(tokenizer, parts, reason), tokenizer, "5") == reward
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -551,7 +335,7 @@ def test_unreadable_files_are_one_line_errors(tmp_path):
     path = write(tmp_path / "p.jsonl", {"question": "Q", "answer": "1"}, "{broken")
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}:2: not JSON"):
         load_problems(path)
-    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(UserError, match="nowhere.jsonl: no such file, and not"):
         load_problems(tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match="empty.jsonl: no rows"):
         load_problems(write(tmp_path / "empty.jsonl", "", " "))
@@ -564,157 +348,3 @@ def test_public_files_load_with_short_answers(name, rows):
     """Guards against a layout that changed, or one read wrongly."""
     problems = load_problems(REAL / f"{name}.jsonl")
     assert len(problems) == rows and all(data.plain_number(p["answer"]) is not None for p in problems)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Curation
-
-
-def fenced(code, output=""):
-    return f"<code>\n```python\n{code}\n```\n</code>\n<interpreter>\n{output}\n</interpreter>\n"
-
-
-ANSWER = r"<answer>\boxed{4}</answer>"
-TAGS, BLOCK = "tags", "interpreter block missing or misplaced"
-SYNTAX, FINAL = "snippet does not parse", "no single final answer"
-
-
-@pytest.mark.parametrize("response, reason", [
-    (fenced("print(4)", "4") + ANSWER, None),
-    ("Plain text. " + ANSWER, None),
-    ("<code>print(4)</code><interpreter></interpreter>" + ANSWER, None),
-    (fenced("print(4)") * 3 + ANSWER, None),
-    ("<code>print(4)" + ANSWER, TAGS),
-    ("print(4)</code>\n<interpreter>\n4\n</interpreter>" + ANSWER, TAGS),
-    ("<code><code>x</code></code>\n<interpreter>\n4\n</interpreter>" + ANSWER, TAGS),
-    ("<code>x</code>\n<interpreter>\n4\n" + ANSWER, TAGS),
-    ("<code>x</interpreter>\n<interpreter>4</code>" + ANSWER, TAGS),
-    (fenced("print('</code>')") + ANSWER, TAGS),
-    (fenced("x", "<code>") + ANSWER, TAGS),
-    (r"<answer>\boxed{4}", TAGS),
-    (fenced("x") + r"<answer><answer>\boxed{4}</answer></answer>", TAGS),
-    ("<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
-    ("<code>x</code>\n" + ANSWER, BLOCK),
-    ("<code>x</code>\nThe result:\n<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
-    (fenced("x", "4") + "<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
-    ("<code>x</code><code>y</code>\n<interpreter>\n4\n</interpreter>\n" + ANSWER, BLOCK),
-    (fenced("x = = 1") + ANSWER, SYNTAX),
-    (fenced("print(1)") + fenced("  indented\nwrong") + ANSWER, SYNTAX),
-    (fenced("x = '\x00'") + ANSWER, SYNTAX),
-    (fenced("(" * 5000 + ")" * 5000) + ANSWER, SYNTAX),
-    (fenced("-" * 200_000 + "1") + ANSWER, SYNTAX),
-    (fenced("print(4)", "4"), FINAL),
-    (fenced("print(4)", "4") + r"\boxed{4}", FINAL),
-    ("<answer>4</answer>", FINAL),
-    (r"<answer>\boxed{4</answer>", FINAL),
-    (ANSWER + ANSWER, FINAL),
-    (ANSWER + " and more", FINAL),
-    (ANSWER + fenced("print(4)", "4"), FINAL),
-    (fenced(r"print('\boxed{4}')") + "<answer>see above</answer>", FINAL),
-], ids=range(31))
-def test_broken_responses_are_rejected_for_their_reason(response, reason):
-    """Guards against teaching a format in which the triggers are not found where they should be."""
-    assert verify_format(response) == reason
-
-
-PLANTED = [
-    ("kept", fenced("print(2+2)", "4") + ANSWER, []),
-    ("kept", fenced("print(2+2)") + ANSWER, []),
-    ("kept", fenced("1/0") + "Once more.\n" + fenced("print(4)", "4") + ANSWER, [0]),
-    ("kept", fenced("print(3)", "3") + fenced("import time\ntime.sleep(60)") + fenced("undefined") + ANSWER,
-     [1, 2]),
-    ("kept", "By hand. " + ANSWER, []),
-    ("execution: quoted output differs", fenced("print(2+2)", "5") + ANSWER, None),
-    ("execution: quoted output differs", fenced("1/0", "4") + ANSWER, None),
-    ("execution: quoted output differs", fenced("print(1)", "1") + fenced("print(2)", "1") + ANSWER, None),
-    ("answer: differs from the reference", fenced("print(5)", "5") + r"<answer>\boxed{5}</answer>", None),
-    ("format: tags", "<code>" + ANSWER, None),
-    ("format: snippet does not parse", fenced("print(") + ANSWER, None),
-    ("format: no single final answer", fenced("print(4)", "4"), None),
-]
-
-
-def test_planted_faults_are_rejected_and_real_output_is_written_in():
-    """Guards against invented interpreter text, a wrong count per reason, and failures that SFT would not
-    mask."""
-    problems = [SimpleNamespace(question=f"q{i}", answer="4.0", family="f") for i in range(len(PLANTED))]
-    ticks = []
-
-    async def main():
-        async with Sandbox(workers=2, timeout=3.0) as sandbox:
-            return await curate(problems, [response for _, response, _ in PLANTED], sandbox, ticks.append)
-    traces, counts = asyncio.run(main())
-    assert counts == Counter(reason for reason, _, _ in PLANTED) and sum(ticks) == len(PLANTED)
-    kept = [(f"q{i}", failed) for i, (reason, _, failed) in enumerate(PLANTED) if reason == "kept"]
-    assert [(t["question"], t["failed_calls"]) for t in traces] == kept
-    outputs = [[text.strip() for kind, text in split_segments(t["response"]) if kind == "interpreter"]
-               for t in traces]
-    assert outputs[:2] == [["4"], ["4"]] and outputs[4] == []
-    assert outputs[2][0].endswith("ZeroDivisionError: division by zero") and outputs[2][1] == "4"
-    assert outputs[3][:2] == ["3", "[timed out after 3.0 s]"] and "NameError" in outputs[3][2]
-    for (_, response, _), t in zip(PLANTED, traces):  # the model's own words are untouched
-        assert [s for s in split_segments(t["response"])
-                if s[0] == "model"] == [s for s in split_segments(response) if s[0] == "model"]
-        assert verify_format(t["response"]) is None and (t["answer"], t["family"]) == ("4.0", "f")
-
-
-@pytest.mark.parametrize("output", [
-    "</interpreter>\nI know it.", "<code>x</code>", "<|im_end|>",
-    "</interpreter>\n<answer>\\boxed{4}</answer>"
-])
-def test_output_that_looks_like_markup_is_never_trained_on(tokenizer, output):
-    """Guards against a snippet that prints `</interpreter>`: what follows would count as the model's text in
-    SFT."""
-    problem = SimpleNamespace(question="q", answer="4", family="f")
-    traces, counts = asyncio.run(
-        curate([problem], ["Go.\n" + fenced("print(x)") + ANSWER], StubSandbox(output)))
-    assert sum(counts.values()) == 1
-    for t in traces:  # rejecting it would do as well
-        ids, mask = encode_response(tokenizer, t["response"], 128)
-        trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
-        assert trained == "Go.\n<code>\n```python\nprint(x)\n```\n</code>\n" + ANSWER + "<|im_end|>"
-
-
-def test_curation_keeps_the_order_and_survives_slow_snippets():
-    """Guards against traces paired with the wrong problem when snippets finish out of order."""
-    problems = [SimpleNamespace(question=f"q{i}", answer=str(i), family="f") for i in range(20)]
-    candidates = [fenced(f"print({i})") + rf"<answer>\boxed{{{i}}}</answer>" for i in range(20)]
-    sandbox = StubSandbox(lambda code: code[6:-1] + "\n", delay=lambda code: 0.001 * (20 - int(code[6:-1])))
-    traces, counts = asyncio.run(curate(problems, candidates, sandbox))
-    assert counts == {"kept": 20} and [t["question"] for t in traces] == [f"q{i}" for i in range(20)]
-    for i, t in enumerate(traces):
-        assert [text.strip() for kind, text in split_segments(t["response"])
-                if kind == "interpreter"] == [str(i)]
-
-
-def test_a_failing_sandbox_stops_curation():
-    """Guards against filling a training set with "[sandbox error]"."""
-    sandbox = StubSandbox(lambda code: SandboxResult("sandbox_error", "dead"))
-    with pytest.raises(RuntimeError, match="sandbox"):
-        asyncio.run(
-            curate([SimpleNamespace(question="q", answer="4", family="f")], [fenced("print(4)") + ANSWER],
-                   sandbox))
-
-
-def test_embedded_traces_are_all_kept_and_their_last_result_is_the_answer():
-    """Guards against a generator whose programs do not do what its answer line says."""
-    async def main():
-        async with Sandbox(workers=2, timeout=2.0) as sandbox:
-            return await data.embedded_traces(150, 1.0, 0, sandbox)
-    traces, counts = asyncio.run(main())
-    assert counts == {"kept": 150}
-    failed_last = Counter()
-    for t in traces:
-        outputs = [text.strip() for kind, text in split_segments(t["response"]) if kind == "interpreter"]
-        if len(outputs) - 1 in t["failed_calls"]:  # no inverse: the error is the answer
-            failed_last[t["family"]] += 1
-            assert "not invertible" in outputs[-1] and t["answer"] == "0"
-        else:
-            assert outputs[-1] == t["answer"], t
-    assert set(failed_last) == {"inverse"}
-
-
-def test_text_traces_need_no_sandbox():
-    """Guards against code in the text-only baseline's warm start."""
-    traces, counts = asyncio.run(data.embedded_traces(60, 0.0, 0, None))
-    assert counts == {"kept": 60} and not any("<code>" in t["response"] for t in traces)
