@@ -1,0 +1,150 @@
+"""Which checkpoints are computed right, and are the others refused in one line?"""
+import copy
+
+import pytest
+import torch
+from conftest import run, scripted
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rollout
+from rollout import encode_response, end_tokens, load_model, load_tokenizer, use_packed_attention
+from sandbox import UserError
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=48, max_position_embeddings=256, bos_token_id=None, pad_token_id=0)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LINEAR = dict(head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+              linear_value_head_dim=8)
+
+RIGHT = [
+    ("qwen2", {}), ("qwen3", {"head_dim": 8}), ("llama", {}), ("gemma", {"head_dim": 8}), ("olmo2", {}),
+    ("phi3", {}), ("mistral", {"sliding_window": None}), ("smollm3", {}), ("glm4", {"head_dim": 8}),
+    ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 16}), ("qwen3_moe", EXPERTS | {"head_dim": 8}),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+                                   "rope_theta": 10000.0}}),
+    ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+                                   "original_max_position_embeddings": 64}})]
+REFUSED = [
+    ("granite", {"logits_scaling": 8.0}, "scaled logits"), ("cohere", {"logit_scale": 0.06}, "scaled logits"),
+    ("gemma2", {"head_dim": 8}, "sliding_window"), ("gemma3_text", {"head_dim": 8}, "sliding_window"),
+    ("qwen3_next", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16}, "layers that are not attention"),
+    ("qwen3_5_text", LINEAR, "layers that are not attention"),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers that are not attention"),
+    ("falcon_h1", {}, "layers that are not attention"),
+    ("jamba", {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}, "layers that are not"),
+    ("minimax", {"num_local_experts": 2}, "layers that are not attention"),
+    ("llama4_text", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}, "chunked"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                                  "rope_theta": 1e4, "original_max_position_embeddings": 64}},
+     "length of the longest sequence"),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "has no attribute 'model'"),
+    ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "RuntimeError"),
+    ("gpt_neox", {}, "has no attribute 'model'"), ("stablelm", {}, "AttributeError"),
+    ("mamba", {}, "has no attribute 'model'"),
+    ("deepseek_v3", {"n_routed_experts": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+                     "qk_nope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16, "n_group": 1,
+                     "topk_group": 1, "num_experts_per_tok": 2}, "RuntimeError")]
+
+
+def tiny(architecture, changes, vocabulary, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **(SMALL | {"vocab_size": vocabulary} | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():  # as initialised, attention is nearly uniform and hides what it looks at
+        for name, weight in model.named_parameters():
+            if "norm" not in name and weight.dim() > 1:
+                weight.mul_(5.0)
+    return model
+
+
+@pytest.mark.parametrize("architecture, changes", RIGHT, ids=range(len(RIGHT)))
+def test_supported_architectures_give_the_tokens_of_generate(tokenizer, architecture, changes):
+    """Guards against an engine that is right for Qwen2 alone. Prompts of several lengths share three slots."""
+    model = tiny(architecture, changes, len(tokenizer))
+    if "experts" not in str(changes):  # whose grouped products know no float64; a tie would fail the test
+        model.double()
+    prompts, eos = [list(range(5, 5 + n)) for n in (3, 11, 7, 20)], tokenizer.eos_token_id
+    expected = [model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=eos,
+                               attention_mask=torch.ones(1, len(p)))[0, len(p):].tolist() for p in prompts]
+    use_packed_attention(model, "tiny")
+    found = run(model, tokenizer, prompts, tools=False, temperature=0, max_response_tokens=12, n_slots=3)
+    assert [t.response_ids for t in found] == expected
+
+
+@pytest.mark.parametrize("architecture, changes, reason", REFUSED, ids=[f"{a}-{r[:9]}" for a, _, r in REFUSED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_other_architectures_are_refused_with_their_reason(architecture, changes, reason, dtype):
+    """Guards against models that train silently wrong: state that leaks from one packed sequence into the next,
+    attention of another kind, a head that is not all there is to the logits. bf16 must not hide it."""
+    with pytest.raises(UserError, match=f"tiny: the architecture {architecture} is not supported: .*{reason}"):
+        use_packed_attention(tiny(architecture, changes, 128, dtype), "tiny")
+
+
+def test_the_check_leaves_a_bf16_model_as_it_was(tokenizer):
+    """Guards against rotary frequencies or weights rounded on the way through fp32."""
+    before = tiny("qwen2", {}, 128, torch.bfloat16)
+    after = copy.deepcopy(before)
+    use_packed_attention(after, "tiny")
+    for (name, a), (_, b) in zip(before.state_dict().items(), after.state_dict().items()):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert torch.equal(before.model.rotary_emb.inv_freq, after.model.rotary_emb.inv_freq)
+
+
+def saved(tmp_path, tokenizer, **generation):
+    model = tiny("llama", {"eos_token_id": tokenizer.eos_token_id}, len(tokenizer))
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer, tmp_path):
+    """Guards against rows of Gemma and Llama-3 that run to the limit and score -1: their tokenizer's EOS is not
+    the token that ends a turn."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|turn_end|>"]})
+    turn_end, eos = other.convert_tokens_to_ids("<|turn_end|>"), other.eos_token_id
+    other.chat_template = other.chat_template.replace("<|im_end|>", "<|turn_end|>")
+    path = saved(tmp_path, other, eos_token_id=[eos, turn_end, 7])
+    loaded, model = load_tokenizer(path), load_model(path, "cpu")
+    assert loaded.eos_token_id == turn_end and end_tokens(model, loaded) == {eos, turn_end, 7}
+    assert encode_response(loaded, "It is 4.", 9)[0][-1] == turn_end
+    for end in (eos, turn_end, 7):
+        [t] = run(model, loaded, [[5, 6]], tools=False, max_response_tokens=9,
+                  logits_processor=scripted([9, 9, end, 9, 9, 9, 9, 9, 9]))
+        assert t.finish_reason == "eos" and t.response_ids == [9, 9, end]
+
+
+def test_dropout_stays_off_where_activations_are_checkpointed():
+    """Guards against training mode, which transformers asks for, and its dropout: the ratio would not be 1."""
+    import eval as evaluation
+    import sft
+    from rollout import Policy, collate, make_example
+    model = tiny("phi3", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}, 128)
+    use_packed_attention(model, "tiny")
+    flat, packing = collate([make_example(list(range(9)), [1] * 9)], "cpu")
+    arguments = flat.input_ids, flat.targets, flat.loss_mask, packing
+    expected = Policy(model)(*arguments)
+    with evaluation.distributed():
+        policy = sft.shard(Policy(model), model, "fp32", 1, False, True)
+        assert torch.allclose(policy(*arguments), expected, atol=1e-6)
+        policy(*arguments).sum().backward()
+
+
+@pytest.mark.parametrize("name, line", [
+    ("run", "is a run's folder; its model is"), ("model.gguf", "a GGUF file is converted by"),
+    ("empty", "no config.json in there"), ("./nowhere", "no such folder, and not a hub id"),
+    ("nowhere", "no such folder, and not a hub id")])
+def test_what_is_no_checkpoint_is_refused_with_what_to_do(tmp_path, monkeypatch, name, line):
+    """Guards against "Repo id must be in the form", a traceback, or a minute of retries."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "model.gguf").write_text("")
+    (tmp_path / "empty").mkdir()
+    for load in (rollout.load_tokenizer, rollout.load_config, lambda path: load_model(path, "cpu")):
+        with pytest.raises(UserError, match=line):
+            load(name)
