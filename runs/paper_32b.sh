@@ -7,11 +7,15 @@ cd "$(dirname "$0")/.."
 MODEL=${MODEL:?a Qwen2.5-32B-Instruct checkpoint}          # paper
 TRACES=${TRACES:?JSONL of verified cold-start traces}      # paper: about 2,000 released
 DATA=${DATA:?JSONL of problems}                            # authors: DAPO-Math-17k
+WARM_START=${WARM_START:-}                                 # the folder printed by sft.py; empty: only that stage
 COMMON="--prompt_template retool --max_interpreter_tokens 1024 --sandbox_workers 32 --sandbox_timeout 5 --token_budget 18432
   --dtype bf16 --activation_checkpointing --cpu_offload --replicas ${REPLICAS:-1}"
-torchrun "$@" sft.py --model "$MODEL" --traces "$TRACES" $COMMON \
-  --sft_batch_size 32 --sft_steps 125 --sft_lr 1e-6 --warm_start_dir out/paper_32b_sft
-torchrun "$@" ppo.py --model "${WARM_START:?the checkpoint folder printed by sft.py}" --train_data "$DATA" $COMMON \
+if [ -z "$WARM_START" ]; then
+  torchrun "$@" sft.py --model "$MODEL" --traces "$TRACES" $COMMON \
+    --sft_batch_size 32 --sft_steps 125 --sft_lr 1e-6 --warm_start_dir out/paper_32b_sft
+  echo "now with WARM_START=<the folder printed above>" && exit
+fi
+torchrun "$@" ppo.py --model "$WARM_START" --train_data "$DATA" $COMMON \
   --eval_data "${EVAL_DATA:-}" --eval_samples 32 --eval_top_p 0.7 \
   --steps 400 --prompts_per_step 1024 --minibatches 2 --samples_per_prompt 1 --max_calls 8 \
   --max_prompt_tokens 2048 --max_response_tokens 16384 --actor_lr 1e-6 --critic_lr 2e-6 --critic_warmup 20 \

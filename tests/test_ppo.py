@@ -9,8 +9,10 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -178,11 +180,15 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped():
 # ------------------------------------------------------------------------------------------------------------
 # The real script
 
-SFT = ["--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--token_budget", "512"]
-TINY = SFT + [
+SFT = ["--sft_traces", "60", "--sft_steps", "4", "--sft_batch_size", "16", "--sft_warmup", "2", "--sft_save_every",
+       "2", "--token_budget", "512"]
+PPO = [
     "--steps", "2", "--critic_warmup", "1", "--prompts_per_step", "12", "--minibatches", "2",
     "--eval_problems", "4", "--eval_samples", "2", "--n_slots", "8", "--max_response_tokens", "48"
 ]
+TINY = SFT + PPO
+# What has no default with a model of one's own.
+OWN = ["--actor_lr", "1e-4", "--critic_lr", "5e-4", "--max_prompt_tokens", "512", "--sandbox_timeout", "0.5"]
 
 
 def launch(*flags):
@@ -277,12 +283,15 @@ def test_run_folder_holds_everything_a_reader_needs(runs):
     record = json.loads((run / "arguments.json").read_text())
     assert record["arguments"]["sft_traces"] == 60 and record["versions"]["torch"] and record["commit"]
     rows = metrics_of(run)
+    defined = set(re.findall(r"\w+", evaluation.__doc__))
+    keys = set().union(*(json.loads(line) for line in open(run / "metrics.jsonl")))
+    assert {key.removesuffix("_count") for key in keys} - defined == set()
     assert [row["step"] for row in rows if "step" in row] == [0, 1]
     assert sum("evaluation" in row for row in rows) == 6
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (run / "table.md").read_text().count("\n") == 8
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
-    assert {"step", "prompt", "response", "correct", "finish_reason", "tool_statuses"} <= rollout.keys()
+    assert {"step", "prompt", "response", "correct", "answer", "family", "finish_reason", "tool_statuses"} <= rollout.keys()
 
 
 def test_same_command_twice_gives_the_same_metrics_also_on_a_reused_warm_start(runs):
@@ -325,7 +334,8 @@ def test_a_killed_run_resumes_to_the_same_metrics_also_past_a_damaged_checkpoint
     """Guards against state that a checkpoint forgets (moments, data position, noise), lines written twice,
     and trust in a file that was cut short."""
     folder, _ = runs
-    flags = ["--steps", "4", "--save_every", "1", "--keep_checkpoints", "3", "--eval_problems", "2"]
+    flags = ["--steps", "4", "--save_every", "1", "--keep_checkpoints", "3", "--eval_problems", "2",
+             "--eval_every", "2"]
     whole = run_here(*TINY, *flags, "--run_dir", str(folder / "whole"), "--warm_start_dir",
                    str(folder / "warm"))
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -334,8 +344,11 @@ def test_a_killed_run_resumes_to_the_same_metrics_also_past_a_damaged_checkpoint
     shard = next(newest.glob("__0_*"))
     shard.write_bytes(shard.read_bytes()[:-1000])
     (run / "checkpoints" / "partial").mkdir(exist_ok=True)  # a save that was interrupted
+    (folder / "warm").rename(folder / "away")  # the checkpoint has all that it needs
     resumed = run_here("--resume", str(run))
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    (folder / "away").rename(folder / "warm")
+    assert resumed.returncode == 0 and "curation" not in resumed.stdout, resumed.stderr[-3000:]
+    assert [r["evaluation"] for r in metrics_of(run) if "evaluation" in r][3] == "test step 2"
     assert f"{newest} is damaged" in resumed.stdout and "goes on after step" in resumed.stdout
     assert metrics_of(run) == metrics_of(folder / "whole")
     assert (run / "rollouts.jsonl").read_text() == (folder / "whole" / "rollouts.jsonl").read_text()
@@ -355,22 +368,15 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     ids = torch.tensor([[5, 6, 7, 300, 301]])
     assert torch.equal(a(ids).logits, b(ids).logits)
     record = (run / "arguments.json").read_text()
-    result = run_here("--resume", str(run), "--replicas", "1", "--model", str(other_model(folder)))
-    assert result.returncode == 1 and "of another model" in result.stderr
+    for flags, line in ((["--model", "other"], "--model has no effect with --resume"),
+                        (["--run_dir", "other"], "--run_dir has no effect with --resume"),
+                        (["--steps", "2"], "--steps 2: the run has done 3 already")):
+        result = run_here("--resume", str(run), "--replicas", "1", *flags)
+        assert result.returncode != 0 and line in result.stderr, result.stderr[-3000:]
     assert (run / "arguments.json").read_text() == record  # what is refused leaves no trace
     shutil.rmtree(run / "checkpoints")
     result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
     assert result.returncode == 1 and "no checkpoint to export" in result.stderr
-
-
-def other_model(folder):
-    """A checkpoint with the embedded tokenizer and half the layers."""
-    config, tokenizer = sft.starting_point("")
-    config.num_hidden_layers = 1
-    config.layer_types = config.layer_types[:1]
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "other")
-    tokenizer.save_pretrained(folder / "other")
-    return folder / "other"
 
 
 QWEN_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8,
@@ -418,7 +424,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
         patch.setattr(sft.Path, "write_text", full)
         with pytest.raises(UserError, match="No space left on device.*intact"):
             trainer.save(tmp_path, 2, 0.0, {})
-    assert trainer.resume(tmp_path)["step"] == 1
+    assert sft.find_checkpoint(tmp_path, 0)[1]["step"] == 1
 
 
 def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_examples, tmp_path):
@@ -429,13 +435,13 @@ def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_exa
     for step in (1, 5):
         trainer.save(folder, step, 0.0, {})
     (folder / "step-000005" / "manifest.json").write_text("{")
-    assert trainer.resume(folder)["step"] == 1
+    assert sft.find_checkpoint(folder, 0)[1]["step"] == 1
     trainer.save(folder, 2, 0.0, {})
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     for path in folder.iterdir():
         (path / ".metadata").write_text("")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        trainer.resume(folder)
+        sft.find_checkpoint(folder, 0)
 
 
 def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
@@ -495,7 +501,7 @@ def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, ar
     data_file = tmp_path / "problems.jsonl"
     data_file.write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n' * 4)
     result = run_here("--model", model, "--dtype", "bf16", "--steps", "2", "--critic_warmup", "0",
-                      "--prompts_per_step", "4", "--minibatches", "2", "--max_response_tokens", "24",
+                      "--prompts_per_step", "4", "--minibatches", "2", *OWN, "--max_response_tokens", "24",
                       "--max_prompt_tokens", "40", "--train_data", str(data_file), "--run_dir",
                       str(tmp_path / "run"), *flags)
     assert result.returncode == 0, result.stderr[-3000:]  # the sync check inside has passed too
@@ -543,32 +549,34 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     """Guards against a baseline that runs code, and an epoch's end or a long prompt that stops the run."""
     problems = tmp_path / "problems.jsonl"
     rows = [{"question": f"What is {i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(5)]
+    rows += rows[:3]
     rows.append({"question": "What is 1 + 1? " * 200, "answer": "2"})
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     checkpoint = str(runs[0] / "first" / "checkpoint")
-    result = run_here(*TINY, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
+    result = run_here(*PPO, *OWN, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
                     "--eval_data", str(problems), "--run_dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "prompts skipped as too long: 1" in result.stdout
+    assert "prompts left out: 1 too long, 3 duplicates" in result.stdout
     rows = metrics_of(tmp_path / "run")
     steps, evaluations = [r for r in rows if "step" in r], [r for r in rows if "evaluation" in r]
     assert len(steps) == 2 and all(r["code_ratio"] == 0 and not r["sandbox_outcomes"] for r in steps)
-    assert all(r["problems"] == 5 and r["skipped_long"] == 1 for r in evaluations) and len(evaluations) == 2
+    assert all(r["problems"] == 8 and r["skipped_long"] == 1 for r in evaluations) and len(evaluations) == 2
     # Only the critic learns in the first step; the policy is frozen.
     assert steps[0]["grad_norm_actor"] is None and steps[1]["grad_norm_actor"] > 0
     assert all(step["grad_norm_critic"] > 0 for step in steps)
     assert "policy_loss" not in steps[0] and "policy_loss" in steps[1]
 
 
-def test_dropping_truncated_responses_leaves_them_out_and_says_when_none_remain(runs, tmp_path):
-    """Guards against a flag that filters nothing: with one token per response every row is truncated."""
+def test_a_step_without_a_response_to_train_on_is_skipped_and_counted(runs, tmp_path):
+    """Guards against a flag that filters nothing, and a run that ends where it could have gone on: with one
+    token per response every row is truncated."""
     checkpoint = str(runs[0] / "first" / "checkpoint")
-    for number, (flags, status, line) in enumerate((
-            ([], 0, "done in"),
-            (["--drop_truncated"], 1, "error: step 0: no response is left to train on"))):
-        result = run_here(*TINY, *flags, "--model", checkpoint, "--max_response_tokens", "1", "--tools",
-                        "off", "--run_dir", str(tmp_path / f"run{number}"))
-        assert result.returncode == status and line in result.stdout + result.stderr, result.stderr[-3000:]
+    for number, flags in enumerate(([], ["--drop_truncated"])):
+        result = run_here(*PPO, *OWN, *flags, "--model", checkpoint, "--max_response_tokens", "1", "--tools",
+                          "off", "--run_dir", str(tmp_path / f"run{number}"))
+        assert result.returncode == 0, result.stderr[-3000:]
+        steps = [row for row in metrics_of(tmp_path / f"run{number}") if "step" in row]
+        assert [row["update_skipped"] for row in steps] == [number] * 2
 
 
 @pytest.fixture
@@ -609,6 +617,49 @@ def test_a_ratio_that_does_not_start_at_one_stops_the_run(trainer_and_examples):
         trainer.update(shifted, step=1)
 
 
+def test_both_learning_rates_warm_up_from_the_first_step_that_is_taken(trainer_and_examples, monkeypatch):
+    """Guards against an actor whose warm-up is over while it was frozen."""
+    trainer, _ = trainer_and_examples
+    for name, value in {"critic_warmup": 20, "lr_warmup": 10, "steps": 100}.items():
+        monkeypatch.setattr(trainer.args, name, value)
+    factors = [trainer.set_learning_rates(step) for step in (0, 9, 19, 20, 29, 99)]
+    assert [f["lr_factor_critic"] for f in factors[:2]] == [0.1, 1.0]
+    assert [f["lr_factor_actor"] for f in factors[3:5]] == [0.1, 1.0]
+    assert factors[-1]["lr_factor_actor"] == pytest.approx(trainer.args.lr_floor, abs=0.01)
+    assert trainer.actor_optimizer.param_groups[0]["lr"] == trainer.args.actor_lr * factors[-1]["lr_factor_actor"]
+
+
+def test_one_response_of_another_policy_stops_the_run(trainer_and_examples):
+    """Guards against a bad row in a hundred that the mean hides."""
+    _, examples = trainer_and_examples
+    rows = [replace(e, sampler_logprobs=e.logprobs.clone()) for e in examples] * 9
+    ppo.check_sampler(rows, "bf16", 0)
+    rows[0].sampler_logprobs -= 0.2
+    with pytest.raises(AssertionError, match="in one response"):
+        ppo.check_sampler(rows, "bf16", 0)
+
+
+def test_an_interrupted_warm_start_goes_on_with_the_same_metrics(runs, tmp_path):
+    """Guards against hours of SFT on a real model that are lost, and against a process that waits for the end
+    of them before it listens to Ctrl-C."""
+    folder, _ = runs
+    warm = tmp_path / "warm"
+    flags = [*SFT, "--sft_save_every", "1", "--warm_start_dir", str(warm)]
+    [process] = start_ranks(1, tmp_path / "log", *flags, script="sft")
+    for _ in range(2000):
+        if list(warm.glob("*.partial/checkpoints/step-000002")):
+            break
+        assert process.exitcode is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130 and "interrupted: the same command goes on" in (tmp_path / "log").read_text()
+    result = run_here(*flags, script=sft)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert metrics_of(finished(warm)) == metrics_of(finished(folder / "warm"))
+    assert not list(warm.glob("*.partial")) and not (finished(warm) / "checkpoints").exists()
+
+
 def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monkeypatch):
     """Guards against rollouts from old weights: rewards of one policy, gradients of another."""
     trainer, _ = trainer_and_examples
@@ -645,9 +696,9 @@ def test_the_other_scripts_run(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, line", [
     (["--max_response_tokens", "1600"], "the model has 2048 positions"),
-    (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
+    (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file, and not a hub id (OWNER/NAME)"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
-    (["--model", "EMPTY"], "no usable tokenizer"),
+    (["--model", "EMPTY"], "no config.json in there"),
     (["--model", "no-such/model"], "no usable tokenizer"),
     (["--model", "SILENT"], "needs vocabulary, EOS, chat template"),
     (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 896 tokens"),
@@ -663,6 +714,14 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
+    (["--model", "FINE", "--max_prompt_tokens", "9"], "give --actor_lr (paper: 1e-6), --critic_lr (paper: 2e-6), --sandbox_timeout (paper: 5), --max_response"),
+    (["--model", "FINE", *OWN, "--max_response_tokens", "9", "--sft_lr", "1"], "--sft_lr has no effect with"),
+    (["--tools", "off"], "--tools off needs --code_share 0"),
+    (["--critic_warmup", "28", "--lr_warmup", "2"], "leave nothing of --steps 30"),
+    (["--gamma", "-3"], "argument --gamma: -3: must be at least 0.0 and at most 1.0"),
+    (["--train_data", "table.csv"], "table.csv: needed is JSONL"),
+    (["--train_data", "array.json"], "array.json: a JSON array; needed is JSONL"),
+    (["--train_data", "nothing.jsonl"], "nothing.jsonl: no rows"),
     (["--prompts_per_step", "6", "--minibatches", "4"], "--minibatches 4 does not divide the responses per"),
 ])
 def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, monkeypatch, flags, line):
@@ -670,6 +729,9 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, 
     (tmp_path / "broken.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "no answer"}\n')
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
+    (tmp_path / "table.csv").write_text("question,answer\n1+1?,2\n")
+    (tmp_path / "array.json").write_text('[\n{"question": "1+1?", "answer": "2"}\n]')
+    (tmp_path / "nothing.jsonl").write_text("\n")
     (tmp_path / "full" / "metrics.jsonl").write_text("{}")
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["one more"])
@@ -686,6 +748,8 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, 
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     flags = [str(places.get(flag, flag)) for flag in flags]
+    if "--model" in flags and len(flags) == 2 or "--kv_gib" in flags:
+        flags += [*OWN, "--max_response_tokens", "320"]
     if "--run_dir" not in flags:
         flags += ["--run_dir", str(tmp_path / "run")]
     monkeypatch.chdir(tmp_path)
@@ -699,4 +763,4 @@ def test_an_error_is_a_non_zero_exit_status_and_one_line(tmp_path):
     """The same seen from outside: what a job scheduler gets."""
     result = subprocess.run([sys.executable, str(ROOT / "ppo.py"), "--train_data", "nowhere.jsonl"],
                             capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.strip() == "error: nowhere.jsonl: no such file"
+    assert result.returncode == 1 and result.stderr.strip() == "error: nowhere.jsonl: no such file, and not a hub id (OWNER/NAME)"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Qwen2.5-7B-Instruct on one node of eight 80 GB cards: traces, warm start, PPO, evaluation. NOT RUN HERE: there is no GPU. By
+# `--plan`, which comes first, it fits with the states in host memory (32 bytes per parameter: 230 GiB).
+#   bash runs/7b.sh            # each stage is kept: the same command goes on where it stopped
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
+DATA=${DATA:-BytedTsinghua-SIA/DAPO-Math-17k}     # each problem stands in it about a hundred times: duplicates are left out
+TRACES=${TRACES:-JoeYing/ReTool-SFT}              # the authors' 2,000 traces, run and checked below
+AIME24=${AIME24:?a JSONL file with the problems of AIME 2024 (input/output or problem/answer)}
+AIME25=${AIME25:?a JSONL file with the problems of AIME 2025}
+OUT=${OUT:-out/7b}
+SHARED="--prompt_template retool --dtype bf16 --activation_checkpointing --cpu_offload --token_budget 18432
+  --max_interpreter_tokens 1024 --sandbox_timeout 5 --sandbox_workers 16"
+RL="--max_prompt_tokens 2048 --max_response_tokens 16384 --max_calls 8 --actor_lr 1e-6 --critic_lr 2e-6 --kv_gib 24"
+
+python ppo.py --plan 8 80 --model "$MODEL" $SHARED $RL
+mkdir -p "$OUT"
+[ -e "$OUT/traces.jsonl" ] || python sft.py curate --input "$TRACES" --output "$OUT/traces.jsonl" --tokenizer "$MODEL" \
+  --wrong_output replace --decontaminate "$AIME24" "$AIME25"
+[ -e "$OUT/warm_start" ] || { torchrun --nproc_per_node 8 sft.py --model "$MODEL" --traces "$OUT/traces.jsonl" $SHARED \
+  --sft_lr 1e-5 --sft_steps 125 --sft_batch_size 32 --sft_warmup 10 --warm_start_dir "$OUT/sft" | tee "$OUT/sft.log"
+  ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/sft.log" | xargs realpath)" "$OUT/warm_start"; }
+if [ -d "$OUT/ppo/checkpoints" ]; then
+  torchrun --nproc_per_node 8 ppo.py --resume "$OUT/ppo"
+else
+  torchrun --nproc_per_node 8 ppo.py --run_dir "$OUT/ppo" --model "$OUT/warm_start" --train_data "$DATA" $SHARED $RL \
+    --eval_data "$AIME24,$AIME25" --eval_samples 32 --eval_top_p 0.7 --eval_every 50 --steps 400 --prompts_per_step 512 \
+    --minibatches 2 --critic_warmup 20 --lr_floor 1.0 --clip_low 0.2 --clip_high 0.28 --rejoin_ticks 0
+fi
+torchrun --nproc_per_node 8 eval.py --model "$OUT/ppo/checkpoint" --problems "$AIME24,$AIME25" --samples 32 --top_p 0.7 \
+  --max_prompt_tokens 2048 --max_response_tokens 16384 --max_calls 8 --kv_gib 40 --prompt_template retool --dtype bf16 \
+  --max_interpreter_tokens 1024 --sandbox_timeout 5 --sandbox_workers 16 --output "$OUT/aime.json"
