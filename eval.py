@@ -1,37 +1,36 @@
-"""What is right, and how good is it? The judge of answers, the metrics of rollouts, and evaluation.
+"""What is right, and how good is it? The judge of answers, metrics of rollouts, evaluation.
 
-    python eval.py --model out/ppo/.../checkpoint                 # the embedded test splits
-    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7     # as the paper: avg@32
-    torchrun --nproc_per_node 8 eval.py ...                       # problems spread over eight GPUs
-    python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...         # mean and range over finished PPO runs
+    python eval.py --model out/ppo/.../checkpoint              # the embedded test splits
+    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7   # as the paper
+    torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
+    python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...      # mean and range over PPO runs
 
-What every key of metrics.jsonl means (a "response" is one sample; those dropped for a sandbox error are
-counted and left out). Of responses, in training and evaluation:
-  accuracy            responses that are correct (avg@n); its standard error is a bootstrap over problems
+The keys of metrics.jsonl. Of responses, without those in which the sandbox itself failed:
+  accuracy            share of responses that are correct (avg@n)
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed at least one snippet
-  code_lines          non-blank, non-comment lines of executed snippets per response;
-                      code_lines_per_snippet per snippet
-  pass_last_correct   share whose last snippet ran without error, among correct responses with code;
-                      pass_last_incorrect likewise among incorrect ones
-  timing_first        start of the first snippet / response length, in tokens; timing_mean over all snippets
+  code_lines          executed per response, no blanks or comments; code_lines_per_snippet
+  pass_last_correct   share whose last snippet ran without error, among correct responses with
+                      code; pass_last_incorrect likewise among incorrect ones
+  timing_first        start of the first snippet / response length; timing_mean of all snippets
   self_correction     P(the next snippet runs | the previous one failed)
   corrected_share     correct responses with at least one failed snippet
-  truncated           share that ended by a limit instead of EOS (it is not correct)
-  snippets_per_response, sandbox_outcomes (snippets by status), sandbox_errors_dropped (responses); names that
-  end in _count: how many responses, or failed snippets with a next one, a share is of
-Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts beyond the limit), accuracy_error,
-  families (accuracy, code_ratio, count of each), code_ratio_trivial and code_ratio_needed (families that need
-  no tool, and the others)
-Of a step: step, update_skipped (1: no response was left to train on), reward (mean of their sums), entropy (of
-  the policy, mean over trainable tokens, as all that follow if nothing else is said)
-  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction: see ppo.py's losses;
-  explained_variance: of the returns by the critic, 1 is perfect; grad_norm_actor, grad_norm_critic: before
-  clipping, mean over minibatches, null while it is not trained; lr_factor_actor, lr_factor_critic
+  truncated           share that ended by a limit instead of EOS (never correct)
+  snippets_per_response, sandbox_outcomes (snippets by status), sandbox_errors_dropped (the
+  responses left out); X_count: how many responses, or failures with a next snippet, X is of
+Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts too long),
+  accuracy_error (standard error: bootstrap over problems), families (accuracy, code_ratio and
+  count of each), code_ratio_trivial, code_ratio_needed (families that need no tool; others)
+Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
+  response was left to train on), reward (mean sum over a response), entropy of the policy
+  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction as in ppo.py's losses
+  explained_variance of the returns by the critic: 1 is perfect; grad_norm_actor, grad_norm_critic:
+  before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic
   sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|
-  rollout_tokens_per_second (sampled), train_tokens_per_second, train_flops_utilisation (of the matrix product
-  measured at the start); seconds_rollout, seconds_score, seconds_update, seconds_sync, seconds_checkpoint (of
-  the save before this step), tool_wait_seconds (no row could be decoded), seconds_total (the run's last line)
+  rollout_tokens_per_second (sampled), train_tokens_per_second, train_flops_utilisation (of a
+  matrix product measured at the start); seconds_rollout, seconds_score, seconds_update,
+  seconds_sync, seconds_checkpoint (the save before this step), tool_wait_seconds (no row could
+  be decoded), seconds_total (the run's last line)
 """
 import argparse
 import ast
@@ -205,8 +204,9 @@ def brackets_and_parts(text):
 
 
 async def is_equivalent(predicted, reference, sandbox):
-    r"""Whether two answers (texts, or None) mean the same. Numbers are compared exactly (0.333 is
-    not 1/3), and what still has to be computed (37*99 for 3663, \arctan(1) for \frac{\pi}{4}) is
+    r"""Whether two answers (texts, or None) mean the same. Numbers are compared exactly (0.333
+    is not 1/3), and what still has to be computed (37*99 for 3663, \arctan(1) for
+    \frac{\pi}{4}) is
     wrong: a policy could box the question. Brackets and the order in them count. A unit, a percent
     sign or "x=" may be missing on one side (5 cm is 5, but not 5 m; 50% is 50 and 0.5); a list has
     no order and may be a set; words have no case. What cannot be read or judged in time is wrong.
@@ -269,22 +269,23 @@ async def parses(answer, sandbox):
 
 
 async def is_correct(trajectory, tokenizer, reference, sandbox):
-    r"""Whether the policy's own final answer is right.
+    r"""Whether the policy's own final answer is right; never where it did not end with EOS.
 
-    Only sampled tokens (loss_mask 1) outside executed snippets count, and of their text only what is outside
-    <code> and <interpreter>: a \boxed{} in a script, printed by one, or in an interpreter block that the
-    policy wrote itself is no answer. A truncated response (anything but EOS) is not correct.
+    Only sampled text outside executed snippets, <code> and <interpreter> counts: a \boxed{} in
+    a script, printed by one, or in an interpreter block of the policy's own making is no
+    answer.
     """
     if trajectory.finish_reason != "eos":
         return False
-    # Not by the tags alone: the engine knows which tokens it ran as code, however oddly tags were nested.
+    # Not by the tags alone: the engine knows which tokens it ran as code, however tags are
+    # nested.
     segments = trajectory.sampled_segments(with_code=False)
     text = "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments)
     return await is_equivalent(extract_answer(text), reference, sandbox)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics
+# Metrics and evaluation
 
 
 def code_lines(code):
@@ -309,20 +310,19 @@ def code_purpose(code, before):
 
 
 def mean(values):
-    """Mean of a possibly empty list; None (JSON null) if there is nothing to average."""
+    """Mean of a list; None (JSON null) if it is empty."""
     return float(np.mean(values)) if len(values) else None
 
 
 def rollout_metrics(trajectories):
-    """The metrics defined above, as a flat dict."""
+    """The metrics of responses that the file's docstring defines, as a flat dict."""
     kept = [t for t in trajectories if t.finish_reason != "sandbox_error"]
     with_code = [t for t in kept if t.tool_calls]
     calls = [call for t in kept for call in t.tool_calls]
     after_failure = [b.status == "ok" for t in kept for a, b in zip(t.tool_calls, t.tool_calls[1:])
                      if a.status != "ok"]
-    last_ok = {True: [], False: []}
-    for t in with_code:
-        last_ok[t.correct].append(t.tool_calls[-1].status == "ok")
+    last_ok = {verdict: [t.tool_calls[-1].status == "ok" for t in with_code if t.correct == verdict]
+               for verdict in (True, False)}
     return {
         "accuracy": mean([t.correct for t in kept]),
         "response_tokens": mean([len(t.response_ids) for t in kept]),
@@ -346,30 +346,24 @@ def rollout_metrics(trajectories):
 def bootstrap_error(per_problem, draws=2000):
     """Standard error of the mean over problems, by resampling problems with replacement."""
     rng = np.random.default_rng(0)
-    per_problem = np.asarray(per_problem, dtype=float)
     samples = rng.integers(0, len(per_problem), size=(draws, len(per_problem)))
-    return float(per_problem[samples].mean(1).std())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
+    return float(np.asarray(per_problem, dtype=float)[samples].mean(1).std())
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
                      **settings):
-    """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories, prompt-major,
-    with `correct` set. settings go to `generate`.
+    """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories,
+    prompt-major, with `correct` set. settings go to `generate`.
 
-    The noise is keyed by the prompt's global index, so the number of ranks changes nothing but rounding. Each
-    response is judged once, on the rank that sampled it: a verdict of math-verify has a time limit, and ranks
-    must not disagree.
+    The noise is keyed by the prompt's global index: the number of ranks changes only rounding.
+    Each response is judged by one rank: under math-verify's time limit two might disagree.
     """
     mine = range(rank, len(prompts), world)
     with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
               mininterval=1.0) as bar:
         trajectories = await generate(model, tokenizer, [prompts[i] for i in mine], sandbox,
-                                      n_samples=n_samples, prompt_keys=list(mine), progress=bar.update,
-                                      **settings)
+                                      n_samples=n_samples, prompt_keys=list(mine),
+                                      progress=bar.update, **settings)
     for t in trajectories:
         t.prompt_index = mine[t.prompt_index]
     verdicts = await asyncio.gather(*[is_correct(t, tokenizer, answers[t.prompt_index], sandbox)
@@ -383,38 +377,35 @@ async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, d
 
 async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, desc, max_prompt_tokens,
                    **settings):
-    """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories); their prompt_index
-    is that of the problem.
-
-    Over-long prompts are skipped and counted; UserError if none remain. settings go to `generate`.
-    """
+    """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories), whose
+    prompt_index is the problem's. Over-long prompts are skipped and counted; UserError if none
+    remain. settings go to `generate`."""
     prompts = [encode_prompt(tokenizer, template, p["question"]) for p in problems]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_tokens]
     if not fits:
         raise UserError(f"{desc}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
-    skipped = len(problems) - len(fits)
     # step -1: noise of its own, the same before and after training
-    trajectories = await sample_all(model, tokenizer, [prompts[i] for i in fits],
-                                    [problems[i]["answer"] for i in fits], sandbox, rank, world, desc, step=-1,
-                                    **settings)
-    for t in trajectories:
-        t.prompt_index = fits[t.prompt_index]
-    if all(t.finish_reason == "sandbox_error" for t in trajectories):
-        raise UserError(f"{desc}: the sandbox failed in every response")
-    metrics = rollout_metrics(trajectories) | {"problems": len(fits), "skipped_long": skipped}
+    trajectories = await sample_all(
+        model, tokenizer, [prompts[i] for i in fits], [problems[i]["answer"] for i in fits], sandbox,
+        rank, world, desc, step=-1, **settings)
     per_problem, by_family = {}, {}
     for t in trajectories:
+        t.prompt_index = fits[t.prompt_index]
         if t.finish_reason != "sandbox_error":
             per_problem.setdefault(t.prompt_index, []).append(t.correct)
             by_family.setdefault(problems[t.prompt_index]["family"], []).append(t)
+    if not per_problem:
+        raise UserError(f"{desc}: the sandbox failed in every response")
+    skipped = len(problems) - len(fits)
+    metrics = rollout_metrics(trajectories) | {"problems": len(fits), "skipped_long": skipped}
     metrics["accuracy_error"] = bootstrap_error([np.mean(v) for v in per_problem.values()])
     metrics["families"] = {name: {"accuracy": mean([t.correct for t in found]),
                                   "code_ratio": mean([bool(t.tool_calls) for t in found]),
                                   "count": len(found)} for name, found in sorted(by_family.items())}
     trivial = {family.__name__ for family in TRIVIAL}
     for name, wanted in (("trivial", True), ("needed", False)):
-        metrics[f"code_ratio_{name}"] = mean([bool(t.tool_calls) for family, found in by_family.items()
-                                              if (family in trivial) == wanted for t in found])
+        found = [t for family in by_family if (family in trivial) == wanted for t in by_family[family]]
+        metrics[f"code_ratio_{name}"] = mean([bool(t.tool_calls) for t in found])
     return metrics, trajectories
 
 
@@ -424,37 +415,34 @@ def percent(value):
 
 def markdown(header, rows):
     return "\n".join("| " + " | ".join(cells) + " |"
-                     for cells in [header, ["---"] * len(header), *rows]).replace("| --- ", "|---")
+                     for cells in (header, ["---"] * len(header), *rows)).replace("| --- ", "|---")
 
 
 def evaluation_table(results):
     """Markdown table of {name: metrics}."""
-    columns = {"problems": lambda m: str(m["problems"]), "skipped": lambda m: str(m["skipped_long"]),
-               "accuracy %": lambda m: f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])}",
-               "code %": lambda m: percent(m["code_ratio"]),
-               "code % needed / trivial":
-                   lambda m: f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
-               "snippets": lambda m: f"{m['snippets_per_response']:.2f}",
-               "last runs % right / wrong":
-                   lambda m: f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
-               "tokens": lambda m: f"{m['response_tokens']:.0f}",
-               "truncated %": lambda m: percent(m["truncated"])}
-    return markdown(["", *columns], [[name, *(show(metrics) for show in columns.values())]
-                                     for name, metrics in results.items()])
+    header = ["", "problems", "skipped", "accuracy %", "code %", "code % needed / trivial", "snippets",
+              "last runs % right / wrong", "tokens", "truncated %"]
+    return markdown(header, [[
+        name, str(m["problems"]), str(m["skipped_long"]),
+        f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])}", percent(m["code_ratio"]),
+        f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
+        f"{m['snippets_per_response']:.2f}",
+        f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
+        f"{m['response_tokens']:.0f}", percent(m["truncated"])] for name, m in results.items()])
 
 
-# Arguments that may differ between runs whose mean is taken: seeds, places, and what only changes speed.
+# Arguments that may differ between runs of one mean: seeds, places, what only changes speed.
 NOT_A_SETTING = {"seed", "sft_seed", "run_dir", "warm_start_dir", "resume", "export", "plan", "save_every",
                  "keep_checkpoints", "save_rollouts", "sandbox_workers"}
 
 
 def runs_tables(runs):
-    """`runs_table` for each group of runs with the same arguments, under a line of what differs."""
+    """`runs_table` of each group of runs with the same arguments, under a line of what
+    differs."""
     groups = {}
     for run in runs:
         try:
-            with open(f"{run}/arguments.json") as file:
-                arguments = json.load(file)["arguments"]
+            arguments = json.load(open(f"{run}/arguments.json"))["arguments"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--runs {run}: arguments.json: {error}") from None
         kept = {name: value for name, value in arguments.items() if name not in NOT_A_SETTING}
@@ -462,17 +450,17 @@ def runs_tables(runs):
     settings = [json.loads(key) for key in groups]
     differ = sorted(name for name in set().union(*settings)
                     if len({json.dumps(s.get(name)) for s in settings}) > 1)
-    tables = []
-    for setting, members in zip(settings, groups.values()):
-        line = " ".join(f"--{name} {setting.get(name)}" for name in differ)
-        tables.append((f"{line}\n\n" if line else "") + runs_table(members))
-    return "\n\n".join(tables)
+    lines = [" ".join(f"--{name} {setting.get(name)}" for name in differ) for setting in settings]
+    tables = [runs_table(members) for members in groups.values()]
+    return "\n\n".join(part for pair in zip(lines, tables) for part in pair if part)
 
 
 def runs_table(runs):
-    """Markdown table: mean and range over run folders of every evaluation in their metrics.jsonl, and of the
-    wall time."""
-    values = {}
+    """Markdown table: mean and range over run folders of their evaluations and wall times."""
+    columns = {"accuracy": "accuracy %", "code_ratio": "code %", "code_ratio_needed": "code % where needed",
+               "code_ratio_trivial": "code % where trivial", "response_tokens": "tokens",
+               "minutes": "minutes"}
+    values = {}  # row of the table -> column -> one value per run
     for run in runs:
         try:
             rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
@@ -480,12 +468,12 @@ def runs_table(runs):
             raise UserError(f"--runs {run}: {error}") from None
         if not rows or "seconds_total" not in rows[-1]:
             raise UserError(f"--runs {run}: not a finished run")
+        rows[-1] |= {"evaluation": "whole run", "minutes": rows[-1]["seconds_total"] / 60}
         for row in rows:
             if "evaluation" in row:
-                for name in ("accuracy", "code_ratio", "code_ratio_needed", "code_ratio_trivial",
-                             "response_tokens"):
-                    values.setdefault(row["evaluation"], {}).setdefault(name, []).append(row[name])
-        values.setdefault("whole run", {}).setdefault("minutes", []).append(rows[-1]["seconds_total"] / 60)
+                found = values.setdefault(row["evaluation"], {})
+                for name in columns.keys() & row.keys():
+                    found.setdefault(name, []).append(row[name])
 
     def show(name, found):
         if None in found:
@@ -493,9 +481,6 @@ def runs_table(runs):
         scale = 100 if name.startswith(("accuracy", "code")) else 1
         return f"{scale * np.mean(found):.1f} [{scale * min(found):.1f}, {scale * max(found):.1f}]"
 
-    columns = {"accuracy": "accuracy %", "code_ratio": "code %", "code_ratio_needed": "code % where needed",
-               "code_ratio_trivial": "code % where trivial", "response_tokens": "tokens",
-               "minutes": "minutes"}
     return markdown([f"{len(runs)} runs: mean [min, max]", *columns.values()],
                     [[label, *(show(name, found[name]) if name in found else "" for name in columns)]
                      for label, found in values.items()])
@@ -505,36 +490,34 @@ def describe_trajectory(t, tokenizer, problem):
     """A trajectory as a JSON row for people; problem: the row that it answers."""
     return {"prompt": tokenizer.decode(t.prompt_ids), "response": tokenizer.decode(t.response_ids),
             "correct": t.correct, "answer": problem["answer"], "family": problem["family"],
-            "finish_reason": t.finish_reason,
-            "tool_statuses": [call.status for call in t.tool_calls],
+            "finish_reason": t.finish_reason, "tool_statuses": [call.status for call in t.tool_calls],
             "prompt_index": t.prompt_index, "sample_index": t.sample_index}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Running a script: processes, errors, and the flags that all three scripts share
+# Running a script: processes, errors, the flags that scripts share, and this one's own
 
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group (gloo on CPU, nccl on CUDA); yields (rank, world size, device). Alone, a
-    group of one."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                        "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
+    """Join torchrun's process group, alone a group of one; yields (rank, world size,
+    device)."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(alone | os.environ)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    rank, world, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
-        # glibc gives large blocks back to the kernel at every free, and touching them anew costs a page
-        # fault per 4 KB: 18 % of a training step on a virtual machine. M_MMAP_THRESHOLD (-3) and
-        # M_TRIM_THRESHOLD (-1) stop that.
+        # glibc returns large blocks to the kernel at every free, and page faults when they
+        # come back cost 18 % of a training step. M_MMAP_THRESHOLD (-3), M_TRIM_THRESHOLD (-1)
+        # stop that.
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Both backends with CUDA: --cpu_offload keeps shards in host memory. Long: the other ranks wait in a
-    # collective while rank 0 curates, and for the longest rollout.
+    # gloo with CUDA too: --cpu_offload keeps shards in host memory. Hours: the other ranks
+    # wait in a collective while rank 0 curates, and for the longest rollout.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timedelta(hours=2))
     try:
@@ -543,13 +526,14 @@ def distributed():
         dist.destroy_process_group()
 
 
-GOES_ON = ["the same command goes on"]  # what to do after an interrupt, by what the script is doing
+GOES_ON = ["the same command goes on"]  # printed after an interrupt; ppo.py replaces it
 
 
 @contextlib.contextmanager
 def at_once(rank):
-    """Ctrl-C and SIGTERM end the process at once, with one line. A thread does that: Python's own handlers wait
-    until C code, a collective for instance, returns. What is on the disk is complete or not there at all."""
+    """Ctrl-C and SIGTERM end the process at once; what is on the disk is whole or not there. A
+    thread does that: Python's own handlers wait until C code, such as a collective,
+    returns."""
     signals, (read, write) = (signal.SIGINT, signal.SIGTERM), os.pipe()
     os.set_blocking(write, False)
 
@@ -580,22 +564,19 @@ def run_script(main):
             except Exception as error:
                 if world == 1:
                     raise
-                # The other ranks may wait in a collective for ever, and so would an orderly end of the
-                # group: leave at once, torchrun ends them.
+                # An orderly end would wait for ranks in a collective; torchrun ends those.
                 print(describe_error(error) or traceback.format_exc(), file=sys.stderr, flush=True)
                 os._exit(1)
     except Exception as error:
-        line = describe_error(error)
-        if not line:
-            raise
-        sys.exit(line)
+        if line := describe_error(error):
+            sys.exit(line)
+        raise
 
 
 def describe_error(error):
     """One line for what the user or the machine has to change, None for a bug."""
-    # the latter two: a loss that is not finite; a path or a disk (a TimeoutError has no errno)
-    if isinstance(error, (UserError, FloatingPointError)) or (
-            isinstance(error, OSError) and error.errno):
+    # A loss that is not finite; a path or a disk (a TimeoutError is an OSError without errno).
+    if isinstance(error, (UserError, FloatingPointError)) or (isinstance(error, OSError) and error.errno):
         return f"error: {error}"
 
 
@@ -635,41 +616,35 @@ def at_least(low):
 
 
 def add_rollout_arguments(parser):
-    """Limits of a rollout, shared by eval.py and ppo.py."""
+    """Limits of a rollout, shared by eval.py and ppo.py. "recipes": public ones for large
+    models."""
     add = parser.add_argument_group("rollouts").add_argument
-    add("--tools", choices=("on", "off"), default="on",
-        help="off: tags mean nothing, nothing is run (the text-only baseline)")
-    add("--max_prompt_tokens", type=at_least(1), default=512,
-        help="longer prompts are skipped and counted; public recipes: 2048")
-    add("--max_response_tokens", type=at_least(1), default=320,
-        help="response limit, interpreter text included; public recipes: 16384")
-    add("--max_calls", type=at_least(0), default=4, help="snippets per response; public recipes: 8")
-    add("--n_slots", type=at_least(1), default=128, help="rows in the KV cache at the same time")
-    add("--kv_gib", type=in_range(0.0), default=0.0,
-        help="GiB of KV cache per GPU: fewer slots if n_slots would take more; 0: no such limit")
+    add("--tools", choices=("on", "off"), default="on", help="off: nothing is run (the text-only baseline)")
+    add("--max_prompt_tokens", type=at_least(1), default=512, help="longer ones are left out; recipes: 2048")
+    add("--max_response_tokens", type=at_least(1), default=320, help="with interpreter text; recipes: 16384")
+    add("--max_calls", type=at_least(0), default=4, help="snippets per response; recipes: 8")
+    add("--n_slots", type=at_least(1), default=128, help="rows in the KV cache at a time")
+    add("--kv_gib", type=in_range(0.0), default=0.0, help="limit of the KV cache in GiB per GPU; 0: none")
     add("--rejoin_ticks", type=at_least(0), default=4,
         help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
 
 
 def rollout_settings(args):
-    return {"max_response_tokens": args.max_response_tokens, "max_calls": args.max_calls,
-            "n_slots": args.n_slots, "kv_gib": args.kv_gib, "rejoin_ticks": args.rejoin_ticks,
-            "max_interpreter_tokens": args.max_interpreter_tokens, "tools": args.tools == "on"}
+    """Keyword arguments of `generate`, from the flags above and below."""
+    names = "max_response_tokens max_calls n_slots kv_gib rejoin_ticks max_interpreter_tokens".split()
+    return {name: getattr(args, name) for name in names} | {"tools": args.tools == "on"}
 
 
 def add_format_arguments(parser):
     """The flags of prompts, precision and tool calls, shared by all three scripts."""
     add = parser.add_argument_group("prompts, precision, tool calls").add_argument
-    add("--prompt_template", default="plain", help="plain, retool, or a file containing {question}")
-    add("--dtype", choices=DTYPES, default="fp32",
-        help="what trainer and sampler compute in; master weights and reductions stay fp32")
-    add("--max_interpreter_tokens", type=at_least(1), default=128,
-        help="interpreter text per call, head + tail; paper does not say")
-    add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at the same time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=0.5,
-        help="seconds per snippet; raise it for real scripts")
+    add("--prompt_template", default="plain", help="plain, retool, or a file with {question}")
+    add("--dtype", choices=DTYPES, default="fp32", help="of computation; master weights and sums: fp32")
+    add("--max_interpreter_tokens", type=at_least(1), default=128, help="per call, head + tail")
+    add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
+    add("--sandbox_timeout", type=in_range(0.0, above=True), default=0.5, help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true",
-        help="run snippets although a layer of the sandbox is missing: they may then do what this user may")
+        help="run snippets without a missing layer: they may do what this user may")
 
 
 def make_sandbox(args):
@@ -678,10 +653,10 @@ def make_sandbox(args):
 
 def check_positions(config, args):
     """UserError where prompt + response could exceed the model's positions."""
-    wanted, positions = args.max_prompt_tokens + args.max_response_tokens, config.max_position_embeddings
-    if wanted > positions:
-        raise UserError(f"--max_prompt_tokens + --max_response_tokens is {wanted}, the model has {positions} "
-                        "positions")
+    wanted = args.max_prompt_tokens + args.max_response_tokens
+    if wanted > config.max_position_embeddings:
+        raise UserError(f"--max_prompt_tokens + --max_response_tokens is {wanted}, the model has "
+                        f"{config.max_position_embeddings} positions")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -711,11 +686,13 @@ def check_mesh(replicas, world):
 
 
 def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
-    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed, the rest
-    belongs to the root. With replicas the ranks form a grid (replicas, shards): hybrid sharding. The module
-    may lie in host memory: its units go to the GPU one by one, so that no GPU ever holds all of it.
+    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when
+    needed, the rest belongs to the root. With replicas the ranks form a grid (replicas,
+    shards): hybrid sharding. The module may lie in host memory: its units go to the GPU one by
+    one, so that no GPU ever holds all of it.
 
-    Master weights, gradients between ranks and optimiser states are fp32 whatever dtype computes.
+    Master weights, gradients between ranks and optimiser states are fp32 whatever dtype
+    computes.
     """
     world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
     if replicas > 1:
@@ -736,8 +713,8 @@ def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
 
 @torch.no_grad()
 def sync_weights(policy, plain):
-    """Copy the sharded policy's weights into a plain model, in place (a captured graph over `plain` stays
-    valid). All ranks call it; plain may be None on those that want no copy."""
+    """Copy the sharded policy's weights into a plain model, in place (a captured graph over
+    `plain` stays valid). All ranks call it; plain may be None on those that want no copy."""
     policy.reshard()  # after a forward without backward the root's weights are still gathered
     sources = dict(policy.lm.named_parameters())
     targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
@@ -755,8 +732,8 @@ def sync_weights(policy, plain):
 
 
 def zero_moments(optimizer):
-    """Give AdamW the moments it would make at its first step. Without them the helpers of torch take a real
-    step to make them when saving, and saving would change the run."""
+    """Give AdamW the moments it would make at its first step. Without them the helpers of
+    torch take a real step to make them when saving, and saving would change the run."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -764,8 +741,8 @@ def zero_moments(optimizer):
 
 
 def training_state(name, module, optimizer):
-    """Every tensor that a step changes, by name: sharded weights and AdamW's moments. Loading writes into
-    them in place."""
+    """Every tensor that a step changes, by name: sharded weights and AdamW's moments. Loading
+    writes into them in place."""
     module.reshard()  # after a forward without backward the root's weights are still gathered
     state = {}
     for key, p in module.named_parameters():
@@ -786,12 +763,12 @@ def sync_to_disk(path):
 
 
 def save_checkpoint(folder, state, record, keep, rank):
-    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all but the last
-    `keep`. All ranks call it, on a file system that they share.
+    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
+    but the last `keep`. All ranks call it, on a file system that they share.
 
-    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the last file; one
-    rename makes it a checkpoint. A crash at any moment leaves the ones before untouched. UserError where
-    nothing can be written, a full disk for instance.
+    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the
+    last file; one rename makes it a checkpoint. A crash at any moment leaves the ones before
+    untouched. UserError where nothing can be written, a full disk for instance.
     """
     partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
 
@@ -841,14 +818,16 @@ def save_checkpoint(folder, state, record, keep, rank):
 
 
 def find_checkpoint(folder, rank):
-    """The newest undamaged checkpoint, (path, record), the same on all ranks; (None, None) if there is none."""
+    """The newest undamaged checkpoint, (path, record), the same on all ranks; (None, None) if
+    there is none."""
     found = [newest_checkpoint(folder) if rank == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
 
 
 def newest_checkpoint(folder):
-    """`find_checkpoint` on one rank. UserError if all are damaged. Says which ones it passes over."""
+    """`find_checkpoint` on one rank. UserError if all are damaged. Says which ones it passes
+    over."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             record = json.loads((path / "manifest.json").read_text())
@@ -863,25 +842,18 @@ def newest_checkpoint(folder):
     return None, None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The script
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="", help="checkpoint folder or hub id")
-    add("--runs", nargs="+", default=[],
-        help="instead of evaluating: finished run folders of ppo.py to summarise")
-    add("--problems", default="test,ood_large,ood_families",
-        help="JSONL files or embedded splits, separated by commas")
-    add("--limit", type=at_least(1), default=256, help="problems per embedded split; files are used whole")
+    add("--runs", nargs="+", default=[], help="only summarise these finished run folders of ppo.py")
+    add("--problems", default="test,ood_large,ood_families", help="JSONL files or embedded splits")
+    add("--limit", type=at_least(1), default=256, help="problems per embedded split")
     add("--samples", type=at_least(1), default=4, help="samples per problem; paper 32")
     add("--temperature", type=in_range(0.0), default=1.0, help="0 is greedy; paper 1.0")
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus sampling; paper 0.7")
-    add("--seed", type=int, default=0, help="seed of the sampling noise and of the embedded problems")
-    add("--output", default="",
-        help="JSON file for metrics; responses go beside it as JSONL; empty: only the table")
+    add("--seed", type=int, default=0, help="of the sampling noise and of the embedded problems")
+    add("--output", default="", help="JSON file for metrics; responses go beside it as JSONL")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
@@ -918,8 +890,8 @@ async def main(rank, world, device):
         print(evaluation_table(results))
         if args.output:
             with open(args.output, "w") as file:
-                record = {"arguments": vars(args), "sandbox": sandbox.report, "results": results}
-                json.dump(record, file, indent=1)
+                json.dump({"arguments": vars(args), "sandbox": sandbox.report, "results": results},
+                          file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,25 @@
-"""ReTool: PPO on answers reached with a code interpreter. `torchrun ppo.py` runs the whole method on the
-embedded default.
+"""How does it improve? PPO on answers reached with a code interpreter.
 
-One step: sample responses with tool calls (rollout.py) -> +1 / -1 for the final answer -> recompute
-log-probabilities and values with the trainer's own weights -> GAE over sampled tokens only -> clipped updates
-of actor and critic -> copy the weights to the sampler. Interpreter tokens are context: they carry no loss, no
-reward, no step of GAE, no value.
+One step: sample responses with tool calls (rollout.py) -> +1 / -1 for the final answer ->
+log-probabilities and values by the trainer's own weights -> GAE over sampled tokens only ->
+clipped updates of actor and critic -> copy the weights to the sampler. Interpreter tokens are
+context: no loss, reward, value or step of GAE.
 
 What the paper leaves open, and what is done here:
- 1. The critic is a copy of the warm start with a scalar head that begins at zero; for the first steps it
-    learns alone.
- 2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly perfect batch,
-    in which only a few responses differ, from amplifying noise.
- 3. Losses are sums over trainable tokens, divided once by their number in the global minibatch.
- 4. A truncated response scores -1, is terminal (nothing is bootstrapped) and stays in the loss;
-    --drop_truncated filters it.
+ 1. The critic is a copy of the warm start with a scalar head; at first it learns alone.
+ 2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly
+    perfect batch, in which only a few responses differ, from amplifying noise.
+ 3. Losses are sums over trainable tokens, divided once by their number in the minibatch.
+ 4. A truncated response scores -1, is terminal (nothing is bootstrapped), stays in the loss.
  5. The KL coefficient is 0.0 as in the paper, so there is no reference model.
- 6. Clip range 0.2 / 0.28, value clip, gamma = lambda = 1: public recipes; lambda of actor and critic are
-    separate flags.
+ 6. Clip range, value clip, gamma and lambda are those of public recipes.
 
-    torchrun ppo.py                                                  # the embedded default
-    torchrun ppo.py --tools off --code_share 0                       # its text-only twin
+    torchrun ppo.py                                  # the whole method, embedded problems
+    torchrun ppo.py --tools off --code_share 0       # its text-only twin
     torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
-    torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...  # eight GPUs, a warm-started checkpoint
+    torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...   # a warm-started checkpoint
 
-The run folder gets arguments.json, metrics.jsonl, rollouts.jsonl, curves.png, table.md and checkpoint/
-(Hugging Face).
-
-Letters in shape comments: B responses of a batch, T tokens (of the padded batch, or of a flat packed stream).
+In shape comments: B responses, T tokens (of the padded batch, or of a flat packed stream).
 """
 import argparse
 import functools
@@ -50,12 +43,12 @@ from transformers import AutoModelForCausalLM
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (GOES_ON, Help, add_format_arguments, add_rollout_arguments, all_sum, at_least, check_positions,
-                  describe_trajectory, evaluate, evaluation_table, given, in_range, make_sandbox, mean, percent,
-                  rollout_metrics, rollout_settings, run_script, sample_all)
+from eval import (GOES_ON, Help, add_format_arguments, add_rollout_arguments, all_sum, at_least,
+                  check_positions, describe_trajectory, evaluate, evaluation_table, given, in_range,
+                  make_sandbox, markdown, mean, percent, rollout_metrics, rollout_settings, run_script,
+                  sample_all)
 from rollout import (DTYPES, LOGIT_BYTES, KVCache, Policy, collate, head_dim, load_config, load_model,
-                     load_tokenizer,
-                     make_example, pack)
+                     load_tokenizer, make_example, pack)
 from sandbox import UserError
 from sft import cosine, shard, sharding_settings, sync_weights
 
@@ -66,16 +59,14 @@ from sft import cosine, shard, sharding_settings, sync_weights
 def gae(rewards, values, loss_mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438) that sees only the trainable tokens.
 
-    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at the token in
-    front of it (the last prompt token, or after a call the last interpreter token). Returns (advantages,
-    returns), (B, T), exactly 0 where masked. The same as deleting the masked tokens, running
-        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 after the last
-        token,
-    and scattering back: interpreter text is no step of its own, so it neither decays lambda nor bootstraps.
+    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at
+    the token in front of it. Returns (advantages, returns), (B, T), exactly 0 where masked:
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 at the end
+    with the masked tokens deleted: interpreter text neither decays lambda nor bootstraps.
     """
     trainable = loss_mask.bool()
     advantages = torch.zeros_like(values)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):
         now = trainable[:, t]
         advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
@@ -86,8 +77,7 @@ def gae(rewards, values, loss_mask, gamma, lam):
 
 
 def whiten(advantages, loss_mask, floor):
-    """Advantages with mean 0 and deviation 1 over the trainable tokens, divided by at least `floor`; 0 where
-    masked."""
+    """(advantages - mean) / max(deviation, floor) over trainable tokens, 0 where masked."""
     trainable = loss_mask.bool()
     chosen = advantages[trainable]
     scale = chosen.std(unbiased=False).clamp(min=floor)
@@ -95,37 +85,37 @@ def whiten(advantages, loss_mask, floor):
 
 
 def advantages_and_returns(rewards, values, loss_mask, groups, gamma, lam_actor, lam_critic, whiten_floor):
-    """What the update needs to know of a batch: (advantages, whitened; the critic's targets), each (B, T).
+    """(whitened advantages, returns: the critic's targets), each (B, T).
 
-    rewards, loss_mask: (B, T). values (B, T) as in `gae`, or None without a critic: then the baseline of a
-    response is the mean reward of its group (the same prompt), and there are no returns. groups (B,): ints.
+    rewards, loss_mask, values (B, T) as in `gae`. values None: no critic; the baseline of a
+    response is the mean reward of its group. groups (B,): one number per prompt.
     """
     if values is None:
-        totals, trainable = (rewards * loss_mask).sum(1), loss_mask.bool()  # (B,)
+        totals, trainable = (rewards * loss_mask).sum(1), loss_mask.bool()  # (B,), (B, T)
         baseline = torch.stack([totals[groups == group].mean() for group in groups])
-        raw = torch.where(trainable, (totals - baseline)[:, None], 0.0)
-        return whiten(raw, loss_mask, whiten_floor), None
-    raw, _ = gae(rewards, values, loss_mask, gamma, lam_actor)
-    _, returns = gae(rewards, values, loss_mask, gamma, lam_critic)
+        raw, returns = torch.where(trainable, (totals - baseline)[:, None], 0.0), None
+    else:
+        raw, _ = gae(rewards, values, loss_mask, gamma, lam_actor)
+        _, returns = gae(rewards, values, loss_mask, gamma, lam_critic)
     return whiten(raw, loss_mask, whiten_floor), returns
 
 
 def explained_variance(values, returns, loss_mask):
-    """1 - Var(returns - values) / Var(returns) over the trainable tokens: 1 is a perfect critic."""
+    """1 - Var(returns - values) / Var(returns) over trainable tokens: 1 is a perfect
+    critic."""
     trainable = loss_mask.bool()
     error, spread = (returns - values)[trainable].var(), returns[trainable].var()
-    return (1 - error / spread).item() if spread > 1e-6 else 0.0  # returns all alike: nothing to explain
+    return (1 - error / spread).item() if spread > 1e-6 else 0.0  # nothing to explain
 
 
 def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high):
-    """Clipped surrogate (arXiv 1707.06347), summed over trainable tokens; any shape, all arguments alike.
+    """Clipped surrogate (arXiv 1707.06347), summed over trainable tokens; all of one shape.
 
-    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs). Returns (sum,
-    metrics), the metrics being sums too: approx_kl as r - 1 - log r, and clip_fraction, the tokens whose
-    gradient the clip cuts off.
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs).
+    Returns (sum, metrics), also sums: approx_kl of r - 1 - log r; clip_fraction of tokens
+    without gradient.
     """
-    # The mask multiplies the log-ratio, not the result: exp of a masked token's difference could overflow,
-    # and inf * 0 is nan.
+    # Masked here, not at the end: exp of a masked token could overflow, and inf * 0 is nan.
     log_ratio = (logprobs - old_logprobs) * loss_mask
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
@@ -138,11 +128,8 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
 
 
 def value_loss(values, old_values, returns, loss_mask, value_clip):
-    """0.5 max((V - R)^2, (V_clipped - R)^2), V kept within value_clip of the old value; summed over trainable
-    tokens.
-
-    Returns (sum, metrics): value_clip_fraction is a sum over tokens too.
-    """
+    """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within value_clip of the old value,
+    summed over trainable tokens. Returns (sum, metrics); value_clip_fraction is a sum too."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * (torch.maximum(plain_error, clipped_error) * loss_mask).sum()
@@ -152,17 +139,16 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
 
 
 def outcome_rewards(trajectory):
-    """Equation 1's R for each token of a response: +1 or -1 on the last token that the policy sampled, even if
-    forced text follows it, else 0. There is no reward for code that runs."""
+    """Equation 1's R for each token of a response: +1 or -1 on the last sampled one, even if
+    forced text follows, else 0. Code that runs earns nothing."""
     rewards = [0.0] * len(trajectory.loss_mask)
-    rewards[max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)] = (
-        1.0 if trajectory.correct else -1.0)
+    last = max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)
+    rewards[last] = 1.0 if trajectory.correct else -1.0
     return rewards
 
 
 class Critic(nn.Module):
-    """A copy of the policy's network with a scalar head; the head starts at zero, so the first values are
-    0."""
+    """The policy's network with a scalar head, which starts at zero."""
 
     def __init__(self, lm):
         super().__init__()
@@ -172,16 +158,18 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids, packing):
-        """input_ids (T,) -> values (T,): position t is the state before the token that follows it."""
+        """input_ids (T,) -> values (T,): position t is the state before the token that follows
+        it."""
         hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None],
                                use_cache=False, packing=packing).last_hidden_state[0]
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
 def forward_flops(backbone, lengths, head_tokens):
-    """Floating-point operations of one forward pass over packed sequences of these lengths: 2 per parameter
-    of the layers and token, causal attention (2 n^2 per query head and dimension), 2 per parameter of the
-    head for head_tokens of them. A backward pass costs twice that; what is computed again does not count."""
+    """Floating-point operations of a forward pass over sequences of these lengths: 2 per
+    parameter and token (of the vocabulary head: head_tokens), and causal attention, 2 n^2 per
+    query head and dimension. A backward pass costs twice that, not counting what is computed
+    again."""
     config = backbone.config
     layers = sum(p.numel() for p in backbone.layers.parameters())
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim(config)
@@ -190,8 +178,7 @@ def forward_flops(backbone, lengths, head_tokens):
 
 
 def matmul_peak(device, dtype):
-    """Floating-point operations per second of a large matrix product, the best of three: what utilisation is
-    measured against."""
+    """Floating-point operations per second of a large matrix product, the best of three."""
     n, best = 8192 if device.type == "cuda" else 512, math.inf
     a = torch.ones(n, n, dtype=dtype, device=device)
     for _ in range(3):
@@ -201,19 +188,18 @@ def matmul_peak(device, dtype):
     return 2 * n**3 / best
 
 
-# Mean |log-probability difference| per token, between two computations that should agree, beyond which it is
-# a bug and not rounding.
+# Mean |log-probability difference| per token from which on it is a bug and not rounding
 TOLERANCE = {"fp32": 1e-4, "bf16": 1.5e-2}  # healthy: 5e-7, and 0.002 to 0.003
 ROW_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of one response, which may be short
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Prompts
+# One PPO step
 
 
 class Prompts:
-    """Training prompts by position: an endless stream of the embedded problems, or the given rows, reshuffled
-    every epoch."""
+    """Training prompts by position: embedded problems without end, or rows, shuffled every
+    epoch."""
 
     def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
         self.seed, self.tokenizer, self.template = seed, tokenizer, template
@@ -222,7 +208,7 @@ class Prompts:
         if problems is not None:
             unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
             self.duplicates = len(problems) - len(unique)
-            # A token has at least one byte: only what could be too long is encoded to find out.
+            # A token has at least one byte: only what could be too long is encoded.
             self.rows = [row for row in unique.values()
                          if len(row["question"].encode()) + len(template.encode()) + 200 <= max_prompt_tokens
                          or len(self.encode(row)["prompt"]) <= max_prompt_tokens]
@@ -236,8 +222,7 @@ class Prompts:
 
     def __getitem__(self, position):
         if self.rows is None:
-            # A seed of its own: the cold start has used the first problems of the training split under its
-            # seed.
+            # A seed of its own: the warm start has used this split under its seed.
             problem = embedded_problem("train", f"ppo{self.seed}", position)
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
@@ -249,23 +234,19 @@ class Prompts:
         return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One PPO step
-
-
-START = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run that has no checkpoint yet
+START = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run without checkpoint
 
 
 class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
     def __init__(self, args, model_path, rank, world, device, weights=True):
-        """weights: False where `load` follows."""
+        """weights: False where `load` brings them."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
-        # The seam for tensor parallelism: whatever `generate` and `sync_weights` take here, e.g. a copy whose
-        # layers are split over the GPUs of a node, whose ranks then sample the same rows.
+        # Tensor parallelism would begin here: with a copy split over a node's GPUs, for
+        # `generate` and `sync_weights`, whose ranks sample the same rows.
         self.sampler = load_model(model_path, device, args.dtype, weights)
-        lm = load_model(model_path, "cpu", weights=weights)  # host memory: `shard` moves it, layer by layer
+        lm = load_model(model_path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
         self.actor = shard(Policy(lm), lm, **sharding_settings(args))
         lm = load_model(args.critic_model or model_path, "cpu", weights=weights)
         self.critic = shard(Critic(lm), lm, **sharding_settings(args))
@@ -278,14 +259,13 @@ class Trainer:
         self.peak = matmul_peak(device, DTYPES[args.dtype])
 
     def state(self):
-        """Everything that a step changes, as tensors by name. No random state is among it: prompts, noise and
-        minibatches are functions of the seed and the step, and so are the learning rates."""
+        """All that a step changes, as tensors by name. No random state: prompts, noise,
+        minibatches and learning rates are functions of seed and step."""
         return (sft.training_state("actor", self.actor, self.actor_optimizer)
                 | sft.training_state("critic", self.critic, self.critic_optimizer))
 
     def save(self, folder, step, seconds, sizes):
-        """A checkpoint of the run after `step` steps and `seconds`; sizes: bytes of its JSONL files, which a
-        resumed run cuts back to what they are now."""
+        """A checkpoint; sizes: the JSONL files' bytes, to which a resumed run cuts them."""
         record = {"step": step, "seconds": seconds, "bytes": sizes}
         sft.save_checkpoint(folder, self.state(), record, self.args.keep_checkpoints, self.rank)
 
@@ -295,7 +275,7 @@ class Trainer:
         sync_weights(self.actor, self.sampler)
 
     def micro_batches(self, examples):
-        """This rank's share of the examples, as (indices, flat Example, packing)."""
+        """Yields this rank's share as (indices, flat Example, packing)."""
         shares = pack([len(e) for e in examples], self.args.token_budget, self.world)
         for indices in shares[self.rank]:
             yield indices, *collate([examples[i] for i in indices], self.device)
@@ -306,24 +286,22 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, examples):
-        """Fill logprobs, entropy and values of every example, with the trainer's own weights; all ranks get
-        all."""
+        """Fill logprobs, entropy and values of every example, on every rank."""
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
             columns = (*self.actor_logprobs(flat, packing, with_entropy=True),
                        self.critic(flat.input_ids, packing))
             if indices:
-                # clone: a view would travel (be pickled) and stay alive with the whole micro-batch behind it
+                # clone: a view would be pickled with the whole micro-batch behind it
                 mine += zip(indices, *([part.clone() for part in column.cpu().split(packing.lengths)]
                                        for column in columns))
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
         for index, *columns in (row for part in gathered for row in part):
-            e = examples[index]
-            e.logprobs, e.entropy, e.values = columns
+            examples[index].logprobs, examples[index].entropy, examples[index].values = columns
 
     def estimate(self, examples, groups):
-        """Fill advantages and returns of every example; gives the explained variance."""
+        """Fill advantages and returns of every example; returns the explained variance."""
         args = self.args
         rewards, values, mask = (pad_sequence([getattr(e, name) for e in examples], batch_first=True)
                                  for name in ("rewards", "values", "loss_mask"))  # (B, T)
@@ -335,7 +313,7 @@ class Trainer:
         return explained_variance(values, returns, mask)
 
     def update(self, examples, step):
-        """One epoch of clipped updates over shuffled minibatches; returns the metrics, means over trainable
+        """One epoch of clipped updates over shuffled minibatches; returns means over
         tokens."""
         train_actor, sums, norms, counted = step >= self.args.critic_warmup, Counter(), {}, 0.0
         lr_factors = self.set_learning_rates(step)
@@ -351,19 +329,17 @@ class Trainer:
                 (loss / total * self.world).backward()
                 sums.update(metrics)
             counted += total
-            for name in ["critic", "actor"] if train_actor else ["critic"]:
+            for name in ("critic", "actor") if train_actor else ("critic",):
                 norms.setdefault(name, []).append(self.optimizer_step(name, step))
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"step {step}: {name} is {value}")
-        for name in ("actor", "critic"):
-            metrics[f"grad_norm_{name}"] = mean(norms.get(name, []))
+        metrics |= {f"grad_norm_{name}": mean(norms.get(name, [])) for name in ("actor", "critic")}
         return metrics | lr_factors
 
     def set_learning_rates(self, step):
-        """Warm-up and cosine of each optimiser, counted from the first step that it takes; returns the
-        factors as metrics."""
+        """Warm-up and cosine of each optimiser from its first step on; returns the factors."""
         args, factors = self.args, {}
         for name, first in (("actor", args.critic_warmup), ("critic", 0)):
             factor = cosine(max(0, step - first), args.steps - first, args.lr_warmup, floor=args.lr_floor)
@@ -373,36 +349,35 @@ class Trainer:
         return factors
 
     def minibatches(self, examples, step):
-        """The examples in an order that depends on seed and step, in args.minibatches lists."""
+        """The examples, in an order of seed and step, in args.minibatches lists."""
         generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
         order = torch.randperm(len(examples), generator=generator).tolist()
         size = math.ceil(len(order) / self.args.minibatches)
         return [[examples[i] for i in order[begin:begin + size]] for begin in range(0, len(order), size)]
 
     def actor_loss(self, flat, packing, unchanged):
-        """(policy loss, metrics), sums over trainable tokens. unchanged: nothing has been updated since
-        `score`."""
+        """(policy loss, metrics), sums over tokens. unchanged: no update since `score`."""
         logprobs = self.actor_logprobs(flat, packing)
         if unchanged:
             # Any difference is a bug: another temperature, a mask off by one, dropout.
-            log_ratio = ((logprobs - flat.logprobs) * flat.loss_mask).abs().sum()
-            log_ratio = log_ratio / flat.loss_mask.sum().clamp(min=1)
+            difference = ((logprobs - flat.logprobs) * flat.loss_mask).abs().sum()
+            log_ratio = difference / flat.loss_mask.sum().clamp(min=1)
             assert log_ratio < TOLERANCE[self.args.dtype], (
                 f"first minibatch: mean |log ratio| {log_ratio}, should be 0")
         loss, metrics = policy_loss(logprobs, flat.logprobs, flat.advantages, flat.loss_mask,
                                     self.args.clip_low, self.args.clip_high)
-        metrics["policy_loss"] = loss.detach()
+        metrics["policy_loss"] = loss
         return loss, {name: value.item() for name, value in metrics.items()}
 
     def critic_loss(self, flat, packing):
-        """(value loss, metrics), sums over trainable tokens."""
+        """(value loss, metrics), sums over tokens."""
         values = self.critic(flat.input_ids, packing)
         loss, metrics = value_loss(values, flat.values, flat.returns, flat.loss_mask, self.args.value_clip)
-        metrics["value_loss"] = loss.detach()
+        metrics["value_loss"] = loss
         return loss, {name: value.item() for name, value in metrics.items()}
 
     def optimizer_step(self, name, step):
-        """Clip the gradient of "actor" or "critic" and apply it; returns its norm before."""
+        """Clip and apply the gradient of "actor" or "critic"; returns its norm before."""
         module, optimizer = getattr(self, name), getattr(self, f"{name}_optimizer")
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm).full_tensor().item()
         if not math.isfinite(norm):
@@ -414,37 +389,37 @@ class Trainer:
 
 async def train_step(trainer, prompts, sandbox, tokenizer, step):
     """One PPO step; returns (metrics, trajectories)."""
-    args, laps = trainer.args, [("begin", time.perf_counter())]
-    lap = lambda name: laps.append((name, time.perf_counter()))  # noqa: E731
-    batch = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
-    stats = {}
+    args, stats, clock = trainer.args, {}, [time.perf_counter()]
+    rows = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
     trajectories = await sample_all(
-        trainer.sampler, tokenizer, [row["prompt"] for row in batch], [row["answer"] for row in batch],
+        trainer.sampler, tokenizer, [row["prompt"] for row in rows], [row["answer"] for row in rows],
         sandbox, trainer.rank, trainer.world, n_samples=args.samples_per_prompt,
         temperature=args.temperature, seed=args.seed, step=step, stats=stats, **rollout_settings(args))
-    lap("rollout")
+    clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
               and (t.finish_reason == "eos" or not args.drop_truncated)]
-    if not chosen:  # every one truncated, or failed by the sandbox: the next step may have better ones
+    if not chosen:
         return rollout_metrics(trajectories) | {"update_skipped": 1}, trajectories
     examples = [trajectory_example(t, outcome_rewards(t)) for t in chosen]
     trainer.score(examples)
     metrics = rollout_metrics(trajectories) | score_metrics(examples) | {"update_skipped": 0}
     check_sampler(examples, args.dtype, step)
-    lap("score")
-    metrics["explained_variance"] = trainer.estimate(examples, [t.prompt_index for t in chosen])
+    clock.append(time.perf_counter())
+    groups = [t.prompt_index for t in chosen]
+    metrics["explained_variance"] = trainer.estimate(examples, groups)  # advantages
     metrics |= trainer.update(examples, step)
-    lap("update")
+    clock.append(time.perf_counter())
     sync_weights(trainer.actor, trainer.sampler)
-    lap("sync")
-    seconds = {name: after - before for (_, before), (name, after) in zip(laps, laps[1:])}
+    clock.append(time.perf_counter())
     metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
+    seconds = {name: after - before for name, before, after
+               in zip(("rollout", "score", "update", "sync"), clock, clock[1:])}
     metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
     return metrics | speed_metrics(trainer, trajectories, examples, seconds, step), trajectories
 
 
 def trajectory_example(t, rewards):
-    """A trajectory and its rewards (one for each token of the response) as an Example."""
+    """A trajectory and the rewards of its tokens as an Example."""
     before = [0.0] * len(t.prompt_ids)
     return make_example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
                         sampler_logprobs=torch.tensor(before + t.logprobs),
@@ -452,8 +427,7 @@ def trajectory_example(t, rewards):
 
 
 def score_metrics(examples):
-    """What `score` says of the batch: mean reward, entropy, and how far the sampler's log-probabilities are
-    from the trainer's."""
+    """Mean reward, entropy, and how far sampler and trainer are apart."""
     mask, entropy, difference = (torch.cat(columns) for columns in zip(*(
         (e.loss_mask, e.entropy, (e.logprobs - e.sampler_logprobs).abs()) for e in examples)))
     return {"reward": mean([e.rewards.sum().item() for e in examples]),
@@ -463,24 +437,24 @@ def score_metrics(examples):
 
 
 def check_sampler(examples, dtype, step):
-    """AssertionError where the sampler's log-probabilities are not the trainer's: on average, or in a single
-    response, which a mean over hundreds would hide."""
+    """AssertionError where the sampler's log-probabilities are not the trainer's, on average
+    or in a single response, which the mean would hide."""
     rows = torch.tensor([((e.logprobs - e.sampler_logprobs).abs() * e.loss_mask).sum() / e.loss_mask.sum()
                          for e in examples])
     mean, row = rows.mean().item(), rows.max().item()
     assert mean < TOLERANCE[dtype] and row < ROW_TOLERANCE[dtype], (
-        f"step {step}: the sampler's log-probabilities differ from the trainer's by {mean} on average, by {row} "
-        "in one response: were the weights synced?")
+        f"step {step}: the sampler's log-probabilities differ from the trainer's by {mean} on average, "
+        f"by {row} in one response: were the weights synced?")
 
 
 def speed_metrics(trainer, trajectories, examples, seconds, step):
     lengths = [len(e) for e in examples]
     trainable = sum(e.loss_mask.sum().item() for e in examples)
     train_seconds = seconds["score"] + seconds["update"]
-    # `score` is one forward pass of each, `update` a forward and a backward, of the actor once it learns
+    # in forward passes: one in `score`, three in `update`, of the actor once it learns
+    actor_passes = 4 if step >= trainer.args.critic_warmup else 1
     flops = (4 * forward_flops(trainer.critic.backbone, lengths, 0)
-             + (4 if step >= trainer.args.critic_warmup else 1)
-             * forward_flops(trainer.sampler.model, lengths, trainable))
+             + actor_passes * forward_flops(trainer.sampler.model, lengths, trainable))
     return {"rollout_tokens_per_second": sum(sum(t.loss_mask) for t in trajectories) / seconds["rollout"],
             "train_tokens_per_second": sum(lengths) / train_seconds,
             "train_flops_utilisation": flops / (train_seconds * trainer.peak * trainer.world)}
@@ -491,16 +465,14 @@ def speed_metrics(trainer, trajectories, examples, seconds, step):
 
 
 def plan(config, args, gpus, gib=math.inf):
-    """GiB that one GPU of `gpus`, of `gib` usable GiB each, will hold, by part, for a model of this config
-    and these flags; ("total" is their sum, "parameters" their number in billions). The critic is taken to be
-    of the same size.
+    """{part: GiB} on one of `gpus` GPUs of `gib` usable GiB each, "total", and "parameters" in
+    billions; an estimate for a model of this config, a critic of the same size and these
+    flags.
 
-    Sharded: fp32 weight and gradient, 8 bytes per parameter, of actor and critic, and as much again for
-    AdamW's two moments (optimiser). Not sharded: the sampler's copy, its KV cache, two layers and the
-    embeddings that FSDP has gathered, and the activations of one micro-batch: per token and layer the layer's
-    input, and unless they are computed again what its backward needs (about 10 hidden + 3 feed-forward sizes
-    and 2 of queries, keys, values; attention itself is never stored). An estimate of what has to fit, not a
-    measurement.
+    Sharded, at 8 bytes per parameter: fp32 weights and gradients of actor and critic, and
+    AdamW's moments ("optimiser"); the rest is whole on every GPU. Activations are those of one
+    micro-batch: per token and layer its input, and what its backward needs unless that is
+    computed again, about 10 hidden + 3 feed-forward sizes and 2 of queries, keys, values.
     """
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
@@ -518,13 +490,13 @@ def plan(config, args, gpus, gib=math.inf):
         "actor": on_gpu * actor,
         "critic": on_gpu * critic,
         "optimiser": on_gpu * (actor + critic),
-        # Weights and gradients of two layers, and of what is no layer, the critic's too; fp32 while reduced.
+        # Weights and gradients of two layers and of what is no layer, fp32 while reduced.
         "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
         "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES,
         "sampler": total * size,
     }
     parts = {name: value / 2**30 for name, value in parts.items()}
-    # As many slots as are wanted, or fewer: as `generate` does it, but at least one.
+    # n_slots or, where memory is short, fewer as in `generate`, but at least one
     row = 2 * math.prod(KVCache.shape(config, 1, tokens)) * size / 2**30
     room = min(args.kv_gib or math.inf, gib - sum(parts.values()))
     parts["KV cache"] = row * max(1, int(min(args.n_slots, room / row)))
@@ -532,32 +504,32 @@ def plan(config, args, gpus, gib=math.inf):
 
 
 def check_gpu(config, args, gib):
-    """UserError where the sampler's copy cannot fit into a GPU of so many GiB, whatever the other flags."""
+    """UserError where the sampler's copy alone exceeds a GPU of `gib` GiB."""
     size = plan(config, args, 1)["sampler"]
     if size > gib:
-        raise UserError(f"--model {args.model}: the sampler's copy in {args.dtype} needs {size:.1f} GiB on every "
-                        f"GPU, this one has {gib:.1f} (see --plan)")
+        raise UserError(f"--model {args.model}: the sampler's copy in {args.dtype} needs {size:.1f} GiB "
+                        f"on every GPU, this one has {gib:.1f} (see --plan)")
 
 
 def print_plan(args):
-    """Prints the plan for --plan GPUS GIB; UserError where it does not fit. A tenth of the memory is left to
-    CUDA, NCCL and fragmentation."""
+    """Prints the plan for --plan; UserError where it does not fit. A tenth of the memory is
+    left to CUDA, NCCL and fragmentation."""
     gpus, gib = args.plan
     config = load_config(args.model) if args.model else sft.starting_point("")[0]
     if gpus < 1 or gpus % args.replicas:
         raise UserError(f"--replicas {args.replicas} does not divide {gpus} GPUs")
-    found = plan(config, args, gpus, 0.9 * gib)
-    print("| " + " | ".join(["GPUs of GiB", *found]) + " |\n" + "|---" * (len(found) + 1) + "|")
-    print(f"| {gpus} of {gib} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
-    if found["total"] > 0.9 * gib:
+    found, usable = plan(config, args, gpus, 0.9 * gib), 0.9 * gib
+    print(markdown(["GPUs of GiB", *found],
+                   [[f"{gpus} of {gib}", *(f"{value:.1f}" for value in found.values())]]))
+    if found["total"] > usable:
         largest = max(list(found)[1:-1], key=found.get)
-        raise UserError(f"does not fit: {found['total']:.1f} GiB per GPU are needed, {0.9 * gib:.1f} are "
+        raise UserError(f"does not fit: {found['total']:.1f} GiB per GPU are needed, {usable:.1f} are "
                         f"there; the largest part is {largest} with {found[largest]:.1f} GiB")
     slots = found["KV cache"] / plan(config, args, gpus, 0)["KV cache"]
-    print(f"fits: {found['total']:.1f} of {0.9 * gib:.1f} GiB per GPU, with {slots:.0f} slots; while loading "
+    print(f"fits: {found['total']:.1f} of {usable:.1f} GiB per GPU, with {slots:.0f} slots; while loading "
           f"{4e9 * found['parameters'] / 2**30:.0f} GiB of host memory per process\n"
-          f"disk: {24e9 * found['parameters'] / 2**30:.1f} GiB per checkpoint (weights and two moments of actor and "
-          f"critic), up to {args.keep_checkpoints + 1} at a time, in a folder that all nodes share")
+          f"disk: {24e9 * found['parameters'] / 2**30:.1f} GiB per checkpoint (weights and two moments of "
+          f"actor and critic), up to {args.keep_checkpoints + 1} at a time, in a folder that all nodes share")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -571,75 +543,62 @@ def parse_arguments(argv=None):
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     add = parser.add_argument_group("PPO").add_argument
-    add("--preset", choices=("", "paper"), default="",
-        help="paper: the paper's rates and lengths, where the command line does not say otherwise")
-    add("--critic_model", default="",
-        help="checkpoint whose network the critic starts from; empty: the policy's")
-    add("--train_data", default="embedded",
-        help="embedded, or a JSONL file of problems; paper: DAPO-Math-17k")
-    add("--eval_data", default="",
-        help="JSONL files, separated by commas; empty: the embedded test splits, or none for a file")
-    add("--eval_problems", type=at_least(2), default=256,
-        help="problems of the embedded test split (half as many of each other split)")
-    add("--eval_every", type=at_least(0), default=0,
-        help="steps between evaluations during training; 0: only before and after")
-    add("--eval_samples", type=at_least(1), default=4, help="samples per evaluation problem; paper 32")
-    add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus of the evaluation; paper 0.7")
+    add("--preset", choices=("", "paper"), default="", help="paper: its numbers as defaults")
+    add("--critic_model", default="", help="where the critic starts; empty: at the policy")
+    add("--train_data", default="embedded", help="embedded, or a file; paper: DAPO-Math-17k")
+    add("--eval_data", default="", help="files, separated by commas; empty: the embedded test splits")
+    add("--eval_problems", type=at_least(2), default=256, help="of test; half as many of other splits")
+    add("--eval_every", type=at_least(0), default=0, help="steps; 0: only before and after training")
+    add("--eval_samples", type=at_least(1), default=4, help="samples per problem; paper 32")
+    add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
     add("--steps", type=at_least(1), default=30, help="PPO steps; paper 400")
-    add("--prompts_per_step", type=at_least(1), default=256, help="prompts per step; paper 512 per minibatch")
-    add("--samples_per_prompt", type=at_least(1), default=1,
-        help="responses per prompt; the critic is the baseline, so 1 is enough")
+    add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
+    add("--samples_per_prompt", type=at_least(1), default=1, help="the critic is the baseline")
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
     add("--actor_lr", type=in_range(0.0), default=1e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=in_range(0.0), default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
     add("--adam_eps", type=in_range(0.0, above=True), default=1e-8,
-        help="of both; 1e-6 would halve the updates of a 7B model, whose gradients are that small")
-    add("--weight_decay", type=in_range(0.0), default=0.0, help="of both")
-    add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up; 0: none")
-    add("--lr_floor", type=in_range(0.0, 1.0), default=0.1,
-        help="the cosine ends at this fraction; 1.0 keeps the rate constant")
-    add("--critic_warmup", type=at_least(0), default=3,
-        help="first steps in which only the critic learns; public recipes 20")
-    add("--temperature", type=in_range(0.0, above=True), default=1.0,
-        help="of rollouts, and of the log-probabilities in the loss; paper 1.0")
+        help="1e-6 would halve the updates of a 7B model: gradients are that small")
+    add("--weight_decay", type=in_range(0.0), default=0.0, help="of actor and critic")
+    add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up")
+    add("--lr_floor", type=in_range(0.0, 1.0), default=0.1, help="end of the cosine; 1.0: constant")
+    add("--critic_warmup", type=at_least(0), default=3, help="steps of the critic alone; recipes 20")
+    add("--temperature", type=in_range(0.0, above=True), default=1.0, help="of rollouts and loss; paper 1.0")
     add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount")
     add("--lam_actor", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the advantages")
     add("--lam_critic", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the critic's targets")
-    add("--clip_low", type=in_range(0.0, 1.0), default=0.2, help="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
-    add("--clip_high", type=in_range(0.0), default=0.28, help="see clip_low")
-    add("--value_clip", type=in_range(0.0), default=0.5, help="values move at most this far from the old ones")
-    add("--whiten_floor", type=in_range(0.0, above=True), default=0.2, help="smallest deviation that advantages are divided by")
-    add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0, help="gradient clipping, actor and critic each")
+    add("--clip_low", type=in_range(0.0, 1.0), default=0.2, help="the ratio is at least 1 - clip_low")
+    add("--clip_high", type=in_range(0.0), default=0.28, help="and at most 1 + clip_high")
+    add("--value_clip", type=in_range(0.0), default=0.5, help="how far values may move")
+    add("--whiten_floor", type=in_range(0.0, above=True), default=0.2, help="least divisor of advantages")
+    add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0, help="of actor and critic each")
     add("--drop_truncated", action="store_true", help="leave truncated responses out of the loss")
-    add("--seed", type=int, default=0,
-        help="of prompts, sampling and minibatches; the warm start has --sft_seed")
-    add("--run_dir", default="", help="new folder for this run; empty: out/ppo/<date>-<time>")
+    add("--seed", type=int, default=0, help="the warm start has --sft_seed")
+    add("--run_dir", default="", help="new folder; empty: out/ppo/<date>-<time>")
     add("--resume", default="",
-        help="folder of a run that was interrupted: goes on with its arguments, except those given here")
-    add("--export", default="",
-        help="with --resume: only write the newest checkpoint there as a Hugging Face folder")
+        help="run folder to go on with, under its arguments except those given here")
+    add("--export", default="", help="with --resume: only write its newest checkpoint here")
     add("--plan", type=int, nargs=2, metavar=("GPUS", "GIB"), default=None,
-        help="only print what each of so many GPUs of so many GiB would hold with these flags")
-    add("--save_every", type=at_least(1), default=10, help="steps between checkpoints; the last step always has one")
+        help="only print what each of GPUS would hold")
+    add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
-    add("--save_rollouts", type=at_least(0), default=32, help="responses per step written to rollouts.jsonl")
+    add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.preset:
         parser.set_defaults(**PRESET)
-        args = parser.parse_args(argv)
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
             parser.set_defaults(**record["arguments"])
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--resume {args.resume}: not the folder of a run ({error})")
-        args = parser.parse_args(argv)
-        args.run_dir = args.resume
+    args = parser.parse_args(argv)
+    args.run_dir = args.resume or args.run_dir
     check_combinations(parser, args, given(argv))
     return args
 
 
-# Of --preset paper: learning rates, step sizes and lengths of the paper, or where it is silent of public recipes.
+# The paper's numbers or, where it is silent, those of public recipes
 PRESET = {"steps": 400, "prompts_per_step": 1024, "minibatches": 2, "max_calls": 8, "max_prompt_tokens": 2048,
           "max_response_tokens": 16384, "token_budget": 18432, "actor_lr": 1e-6, "critic_lr": 2e-6,
           "critic_warmup": 20, "lr_floor": 1.0, "rejoin_ticks": 0, "prompt_template": "retool",
@@ -647,44 +606,41 @@ PRESET = {"steps": 400, "prompts_per_step": 1024, "minibatches": 2, "max_calls":
 
 
 def check_combinations(parser, args, flags):
-    """The parser's error for flags that contradict each other, or would do nothing. flags: those given."""
+    """parser.error for flags that contradict each other or do nothing. flags: those given."""
     if args.export and not args.resume:
         parser.error("--export needs --resume")
     if args.resume and (idle := flags & {"run_dir", "model", "critic_model", "preset", "train_data"}):
         parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
-    if args.model and not args.resume and not args.preset:
+    if args.model and not (args.resume or args.preset):
         lengths = ["max_prompt_tokens", "max_response_tokens"]
         rates = [] if args.plan else ["actor_lr", "critic_lr", "sandbox_timeout"]
         sft.need_values(parser, flags, rates + lengths)
-    if args.model and not args.resume and (idle := {f for f in flags if f.startswith("sft_")}
-                                           | flags & {"code_share", "warm_start_dir"}):
+    idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir"}
+    if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
-    if not args.model and args.tools == "off" and args.code_share:
-        parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
     if not args.model:
+        if args.tools == "off" and args.code_share:
+            parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
         sft.check_warm_start(parser, args)
     if args.critic_warmup + args.lr_warmup >= args.steps:
-        parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing of "
-                     f"--steps {args.steps}")
+        parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing "
+                     f"of --steps {args.steps}")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
 
 
 def step_line(step, steps, m):
-    show = percent
     seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
     outcomes = " ".join(f"{name} {count}" for name, count in m["sandbox_outcomes"].items()) or "none"
     if m["update_skipped"]:
-        return f"step {step:3d}/{steps} | no response to train on (truncated {show(m['truncated'])} %)"
+        return f"step {step:3d}/{steps} | no response to train on (truncated {percent(m['truncated'])} %)"
     return (
-        f"step {step:3d}/{steps} | acc {show(m['accuracy']):>5} | code {show(m['code_ratio']):>5} | "
-        f"len {m['response_tokens']:5.1f} | trunc {show(m['truncated']):>4} | "
-        f"kl {m.get('approx_kl', 0):.4f} | "
-        f"clip {m.get('clip_fraction', 0):.3f} | ent {m['entropy']:.3f} | vloss {m['value_loss']:.3f} | "
-        f"ev {m['explained_variance']:5.2f} | sampler {m['sampler_difference']:.0e} | tools {outcomes} | "
-        f"{seconds:.1f}s"
-    )
+        f"step {step:3d}/{steps} | acc {percent(m['accuracy']):>5} | code {percent(m['code_ratio']):>5} | "
+        f"len {m['response_tokens']:5.1f} | trunc {percent(m['truncated']):>4} | "
+        f"kl {m.get('approx_kl', 0):.4f} | clip {m.get('clip_fraction', 0):.3f} | "
+        f"ent {m['entropy']:.3f} | vloss {m['value_loss']:.3f} | ev {m['explained_variance']:5.2f} | "
+        f"sampler {m['sampler_difference']:.0e} | tools {outcomes} | {seconds:.1f}s")
 
 
 def plot(rows, path):
@@ -698,8 +654,8 @@ def plot(rows, path):
     figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
     for axis, names in zip(axes.flat, panels):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot([step for step, _ in points], [value for _, value in points], label=name)
+            found = [row for row in rows if row.get(name) is not None]
+            axis.plot([row["step"] for row in found], [row[name] for row in found], label=name)
         axis.set_xlabel("PPO step")
         axis.legend()
         axis.grid(alpha=0.3)
@@ -723,16 +679,16 @@ def evaluation_sets(args):
         return sets
     if args.train_data != "embedded":
         return {}
-    return {"test": embedded_rows("test", args.eval_problems),
-            "ood_large": embedded_rows("ood_large", args.eval_problems // 2),
-            "ood_families": embedded_rows("ood_families", args.eval_problems // 2)}
+    half = args.eval_problems // 2
+    return {"test": embedded_rows("test", args.eval_problems), "ood_large": embedded_rows("ood_large", half),
+            "ood_families": embedded_rows("ood_families", half)}
 
 
 class RunFolder:
     """What a run leaves behind. Every rank has one, rank 0 alone writes.
 
-    Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill at any moment leaves the
-    old one or the new one: arguments.json. Written at the end: curves.png, table.md, checkpoint/.
+    Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
+    old or the new one: arguments.json. Written at the end: curves.png, table.md, checkpoint/.
     """
 
     def __init__(self, path, rank):
@@ -740,7 +696,7 @@ class RunFolder:
         self.files, self.rows, self.results = {}, [], {}
 
     def write_arguments(self, args, world, device):
-        """arguments.json: what the run was started with; a resumed run adds a line about itself."""
+        """What the run was started with; a resumed run adds a line about itself."""
         record = {"versions": sft.versions(), "commit": commit(), "world_size": world,
                   "threads": torch.get_num_threads(), "device": str(device)}
         self.path.mkdir(parents=True, exist_ok=True)
@@ -759,7 +715,7 @@ class RunFolder:
         partial.rename(path)
 
     def open(self, sizes):
-        """Open the JSONL files, cut back to the sizes that a checkpoint recorded, and read what they hold."""
+        """Open the JSONL files, cut to the sizes that a checkpoint recorded, and read them."""
         if self.rank > 0:
             return
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -789,21 +745,21 @@ class RunFolder:
         try:
             model.save_pretrained(self.path / "checkpoint")
         except SafetensorError as error:
-            raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's last "
-                            "checkpoint is there; --resume writes this again") from None
+            raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
+                            "last checkpoint is there; --resume writes this again") from None
         tokenizer.save_pretrained(self.path / "checkpoint")
         plot(self.rows, self.path / "curves.png")
         if self.results:
-            (self.path / "table.md").write_text(evaluation_table(self.results) + "\n")
-            print(evaluation_table(self.results))
+            table = evaluation_table(self.results)
+            (self.path / "table.md").write_text(table + "\n")
+            print(table)
 
 
 def choose_run_folder(args, rank):
-    """The folder of this run, the same on all ranks; UserError rather than overwriting anything."""
+    """The RunFolder, the same on all ranks; UserError rather than overwriting anything."""
     name = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)  # the clocks of the ranks may be a second apart
     run = Path(name[0])
-    # rank 0 alone: it is the one that will write there
     if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
     return RunFolder(run, rank)
@@ -814,10 +770,11 @@ async def main(rank, world, device):
     if args.plan:
         return print_plan(args) if rank == 0 else None
     run = choose_run_folder(args, rank)
-    # Read everything before the warm start: a bad file should not be found out minutes later.
+    # Read all files before the warm start: a bad one should not be found minutes later.
     sft.check_mesh(args.replicas, world)
-    resumed = (run.path / "model").is_dir() and args.resume
-    config, tokenizer = sft.starting_point(str(run.path / "model") if resumed else args.model)
+    folder = run.path / "model"
+    resumed = folder.is_dir() and args.resume
+    config, tokenizer = sft.starting_point(str(folder) if resumed else args.model)
     check_positions(config, args)
     if args.critic_model and load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
@@ -826,7 +783,7 @@ async def main(rank, world, device):
     template, sets = load_template(args.prompt_template), evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
     checkpoint, start = sft.find_checkpoint(run.path / "checkpoints", rank) if args.resume else (None, None)
-    start = start or START  # without a checkpoint: new, or killed before the first one
+    start = start or START  # new, or killed before the first checkpoint
     if args.export and not checkpoint:
         raise UserError(f"--resume {run.path}: there is no checkpoint to export")
     if start["step"] > args.steps:
@@ -836,8 +793,8 @@ async def main(rank, world, device):
             run.write_arguments(args, world, device)
         print(f"run folder: {run.path}\n{json.dumps(vars(args))}")
 
-    # A checkpoint has all weights; of the model that the run began with it needs only the configuration.
-    model_path = str(run.path / "model") if checkpoint else (
+    # A checkpoint has all weights; of model/ only the configuration is needed.
+    model_path = str(folder) if checkpoint else (
         args.model or str(await sft.warm_start(args, rank, world, device)))
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, rank, world, device, weights=not checkpoint)
@@ -845,15 +802,19 @@ async def main(rank, world, device):
     if checkpoint:
         trainer.load(checkpoint)
     if args.export:
-        return export(trainer, tokenizer, run, start, args.export)
+        if rank == 0:
+            trainer.sampler.save_pretrained(args.export)
+            tokenizer.save_pretrained(args.export)
+            print(f"step {start['step']} of {run.path} exported to {args.export}")
+        return
     GOES_ON[0] = f"torchrun ppo.py --resume {run.path}"
     if rank == 0:
-        if args.resume:  # not before: what is refused must leave no trace
+        if args.resume:  # only now: what is refused leaves no trace
             run.write_arguments(args, world, device)
         if not checkpoint:
-            trainer.sampler.config.save_pretrained(run.path / "model")
-            trainer.sampler.generation_config.save_pretrained(run.path / "model")
-            tokenizer.save_pretrained(run.path / "model")
+            trainer.sampler.config.save_pretrained(folder)
+            trainer.sampler.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
               f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
         if args.resume:
@@ -862,32 +823,23 @@ async def main(rank, world, device):
     await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin)
 
 
-def export(trainer, tokenizer, run, start, folder):
-    """--export: the newest checkpoint as a folder for plain transformers."""
-    if trainer.rank == 0:
-        trainer.sampler.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        print(f"step {start['step']} of {run.path} exported to {folder}")
-
-
 async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin):
-    """From the step where `start` stands to the last; begin: time.perf_counter() at the script's start."""
+    """From the step that `start` records to the last; begin: perf_counter() of the script."""
     args, rank, world = trainer.args, trainer.rank, trainer.world
-
-    def seconds_so_far():
-        return start["seconds"] + time.perf_counter() - begin
+    begin -= start["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
+        found = {}
         for name, problems in sets.items():
             label = f"{name} {when}"
-            run.results[label], _ = await evaluate(
+            found[label], _ = await evaluate(
                 trainer.sampler, tokenizer, problems, template, sandbox, rank, world, label,
                 args.max_prompt_tokens, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
                 seed=0, **rollout_settings(args))
-            run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+            run.write("metrics.jsonl", {"evaluation": label} | found[label])
+        run.results |= found
         if rank == 0 and sets:
-            print(evaluation_table({label: metrics for label, metrics in run.results.items()
-                                    if label.endswith(when)}), flush=True)
+            print(evaluation_table(found), flush=True)
 
     async with make_sandbox(args) as sandbox:
         if rank == 0:
@@ -897,6 +849,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             await evaluate_all("before")
         seconds_checkpoint = 0.0
         for step in tqdm(range(start["step"], args.steps), desc="ppo", disable=rank > 0):
+            done = step + 1
             metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
             metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
             run.rows.append({"step": step} | metrics)
@@ -905,15 +858,15 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 problem = prompts[step * args.prompts_per_step + t.prompt_index]
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))
             if rank == 0:
-                tqdm.write(step_line(step + 1, args.steps, metrics))
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                tqdm.write(step_line(done, args.steps, metrics))
+            if done % args.save_every == 0 or done == args.steps:
                 clock = time.perf_counter()
-                trainer.save(run.path / "checkpoints", step + 1, seconds_so_far(), run.sizes())
+                trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
                 seconds_checkpoint = time.perf_counter() - clock
-            if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-                await evaluate_all(f"step {step + 1}")
+            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+                await evaluate_all(f"step {done}")
         await evaluate_all("after")
-    seconds_total = seconds_so_far()
+    seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})
     if rank == 0:
         run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: "near_limit" depends on load

@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
 DATA=${DATA:-BytedTsinghua-SIA/DAPO-Math-17k}     # each problem stands in it about a hundred times: duplicates are left out
-TRACES=${TRACES:-JoeYing/ReTool-SFT}              # the authors' 2,000 traces, run and checked below
+TRACES=${TRACES:-JoeYing/ReTool-SFT}              # the authors' 2,000 traces; those whose quoted outputs are not what
+                                                  # the snippets print are left out: the paper's were written, not run
 AIME24=${AIME24:?a JSONL file with the problems of AIME 2024 (input/output or problem/answer)}
 AIME25=${AIME25:?a JSONL file with the problems of AIME 2025}
 OUT=${OUT:-out/7b}
@@ -17,7 +18,7 @@ RL="--max_prompt_tokens 2048 --max_response_tokens 16384 --max_calls 8 --actor_l
 python ppo.py --plan 8 80 --model "$MODEL" $SHARED $RL
 mkdir -p "$OUT"
 [ -e "$OUT/traces.jsonl" ] || python sft.py curate --input "$TRACES" --output "$OUT/traces.jsonl" --tokenizer "$MODEL" \
-  --wrong_output replace --decontaminate "$AIME24" "$AIME25"
+  --decontaminate "$AIME24" "$AIME25"
 [ -e "$OUT/warm_start" ] || { torchrun --nproc_per_node 8 sft.py --model "$MODEL" --traces "$OUT/traces.jsonl" $SHARED \
   --sft_lr 1e-5 --sft_steps 125 --sft_batch_size 32 --sft_warmup 10 --warm_start_dir "$OUT/sft" | tee "$OUT/sft.log"
   ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/sft.log" | xargs realpath)" "$OUT/warm_start"; }

@@ -554,7 +554,7 @@ def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_
     curate("--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
     assert [r["messages"] for r in read(tmp_path / "again.jsonl")] == [r["messages"] for r in rows]
     capsys.readouterr()
-    sft.show_traces(SimpleNamespace(file=f"{tmp_path}/a.jsonl", n=1, color="always"))
+    sft.show_traces(SimpleNamespace(file=f"{tmp_path}/a.jsonl", n=1, color="always", step=None, wrong=False, status=""))
     shown = capsys.readouterr().out
     assert "\033[36m<code>" in shown and re.sub(r"\033\[[\d;]*m", "", shown).count(traces[0]["response"]) == 1
     with pytest.raises(UserError, match="there already"):
