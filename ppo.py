@@ -43,14 +43,16 @@ from transformers import AutoModelForCausalLM
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (GOES_ON, Help, add_format_arguments, add_rollout_arguments, all_sum, at_least,
-                  check_positions, describe_trajectory, evaluate, evaluation_table, given, in_range,
-                  make_sandbox, markdown, mean, percent, rollout_metrics, rollout_settings, run_script,
-                  sample_all)
+from eval import (GOES_ON, Help, add_format_arguments, add_rollout_arguments, add_trainer_arguments, all_sum,
+                  at_least, check_mesh, check_positions, describe_trajectory, evaluate,
+                  evaluation_table, find_checkpoint, given, in_range, make_sandbox, markdown,
+                  mean, percent, rollout_metrics, rollout_settings, run_script, sample_all,
+                  save_checkpoint, shard, sharding_settings, sync_weights, training_state,
+                  zero_moments)
 from rollout import (DTYPES, LOGIT_BYTES, KVCache, Policy, collate, head_dim, load_config, load_model,
                      load_tokenizer, make_example, pack)
 from sandbox import UserError
-from sft import cosine, shard, sharding_settings, sync_weights
+from sft import cosine
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -255,19 +257,19 @@ class Trainer:
         self.actor_optimizer = adamw(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            sft.zero_moments(optimizer)
+            zero_moments(optimizer)
         self.peak = matmul_peak(device, DTYPES[args.dtype])
 
     def state(self):
         """All that a step changes, as tensors by name. No random state: prompts, noise,
         minibatches and learning rates are functions of seed and step."""
-        return (sft.training_state("actor", self.actor, self.actor_optimizer)
-                | sft.training_state("critic", self.critic, self.critic_optimizer))
+        return (training_state("actor", self.actor, self.actor_optimizer)
+                | training_state("critic", self.critic, self.critic_optimizer))
 
     def save(self, folder, step, seconds, sizes):
         """A checkpoint; sizes: the JSONL files' bytes, to which a resumed run cuts them."""
         record = {"step": step, "seconds": seconds, "bytes": sizes}
-        sft.save_checkpoint(folder, self.state(), record, self.args.keep_checkpoints, self.rank)
+        save_checkpoint(folder, self.state(), record, self.args.keep_checkpoints, self.rank)
 
     def load(self, checkpoint):
         """Go on from a checkpoint's folder."""
@@ -539,7 +541,7 @@ def print_plan(args):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     sft.add_warm_start_arguments(parser)
-    sft.add_trainer_arguments(parser)
+    add_trainer_arguments(parser)
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     add = parser.add_argument_group("PPO").add_argument
@@ -771,7 +773,7 @@ async def main(rank, world, device):
         return print_plan(args) if rank == 0 else None
     run = choose_run_folder(args, rank)
     # Read all files before the warm start: a bad one should not be found minutes later.
-    sft.check_mesh(args.replicas, world)
+    check_mesh(args.replicas, world)
     folder = run.path / "model"
     resumed = folder.is_dir() and args.resume
     config, tokenizer = sft.starting_point(str(folder) if resumed else args.model)
@@ -782,7 +784,7 @@ async def main(rank, world, device):
         check_gpu(config, args, torch.cuda.get_device_properties(device).total_memory / 2**30)
     template, sets = load_template(args.prompt_template), evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    checkpoint, start = sft.find_checkpoint(run.path / "checkpoints", rank) if args.resume else (None, None)
+    checkpoint, start = find_checkpoint(run.path / "checkpoints", rank) if args.resume else (None, None)
     start = start or START  # new, or killed before the first checkpoint
     if args.export and not checkpoint:
         raise UserError(f"--resume {run.path}: there is no checkpoint to export")

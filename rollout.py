@@ -37,22 +37,27 @@ import math
 import os
 import re
 import socket
+import sys
 import time
 import urllib.parse
 from collections import deque
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import huggingface_hub
-import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+if sys.version_info < (3, 11):
+    sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
-from sandbox import UserError
+import huggingface_hub  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,  # noqa: E402
+                          AutoTokenizer)
+
+from sandbox import UserError  # noqa: E402
 
 try:  # optional; without it PyTorch's own FlashAttention is used
     from flash_attn import flash_attn_varlen_func

@@ -87,8 +87,8 @@ def load_traces(source, least=2):
             raise UserError(f"{place}: a trace needs question and response, or messages")
         response = found.pop("solution")
         if found["own"] is None:
-            raise UserError(f"{place}: no \\boxed{{}} answer in the response: this is no trace (sft.py curate "
-                            "makes traces of problems and solutions)")
+            raise UserError(f"{place}: no \\boxed{{}} answer in the response: this is no trace "
+                            "(sft.py curate makes traces of problems and solutions)")
         traces.append({"failed_calls": [], "family": Path(source).stem, "response": response} | found | row)
     if len(traces) < least:
         raise UserError(f"{source}: needs at least two traces, one is held out")
@@ -815,7 +815,8 @@ def need_values(parser, flags, names):
     """The parser's error where one of the names is not among the given flags."""
     missing = [f"--{name} (paper: {PAPER[name]})" for name in names if name not in flags]
     if missing:
-        parser.error("--model: the defaults are those of the embedded 0.6 M model; give " + ", ".join(missing))
+        parser.error("--model: the defaults are those of the embedded 0.6 M model; give "
+                     + ", ".join(missing))
 
 
 def check_warm_start(parser, args):

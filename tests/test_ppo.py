@@ -424,7 +424,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
         patch.setattr(sft.Path, "write_text", full)
         with pytest.raises(UserError, match="No space left on device.*intact"):
             trainer.save(tmp_path, 2, 0.0, {})
-    assert sft.find_checkpoint(tmp_path, 0)[1]["step"] == 1
+    assert evaluation.find_checkpoint(tmp_path, 0)[1]["step"] == 1
 
 
 def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_examples, tmp_path):
@@ -435,13 +435,13 @@ def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_exa
     for step in (1, 5):
         trainer.save(folder, step, 0.0, {})
     (folder / "step-000005" / "manifest.json").write_text("{")
-    assert sft.find_checkpoint(folder, 0)[1]["step"] == 1
+    assert evaluation.find_checkpoint(folder, 0)[1]["step"] == 1
     trainer.save(folder, 2, 0.0, {})
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     for path in folder.iterdir():
         (path / ".metadata").write_text("")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        sft.find_checkpoint(folder, 0)
+        evaluation.find_checkpoint(folder, 0)
 
 
 def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
@@ -671,7 +671,7 @@ def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monke
             p.mul_(1.2)
     with pytest.raises(AssertionError, match="were the weights synced"):
         asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, 1))
-    sft.sync_weights(trainer.actor, trainer.sampler)
+    evaluation.sync_weights(trainer.actor, trainer.sampler)
     asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, 1))
 
 
