@@ -794,6 +794,7 @@ async def main(rank, world, device):
         if not args.resume:
             run.write_arguments(args, world, device)
         print(f"run folder: {run.path}\n{json.dumps(vars(args))}")
+    GOES_ON[0] = f"torchrun ppo.py --resume {run.path}"
 
     # A checkpoint has all weights; of model/ only the configuration is needed.
     model_path = str(folder) if checkpoint else (
@@ -809,7 +810,6 @@ async def main(rank, world, device):
             tokenizer.save_pretrained(args.export)
             print(f"step {start['step']} of {run.path} exported to {args.export}")
         return
-    GOES_ON[0] = f"torchrun ppo.py --resume {run.path}"
     if rank == 0:
         if args.resume:  # only now: what is refused leaves no trace
             run.write_arguments(args, world, device)
@@ -861,12 +861,12 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))
             if rank == 0:
                 tqdm.write(step_line(done, args.steps, metrics))
+            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+                await evaluate_all(f"step {done}")
             if done % args.save_every == 0 or done == args.steps:
                 clock = time.perf_counter()
                 trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
                 seconds_checkpoint = time.perf_counter() - clock
-            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-                await evaluate_all(f"step {done}")
         await evaluate_all("after")
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})
