@@ -842,6 +842,10 @@ def newest_checkpoint(folder):
     return None, None
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The script
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument

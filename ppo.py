@@ -14,12 +14,12 @@ What the paper leaves open, and what is done here:
  5. The KL coefficient is 0.0 as in the paper, so there is no reference model.
  6. Clip range, value clip, gamma and lambda are those of public recipes.
 
-    torchrun ppo.py                                  # the whole method, embedded problems
+    torchrun ppo.py                                  # the whole method
     torchrun ppo.py --tools off --code_share 0       # its text-only twin
     torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...   # a warm-started checkpoint
 
-In shape comments: B responses, T tokens (of the padded batch, or of a flat packed stream).
+In shape comments: B responses, T tokens (of a padded batch or a flat packed stream).
 """
 import argparse
 import functools
@@ -62,7 +62,8 @@ def gae(rewards, values, loss_mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438) that sees only the trainable tokens.
 
     rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at
-    the token in front of it. Returns (advantages, returns), (B, T), exactly 0 where masked:
+    the token in front of it (after a call: the last interpreter token). Returns (advantages,
+    returns), (B, T), exactly 0 where masked:
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 at the end
     with the masked tokens deleted: interpreter text neither decays lambda nor bootstraps.
     """
@@ -103,11 +104,10 @@ def advantages_and_returns(rewards, values, loss_mask, groups, gamma, lam_actor,
 
 
 def explained_variance(values, returns, loss_mask):
-    """1 - Var(returns - values) / Var(returns) over trainable tokens: 1 is a perfect
-    critic."""
+    """1 - Var(returns - values) / Var(returns) over trainable tokens."""
     trainable = loss_mask.bool()
     error, spread = (returns - values)[trainable].var(), returns[trainable].var()
-    return (1 - error / spread).item() if spread > 1e-6 else 0.0  # nothing to explain
+    return (1 - error / spread).item() if spread > 1e-6 else 0.0  # returns all alike
 
 
 def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high):
@@ -117,7 +117,7 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
     Returns (sum, metrics), also sums: approx_kl of r - 1 - log r; clip_fraction of tokens
     without gradient.
     """
-    # Masked here, not at the end: exp of a masked token could overflow, and inf * 0 is nan.
+    # Masked here, not at the end: exp could overflow, and inf * 0 is nan.
     log_ratio = (logprobs - old_logprobs) * loss_mask
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
@@ -131,7 +131,7 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
 
 def value_loss(values, old_values, returns, loss_mask, value_clip):
     """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within value_clip of the old value,
-    summed over trainable tokens. Returns (sum, metrics); value_clip_fraction is a sum too."""
+    summed over trainable tokens. Returns (sum, metrics), also sums."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * (torch.maximum(plain_error, clipped_error) * loss_mask).sum()
@@ -160,8 +160,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids, packing):
-        """input_ids (T,) -> values (T,): position t is the state before the token that follows
-        it."""
+        """input_ids (T,) -> values (T,): position t is the state before the next token."""
         hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None],
                                use_cache=False, packing=packing).last_hidden_state[0]
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
@@ -192,7 +191,7 @@ def matmul_peak(device, dtype):
 
 # Mean |log-probability difference| per token from which on it is a bug and not rounding
 TOLERANCE = {"fp32": 1e-4, "bf16": 1.5e-2}  # healthy: 5e-7, and 0.002 to 0.003
-ROW_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of one response, which may be short
+ROW_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of one response
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,8 +199,7 @@ ROW_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of one response, which may be sho
 
 
 class Prompts:
-    """Training prompts by position: embedded problems without end, or rows, shuffled every
-    epoch."""
+    """Training prompts by position: endless embedded ones, or rows, shuffled every epoch."""
 
     def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
         self.seed, self.tokenizer, self.template = seed, tokenizer, template
@@ -236,7 +234,7 @@ class Prompts:
         return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
 
 
-START = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run without checkpoint
+START = {"step": 0, "seconds": 0.0, "bytes": {}}  # before the first checkpoint
 
 
 class Trainer:
@@ -245,8 +243,8 @@ class Trainer:
     def __init__(self, args, model_path, rank, world, device, weights=True):
         """weights: False where `load` brings them."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
-        # Tensor parallelism would begin here: with a copy split over a node's GPUs, for
-        # `generate` and `sync_weights`, whose ranks sample the same rows.
+        # Tensor parallelism would begin here, with a copy split over a node's GPUs for
+        # `generate` and `sync_weights`.
         self.sampler = load_model(model_path, device, args.dtype, weights)
         lm = load_model(model_path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
         self.actor = shard(Policy(lm), lm, **sharding_settings(args))
@@ -315,8 +313,7 @@ class Trainer:
         return explained_variance(values, returns, mask)
 
     def update(self, examples, step):
-        """One epoch of clipped updates over shuffled minibatches; returns means over
-        tokens."""
+        """One epoch of clipped updates over shuffled minibatches; returns token means."""
         train_actor, sums, norms, counted = step >= self.args.critic_warmup, Counter(), {}, 0.0
         lr_factors = self.set_learning_rates(step)
         for number, minibatch in enumerate(self.minibatches(examples, step)):
@@ -559,8 +556,7 @@ def parse_arguments(argv=None):
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
     add("--actor_lr", type=in_range(0.0), default=1e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=in_range(0.0), default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
-    add("--adam_eps", type=in_range(0.0, above=True), default=1e-8,
-        help="1e-6 would halve the updates of a 7B model: gradients are that small")
+    add("--adam_eps", type=in_range(0.0, above=True), default=1e-8, help="1e-6 halves a 7B model's updates")
     add("--weight_decay", type=in_range(0.0), default=0.0, help="of actor and critic")
     add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up")
     add("--lr_floor", type=in_range(0.0, 1.0), default=0.1, help="end of the cosine; 1.0: constant")
@@ -760,7 +756,7 @@ class RunFolder:
 def choose_run_folder(args, rank):
     """The RunFolder, the same on all ranks; UserError rather than overwriting anything."""
     name = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)  # the clocks of the ranks may be a second apart
+    dist.broadcast_object_list(name)  # the ranks' clocks may differ
     run = Path(name[0])
     if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
         raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
@@ -772,7 +768,7 @@ async def main(rank, world, device):
     if args.plan:
         return print_plan(args) if rank == 0 else None
     run = choose_run_folder(args, rank)
-    # Read all files before the warm start: a bad one should not be found minutes later.
+    # Before the warm start: a bad file should not be found minutes later.
     check_mesh(args.replicas, world)
     folder = run.path / "model"
     resumed = folder.is_dir() and args.resume
@@ -826,7 +822,7 @@ async def main(rank, world, device):
 
 
 async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin):
-    """From the step that `start` records to the last; begin: perf_counter() of the script."""
+    """From the step that `start` records on; begin: perf_counter() of the script's start."""
     args, rank, world = trainer.args, trainer.rank, trainer.world
     begin -= start["seconds"]  # of the runs that this one continues
 
@@ -871,7 +867,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})
     if rank == 0:
-        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: "near_limit" depends on load
+        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
         run.finish(trainer.sampler, tokenizer)
         print(f"{run.path}: done in {seconds_total:.0f} s")
 

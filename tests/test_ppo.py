@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -543,6 +544,43 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3
     assert len((tmp_path / "out.json.responses.jsonl").read_text().splitlines()) == 10
+
+
+def test_runs_of_different_settings_are_never_averaged_and_torn_files_are_named(runs, tmp_path):
+    """Guards against a mean over the tool and the text run, and a traceback for half a line."""
+    first, text = runs[0] / "first", tmp_path / "text"
+    shutil.copytree(first, text)
+    record = json.loads((text / "arguments.json").read_text())
+    record["arguments"] |= {"tools": "off", "seed": 5}
+    (text / "arguments.json").write_text(json.dumps(record))
+    tables = evaluation.runs_tables([first, runs[0] / "again", text])
+    assert tables.count("2 runs: mean") == tables.count("1 runs: mean") == 1
+    assert "--tools on\n" in tables and "--tools off\n" in tables and "--seed" not in tables
+    with open(text / "metrics.jsonl", "a") as file:
+        file.write('{"step": ')
+    with pytest.raises(UserError, match="--runs .*text: "):
+        evaluation.runs_tables([text])
+
+
+def test_rollouts_are_shown_by_step_and_verdict(runs):
+    """Guards against a viewer that reads its own format alone."""
+    file = str(runs[0] / "first" / "rollouts.jsonl")
+    wanted = dict(file=file, n=99, color="never", step=1, wrong=True, status="")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        sft.show_traces(SimpleNamespace(**wanted))
+    rows = [json.loads(line) for line in open(file)]
+    expected = sum(row["step"] == 1 and not row["correct"] for row in rows)
+    assert out.getvalue().count("(correct: False, reference") == expected > 0
+
+
+def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
+    """Guards against a warm start on texts without tags or answers."""
+    file = tmp_path / "traces.jsonl"
+    file.write_text('{"question": "1+1?", "response": "\\\\boxed{2}", "answer": "2"}\n'
+                    '{"question": "1+2?", "response": "It is 3.", "answer": "3"}\n')
+    with pytest.raises(UserError, match="traces.jsonl:2: no .*boxed.* answer in the response"):
+        sft.load_traces(str(file))
 
 
 def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path):
