@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -560,6 +561,24 @@ def test_runs_of_different_settings_are_never_averaged_and_torn_files_are_named(
         file.write('{"step": ')
     with pytest.raises(UserError, match="--runs .*text: "):
         evaluation.runs_tables([text])
+
+
+def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch):
+    """Guards against tracebacks for a table of nothing but sandbox errors, and for a disk that is full when
+    the finished model is written."""
+    async def only_failures(model, tokenizer, prompts, *arguments, **settings):
+        return [Trajectory(i, 0, [1], finish_reason="sandbox_error") for i in range(len(prompts))]
+
+    monkeypatch.setattr(evaluation, "sample_all", only_failures)
+    problems = [{"question": "1+1?", "answer": "2", "family": "sums"}] * 2
+    with pytest.raises(UserError, match="test: the sandbox failed in every response"):
+        asyncio.run(evaluation.evaluate(None, tokenizer, problems, "{question}", None, 0, 1, "test", 99))
+
+    def full(folder):
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(UserError, match="checkpoint cannot be written .*No space left.*disk full"):
+        ppo.RunFolder(tmp_path, 0).finish(SimpleNamespace(save_pretrained=full), tokenizer)
 
 
 def test_rollouts_are_shown_by_step_and_verdict(runs):
