@@ -22,7 +22,7 @@ import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rollout import CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, need_hub
+from rollout import CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, first_line, need_hub
 from sandbox import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def read_rows(source, split="train", config=None, keep_bad=False):
     except ImportError:
         raise UserError(f"{source}: needs the package datasets (pip install datasets)") from None
     except (OSError, ValueError) as error:  # unreachable, gated, damaged, ...
-        raise UserError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
 
 
 def load_problems(source):
