@@ -557,15 +557,6 @@ def embedded_rows(split, n, seed=0):
             for p in (embedded_problem(split, seed, i) for i in range(n))]
 
 
-def embedded_overlap(seed, n=2000):
-    """{split: problems, of n, that also occur among n training problems}; asserted to be 0."""
-    keys = {split: {(p.family, tuple(sorted(p.operands)))
-                    for p in (embedded_problem(split, seed, i) for i in range(n))} for split in SPLITS}
-    overlap = {split: len(keys["train"] & keys[split]) for split in SPLITS[1:]}
-    assert not any(overlap.values()), f"splits overlap: {overlap}"
-    return overlap
-
-
 # Failures as the sandbox prints them, for the tokenizer: else a traceback takes 200 tokens.
 ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
@@ -624,7 +615,6 @@ def main():
         for problem in problems[:args.n]:
             print(f"\n{problem['question']}\n-> {problem['answer']}")
         return
-    print(f"problems shared with the training split, of 2000 each: {embedded_overlap(args.seed)}\n")
     for problem in (embedded_problem("train", args.seed, index) for index in range(args.n)):
         print(f"{problem.family} {problem.operands}\n{problem.question}\n--- by hand\n{problem.by_hand}\n"
               f"--- with code, not yet run\n{problem.by_code}\n")

@@ -27,10 +27,9 @@ Of a step, means over its trainable tokens if nothing else is said: step, update
   explained_variance of the returns by the critic: 1 is perfect; grad_norm_actor, grad_norm_critic:
   before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic
   sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|
-  rollout_tokens_per_second (sampled), train_tokens_per_second, train_flops_utilisation (of a
-  matrix product measured at the start); seconds_rollout, seconds_score, seconds_update,
-  seconds_sync, seconds_checkpoint (the save before this step), tool_wait_seconds (no row could
-  be decoded), seconds_total (the run's last line)
+  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout,
+  seconds_score, seconds_update, seconds_sync, seconds_checkpoint (the save before this step),
+  tool_wait_seconds (no row could be decoded), seconds_total (the run's last line)
 """
 import argparse
 import ast
@@ -45,7 +44,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import traceback
 from collections import Counter
 from datetime import timedelta
@@ -165,13 +163,6 @@ def exact_value(text):
     fraction = Fraction(int(match["top"]), int(match["bottom"] or 1))
     value = (int(match["whole"] or 0) + fraction) * Fraction(10)**int(match["exponent"] or 0)
     return -value if match["sign"] else value
-
-
-def plain_number(text):
-    r"""The exact value, a Fraction, of a number as people write it: -1,234.5, $18.00, 2/3,
-    3\frac{1}{2}, 6 \times 10^{23}. None of anything else, and of 50\%, which is 50 or 1/2."""
-    text, unit = without_unit(one_spelling(text)) if len(text) <= MAX_LENGTH else ("", "")
-    return exact_value(text) if unit in ("", "dollar") else None
 
 
 def top_level_parts(text, separator):
@@ -529,36 +520,22 @@ def distributed():
 GOES_ON = ["the same command goes on"]  # printed after an interrupt; ppo.py replaces it
 
 
-@contextlib.contextmanager
-def at_once(rank):
-    """Ctrl-C and SIGTERM end the process at once; what is on the disk is whole or not there. A
-    thread does that: Python's own handlers wait until C code, such as a collective,
-    returns."""
-    signals, (read, write) = (signal.SIGINT, signal.SIGTERM), os.pipe()
-    os.set_blocking(write, False)
+def end_at_once(rank):
+    """Ctrl-C and SIGTERM end the process with one line; what is on the disk is whole or not there.
+    asyncio's own handler would wait for the next await."""
+    def handler(*_):
+        os.write(2, f"\ninterrupted: {GOES_ON[0]}\n".encode() if rank == 0 else b"")
+        os._exit(130)
 
-    def watch():
-        while number := os.read(read, 1):
-            if number[0] in signals:
-                os.write(2, f"\ninterrupted: {GOES_ON[0]}\n".encode() if rank == 0 else b"")
-                os._exit(130)
-
-    before = [signal.signal(number, lambda *_: None) for number in signals]
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        os.close(write)  # ends the thread
-        for number, handler in zip(signals, before):
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def run_script(main):
     """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
     try:
-        with distributed() as (rank, world, device), at_once(rank):
+        with distributed() as (rank, world, device):
+            end_at_once(rank)
             try:
                 asyncio.run(main(rank, world, device))
             except Exception as error:

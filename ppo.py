@@ -39,18 +39,16 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
 from eval import (GOES_ON, Help, add_format_arguments, add_rollout_arguments, add_trainer_arguments, all_sum,
                   at_least, check_mesh, check_positions, describe_trajectory, evaluate,
-                  evaluation_table, find_checkpoint, given, in_range, make_sandbox, markdown,
-                  mean, percent, rollout_metrics, rollout_settings, run_script, sample_all,
+                  evaluation_table, find_checkpoint, given, in_range, make_sandbox, mean,
+                  percent, rollout_metrics, rollout_settings, run_script, sample_all,
                   save_checkpoint, shard, sharding_settings, sync_weights, training_state,
                   zero_moments)
-from rollout import (DTYPES, LOGIT_BYTES, KVCache, Policy, collate, head_dim, load_config, load_model,
-                     load_tokenizer, make_example, pack)
+from rollout import Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
 from sft import cosine
 
@@ -166,29 +164,6 @@ class Critic(nn.Module):
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
-def forward_flops(backbone, lengths, head_tokens):
-    """Floating-point operations of a forward pass over sequences of these lengths: 2 per
-    parameter and token (of the vocabulary head: head_tokens), and causal attention, 2 n^2 per
-    query head and dimension. A backward pass costs twice that, not counting what is computed
-    again."""
-    config = backbone.config
-    layers = sum(p.numel() for p in backbone.layers.parameters())
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim(config)
-    return (2 * layers * sum(lengths) + 2 * attention * sum(n * n for n in lengths)
-            + 2 * config.hidden_size * config.vocab_size * head_tokens)
-
-
-def matmul_peak(device, dtype):
-    """Floating-point operations per second of a large matrix product, the best of three."""
-    n, best = 8192 if device.type == "cuda" else 512, math.inf
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    for _ in range(3):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best
-
-
 # Mean |log-probability difference| per token from which on it is a bug and not rounding
 TOLERANCE = {"fp32": 1e-4, "bf16": 1.5e-2}  # healthy: 5e-7, and 0.002 to 0.003
 ROW_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of one response
@@ -256,7 +231,6 @@ class Trainer:
         self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             zero_moments(optimizer)
-        self.peak = matmul_peak(device, DTYPES[args.dtype])
 
     def state(self):
         """All that a step changes, as tensors by name. No random state: prompts, noise,
@@ -414,7 +388,10 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     seconds = {name: after - before for name, before, after
                in zip(("rollout", "score", "update", "sync"), clock, clock[1:])}
     metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
-    return metrics | speed_metrics(trainer, trajectories, examples, seconds, step), trajectories
+    sampled, fed = (sum(map(sum, (t.loss_mask for t in trajectories))), sum(map(len, examples)))
+    metrics["rollout_tokens_per_second"] = sampled / seconds["rollout"]
+    metrics["train_tokens_per_second"] = fed / (seconds["score"] + seconds["update"])
+    return metrics, trajectories
 
 
 def trajectory_example(t, rewards):
@@ -444,91 +421,6 @@ def check_sampler(examples, dtype, step):
     assert mean < TOLERANCE[dtype] and row < ROW_TOLERANCE[dtype], (
         f"step {step}: the sampler's log-probabilities differ from the trainer's by {mean} on average, "
         f"by {row} in one response: were the weights synced?")
-
-
-def speed_metrics(trainer, trajectories, examples, seconds, step):
-    lengths = [len(e) for e in examples]
-    trainable = sum(e.loss_mask.sum().item() for e in examples)
-    train_seconds = seconds["score"] + seconds["update"]
-    # in forward passes: one in `score`, three in `update`, of the actor once it learns
-    actor_passes = 4 if step >= trainer.args.critic_warmup else 1
-    flops = (4 * forward_flops(trainer.critic.backbone, lengths, 0)
-             + actor_passes * forward_flops(trainer.sampler.model, lengths, trainable))
-    return {"rollout_tokens_per_second": sum(sum(t.loss_mask) for t in trajectories) / seconds["rollout"],
-            "train_tokens_per_second": sum(lengths) / train_seconds,
-            "train_flops_utilisation": flops / (train_seconds * trainer.peak * trainer.world)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Memory, before anything is loaded
-
-
-def plan(config, args, gpus, gib=math.inf):
-    """{part: GiB} on one of `gpus` GPUs of `gib` usable GiB each, "total", and "parameters" in
-    billions; an estimate for a model of this config, a critic of the same size and these
-    flags.
-
-    Sharded, at 8 bytes per parameter: fp32 weights and gradients of actor and critic, and
-    AdamW's moments ("optimiser"); the rest is whole on every GPU. Activations are those of one
-    micro-batch: per token and layer its input, and what its backward needs unless that is
-    computed again, about 10 hidden + 3 feed-forward sizes and 2 of queries, keys, values.
-    """
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    total, layer = count(lm), count(lm.model.layers[0])
-    size = torch.finfo(DTYPES[args.dtype]).bits // 8
-    tokens = args.max_prompt_tokens + args.max_response_tokens
-    inside = 10 * config.hidden_size + 3 * config.intermediate_size + 2 * head_dim(config) * (
-        config.num_attention_heads + 2 * config.num_key_value_heads)
-    layers_kept = 1 if args.activation_checkpointing else config.num_hidden_layers
-    per_token = config.num_hidden_layers * config.hidden_size + layers_kept * inside
-    on_gpu = 0 if args.cpu_offload else 8 * args.replicas / gpus
-    actor, critic = total, total - count(lm.lm_head) * (not config.tie_word_embeddings)
-    parts = {
-        "actor": on_gpu * actor,
-        "critic": on_gpu * critic,
-        "optimiser": on_gpu * (actor + critic),
-        # Weights and gradients of two layers and of what is no layer, fp32 while reduced.
-        "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
-        "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES,
-        "sampler": total * size,
-    }
-    parts = {name: value / 2**30 for name, value in parts.items()}
-    # n_slots or, where memory is short, fewer as in `generate`, but at least one
-    row = 2 * math.prod(KVCache.shape(config, 1, tokens)) * size / 2**30
-    room = min(args.kv_gib or math.inf, gib - sum(parts.values()))
-    parts["KV cache"] = row * max(1, int(min(args.n_slots, room / row)))
-    return {"parameters": total / 1e9} | parts | {"total": sum(parts.values())}
-
-
-def check_gpu(config, args, gib):
-    """UserError where the sampler's copy alone exceeds a GPU of `gib` GiB."""
-    size = plan(config, args, 1)["sampler"]
-    if size > gib:
-        raise UserError(f"--model {args.model}: the sampler's copy in {args.dtype} needs {size:.1f} GiB "
-                        f"on every GPU, this one has {gib:.1f} (see --plan)")
-
-
-def print_plan(args):
-    """Prints the plan for --plan; UserError where it does not fit. A tenth of the memory is
-    left to CUDA, NCCL and fragmentation."""
-    gpus, gib = args.plan
-    config = load_config(args.model) if args.model else sft.starting_point("")[0]
-    if gpus < 1 or gpus % args.replicas:
-        raise UserError(f"--replicas {args.replicas} does not divide {gpus} GPUs")
-    found, usable = plan(config, args, gpus, 0.9 * gib), 0.9 * gib
-    print(markdown(["GPUs of GiB", *found],
-                   [[f"{gpus} of {gib}", *(f"{value:.1f}" for value in found.values())]]))
-    if found["total"] > usable:
-        largest = max(list(found)[1:-1], key=found.get)
-        raise UserError(f"does not fit: {found['total']:.1f} GiB per GPU are needed, {usable:.1f} are "
-                        f"there; the largest part is {largest} with {found[largest]:.1f} GiB")
-    slots = found["KV cache"] / plan(config, args, gpus, 0)["KV cache"]
-    print(f"fits: {found['total']:.1f} of {usable:.1f} GiB per GPU, with {slots:.0f} slots; while loading "
-          f"{4e9 * found['parameters'] / 2**30:.0f} GiB of host memory per process\n"
-          f"disk: {24e9 * found['parameters'] / 2**30:.1f} GiB per checkpoint (weights and two moments of "
-          f"actor and critic), up to {args.keep_checkpoints + 1} at a time, in a folder that all nodes share")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -576,14 +468,12 @@ def parse_arguments(argv=None):
     add("--resume", default="",
         help="run folder to go on with, under its arguments except those given here")
     add("--export", default="", help="with --resume: only write its newest checkpoint here")
-    add("--plan", type=int, nargs=2, metavar=("GPUS", "GIB"), default=None,
-        help="only print what each of GPUS would hold")
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.preset:
-        parser.set_defaults(**PRESET)
+        parser.set_defaults(**{name: value for name, value in sft.PAPER.items() if name[:4] != "sft_"})
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
@@ -596,13 +486,6 @@ def parse_arguments(argv=None):
     return args
 
 
-# The paper's numbers or, where it is silent, those of public recipes
-PRESET = {"steps": 400, "prompts_per_step": 1024, "minibatches": 2, "max_calls": 8, "max_prompt_tokens": 2048,
-          "max_response_tokens": 16384, "token_budget": 18432, "actor_lr": 1e-6, "critic_lr": 2e-6,
-          "critic_warmup": 20, "lr_floor": 1.0, "rejoin_ticks": 0, "prompt_template": "retool",
-          "max_interpreter_tokens": 1024, "sandbox_timeout": 5.0, "eval_samples": 32, "eval_top_p": 0.7}
-
-
 def check_combinations(parser, args, flags):
     """parser.error for flags that contradict each other or do nothing. flags: those given."""
     if args.export and not args.resume:
@@ -610,9 +493,8 @@ def check_combinations(parser, args, flags):
     if args.resume and (idle := flags & {"run_dir", "model", "critic_model", "preset", "train_data"}):
         parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
     if args.model and not (args.resume or args.preset):
-        lengths = ["max_prompt_tokens", "max_response_tokens"]
-        rates = [] if args.plan else ["actor_lr", "critic_lr", "sandbox_timeout"]
-        sft.need_values(parser, flags, rates + lengths)
+        sft.need_values(parser, flags, ["actor_lr", "critic_lr", "sandbox_timeout", "max_prompt_tokens",
+                                        "max_response_tokens"])
     idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
@@ -765,8 +647,6 @@ def choose_run_folder(args, rank):
 
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
-    if args.plan:
-        return print_plan(args) if rank == 0 else None
     run = choose_run_folder(args, rank)
     # Before the warm start: a bad file should not be found minutes later.
     check_mesh(args.replicas, world)
@@ -776,8 +656,6 @@ async def main(rank, world, device):
     check_positions(config, args)
     if args.critic_model and load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
-    if device.type == "cuda":
-        check_gpu(config, args, torch.cuda.get_device_properties(device).total_memory / 2**30)
     template, sets = load_template(args.prompt_template), evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
     checkpoint, start = find_checkpoint(run.path / "checkpoints", rank) if args.resume else (None, None)

@@ -83,7 +83,6 @@ WALL_FACTOR = 10  # wall seconds for each second of a time limit, at most
 JUDGE_SECONDS = 1.0  # own time of a snippet of `equal`
 NICENESS = 10  # of snippets: the trainer comes first
 LOOK_SECONDS = 0.1  # how often the zygote looks at a snippet's threads and CPU time
-WATCH_SECONDS = 0.2  # how often the trainer looks at the zygote's state
 FROZEN_SECONDS = 30.0  # a zygote silent this long past a time limit, or at start, is replaced
 REQUEST = struct.Struct("=Qqd?")  # request id, seed, time limit, True to cancel
 REPLY = struct.Struct("=qibdddd")  # id, exit code, verdict, wall, CPU, MiB, own
@@ -207,14 +206,6 @@ WARM_UP = r"""
 1+2\sqrt{3} \frac{x}{2} (x+1)(x-2) (x+2)^{2} 2ab+c/2 [2,\infty) x\ge2 2<x\le3 \log_{2}3""".split()
 
 
-def is_running(process):
-    """False for a Popen that has ended or is stopped (SIGSTOP; on Linux)."""
-    if process.poll() is not None or not LINUX:
-        return process.returncode is None
-    with open(f"/proc/{process.pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] not in "TtZ"
-
-
 class Sandbox:
     """A pool of `workers` snippets at a time, for one event loop: `async with Sandbox() as s`.
 
@@ -245,10 +236,9 @@ class Sandbox:
         self.futures = {}  # request id -> future of its reply, or of the status of a lost one
         self.deaths, self.is_ready = 0, False  # zygotes since the last reply; this one's imports
         self.layers = {}  # what the zygote says about itself
-        self.closed, self.watch = False, None
+        self.closed = False
         self.layers_file = anonymous_file()
         try:
-            self._watch()
             self.report = await self._self_test()
         except BaseException:  # a cancellation too must not leave a process
             await self.__aexit__()
@@ -263,7 +253,6 @@ class Sandbox:
         if self.judge:
             await self.judge.__aexit__()
         self._stop(grace=5.0)
-        self.watch.cancel()
         self.layers_file.close()
 
     async def _self_test(self):
@@ -394,12 +383,6 @@ class Sandbox:
         with theirs:
             return subprocess.Popen([*command, json.dumps(config)], env=environment, cwd="/", pass_fds=fds,
                                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL), ours
-
-    def _watch(self):
-        """Every WATCH_SECONDS: end a zygote that is stopped."""
-        if self.socket is not None and not is_running(self.process):
-            self._stop(grace=0)
-        self.watch = self.loop.call_later(WATCH_SECONDS, self._watch)
 
     def _send(self, request_id, seed, timeout, cancel, fds):
         try:

@@ -55,8 +55,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from data import (LAYOUTS, boxed, contamination_keys, embedded_overlap, embedded_problem,
-                  embedded_tokenizer, encode_prompt, extract_answer, field_names, load_problems,
+from data import (LAYOUTS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
+                   extract_answer, field_names, load_problems,
                   load_template, question_words, read_row, read_rows, tool_call)
 from eval import (Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, check_mesh,
                   code_purpose, describe_error, find_checkpoint, given, in_range, is_equivalent,
@@ -696,7 +696,6 @@ async def cold_start_traces(args):
     record = {n: getattr(args, n) for n in ("sft_traces", "code_share", "sft_seed", "sandbox_timeout")}
     path = Path(args.warm_start_dir) / f"traces-{digest(record)}.json"
     if not path.exists():
-        print(f"problems shared with the training split, of 2000 each: {embedded_overlap(args.sft_seed)}")
         async with make_sandbox(args) as sandbox:
             with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
                 kept, counts = await embedded_traces(args.sft_traces, args.code_share, args.sft_seed, sandbox,
@@ -803,16 +802,17 @@ def add_warm_start_arguments(parser):
         help="finished warm starts are kept here under a hash and reused")
 
 
-# With a checkpoint of the reader's own these have no default: the embedded model's would train
-# it to nothing. The values are the paper's for 32B, or where it is silent those of public
-# recipes.
-PAPER = {"sft_lr": "1e-6", "sft_steps": "125 (2 epochs of 2,000 traces in batches of 32)", "actor_lr": "1e-6",
-         "critic_lr": "2e-6", "max_prompt_tokens": "2048", "max_response_tokens": "16384",
-         "sandbox_timeout": "5"}
+# The paper's numbers for 32B or, where it is silent, those of public recipes: `ppo.py --preset paper`
+PAPER = {"sft_lr": 1e-6, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6, "max_prompt_tokens": 2048,
+         "max_response_tokens": 16384, "sandbox_timeout": 5.0, "steps": 400, "prompts_per_step": 1024,
+         "minibatches": 2, "max_calls": 8, "token_budget": 18432, "critic_warmup": 20, "lr_floor": 1.0,
+         "rejoin_ticks": 0, "prompt_template": "retool", "max_interpreter_tokens": 1024, "eval_samples": 32,
+         "eval_top_p": 0.7}
 
 
 def need_values(parser, flags, names):
-    """The parser's error where one of the names is not among the given flags."""
+    """The parser's error where one of the names is not among the given flags: the embedded model's
+    defaults would train a pretrained one to nothing."""
     missing = [f"--{name} (paper: {PAPER[name]})" for name in names if name not in flags]
     if missing:
         parser.error("--model: the defaults are those of the embedded 0.6 M model; give "

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen2.5-7B-Instruct on one node of eight 80 GB cards: traces, warm start, PPO, evaluation. NOT RUN HERE: there is no GPU. By
-# `--plan`, which comes first, it fits with the states in host memory (32 bytes per parameter: 230 GiB).
+# `plan.py`, which comes first, it fits with the states in host memory (32 bytes per parameter: 230 GiB).
 #   bash runs/7b.sh            # each stage is kept: the same command goes on where it stopped
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ SHARED="--prompt_template retool --dtype bf16 --activation_checkpointing --cpu_o
   --max_interpreter_tokens 1024 --sandbox_timeout 5 --sandbox_workers 16"
 RL="--max_prompt_tokens 2048 --max_response_tokens 16384 --max_calls 8 --actor_lr 1e-6 --critic_lr 2e-6 --kv_gib 24"
 
-python ppo.py --plan 8 80 --model "$MODEL" $SHARED $RL
+python runs/plan.py 8 80 --model "$MODEL" $SHARED $RL
 mkdir -p "$OUT"
 [ -e "$OUT/traces.jsonl" ] || python sft.py curate --input "$TRACES" --output "$OUT/traces.jsonl" --tokenizer "$MODEL" \
   --decontaminate "$AIME24" "$AIME25"

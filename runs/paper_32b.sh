@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's setting as far as it is known (fill-ins of public recipes where it is silent). NOT RUN HERE: it needs a cluster.
-# It documents which flag is which number. By `python ppo.py --plan` it fits 16 GPUs of 141 GB with the states in host memory.
+# It documents which flag is which number. By `runs/plan.py` it fits 16 GPUs of 141 GB with the states in host memory.
 #   bash runs/paper_32b.sh --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -17,7 +17,7 @@ from conftest import decode
 import data
 import sft
 from data import UserError, embedded_problem, extract_answer, load_problems
-from eval import plain_number
+from eval import exact_value, one_spelling
 from rollout import encode_text, load_tokenizer
 
 ROOT = Path(data.__file__).parent
@@ -348,4 +348,4 @@ def test_unreadable_files_are_one_line_errors(tmp_path):
 def test_public_files_load_with_short_answers(name, rows):
     """Guards against a layout that changed, or one read wrongly."""
     problems = load_problems(REAL / f"{name}.jsonl")
-    assert len(problems) == rows and all(plain_number(p["answer"]) is not None for p in problems)
+    assert len(problems) == rows and all(exact_value(one_spelling(p["answer"])) is not None for p in problems)

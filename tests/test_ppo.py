@@ -24,7 +24,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import bench_rollout
@@ -253,7 +252,7 @@ def run_here(*flags, script=ppo):
 
 def metrics_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "per_second", "utilisation")
+    timings = ("seconds", "per_second")
     return [{k: v for k, v in row.items() if not any(word in k for word in timings)} for row in rows]
 
 
@@ -385,28 +384,29 @@ QWEN_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads":
             "intermediate_size": 27648, "vocab_size": 152064, "tie_word_embeddings": False}
 
 
-def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
+def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path):
     """Guards against an out-of-memory error after an hour, and against a plan that forgets the critic."""
     Qwen2Config(**QWEN_32B, max_position_embeddings=32768).save_pretrained(tmp_path)
-    flags = ["--model", str(tmp_path), "--dtype", "bf16", "--activation_checkpointing", "--n_slots", "8",
-             "--max_prompt_tokens", "2048", "--max_response_tokens", "6144"]
-    args = ppo.parse_arguments(flags + ["--plan", "16", "141"])
-    found = ppo.plan(rollout.load_config(args.model), args, 16)
+
+    def plan(*flags):
+        command = [sys.executable, ROOT / "runs" / "plan.py", *flags, "--model", tmp_path, "--dtype", "bf16",
+                   "--activation_checkpointing", "--preset", "paper", "--n_slots", "8", "--max_response_tokens", "6144"]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+    result = plan(16, 141)
+    header, _, row = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()]
+    found = {name: float(value) for name, value in zip(header[1:], row[1:])}
     assert found["parameters"] == pytest.approx(32.8, abs=0.1)  # as published
     assert found["sampler"] == pytest.approx(2 * 32.76e9 / 2**30, rel=0.01)
-    assert found["actor"] == pytest.approx(found["sampler"] * 4 / 16, rel=1e-6)
-    assert found["optimiser"] == pytest.approx(found["actor"] + found["critic"])
+    assert found["actor"] == pytest.approx(found["sampler"] * 4 / 16, rel=0.01)
+    assert found["optimiser"] == pytest.approx(found["actor"] + found["critic"], abs=0.11)
     assert found["KV cache"] == pytest.approx(8 * 8192 * 256 / 2**20)  # 256 KiB per token
-    assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
-    with pytest.raises(UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
-        ppo.print_plan(args)
-    with pytest.raises(UserError, match="copy in bf16 needs 61.0 GiB on every GPU, this one has"):
-        ppo.check_gpu(rollout.load_config(args.model), args, 47.5)
-    ppo.check_gpu(rollout.load_config(args.model), args, 79.0)
-    ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "16", "141", "--cpu_offload"]))
-    assert "fits: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not divide 8 GPUs"):
-        ppo.print_plan(ppo.parse_arguments(flags + ["--plan", "8", "141", "--replicas", "3"]))
+    assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]), abs=0.5)
+    assert result.returncode == 1 and "does not fit: " in result.stderr
+    assert "the largest part is sampler with 61.0 GiB" in result.stderr
+    fits, uneven = plan(16, 141, "--cpu_offload"), plan(8, 141, "--replicas", "3")
+    assert fits.returncode == 0 and "fits: " in fits.stdout
+    assert uneven.returncode == 1 and "does not divide 8 GPUs" in uneven.stderr
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
@@ -520,17 +520,6 @@ def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, ar
                        packing=Packing([8], "cpu")).logits
     assert torch.equal(plain(ids[None], attn_implementation="sdpa").logits.argmax(-1), ours_logits.argmax(-1))
     assert plain.generate(ids[None], max_new_tokens=3, do_sample=False).shape[1] > 8
-
-
-def test_counted_operations_are_those_that_torch_counts(tokenizer):
-    """Guards against a utilisation that is measured against the wrong work."""
-    config = CONFIGS["qwen3"](vocab_size=500, hidden_size=64, num_hidden_layers=2, intermediate_size=96)
-    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with FlopCounterMode(display=False) as counter:
-        lm(torch.arange(50)[None])
-    square = 2 * 2 * 6 * 16 * 50**2  # eager attention computes the masked half as well
-    counted = ppo.forward_flops(lm.model, [50], 50) + square
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):

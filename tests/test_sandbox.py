@@ -327,25 +327,9 @@ def test_a_pool_that_keeps_dying_ends_the_run_with_one_line(monkeypatch):
 
 
 @linux_only
-def test_stopped_zygote_is_replaced():
-    """A stopped zygote closes nothing: it must be found out."""
-    async def main():
-        async with Sandbox(timeout=5.0) as sandbox:
-            first = sandbox.process.pid
-            task = asyncio.create_task(sandbox.run("import time; time.sleep(1); print('thawed')"))
-            await until(lambda: children(first))
-            os.kill(first, signal.SIGSTOP)
-            result = await task
-            assert sandbox.process.pid != first
-            return result
-    assert asyncio.run(main()).output == "thawed\n"
-
-
-@linux_only
 def test_silent_zygote_is_replaced(monkeypatch):
-    """A zygote that hangs is not stopped: only its silence tells."""
+    """A stopped or hanging zygote closes nothing: only its silence tells."""
     monkeypatch.setattr("sandbox.FROZEN_SECONDS", 1.5)
-    monkeypatch.setattr("sandbox.is_running", lambda process: True)
     async def main():
         async with Sandbox(timeout=0.1) as sandbox:
             os.kill(sandbox.process.pid, signal.SIGSTOP)
