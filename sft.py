@@ -813,7 +813,7 @@ PAPER = {"sft_lr": 1e-6, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6, 
 def need_values(parser, flags, names):
     """The parser's error where one of the names is not among the given flags: the embedded model's
     defaults would train a pretrained one to nothing."""
-    missing = [f"--{name} (paper: {PAPER[name]})" for name in names if name not in flags]
+    missing = [f"--{name} (paper: {PAPER[name]:g})" for name in names if name not in flags]
     if missing:
         parser.error("--model: the defaults are those of the embedded 0.6 M model; give "
                      + ", ".join(missing))
