@@ -203,8 +203,8 @@ class KVCache:
 
 class Packing:
     """A flat stream of N sequences with so many new tokens (lengths), described once for all
-    layers. With a cache, slots[i] holds the past of sequence i, and single-token rows come
-    first: they are decoded together."""
+    layers. With a cache, slots[i] holds the past of sequence i, and lengths ascend: single-token
+    rows are decoded together, the others attend in groups of about equal length."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths, self.cache, self.slots = lengths, cache, slots
@@ -214,8 +214,8 @@ class Packing:
         self.last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)  # (N,) last token of each
         if cache is None:
             return
+        assert lengths == sorted(lengths), "shorter rows must come first"
         self.n_decode = n = bisect.bisect_right(lengths, 1)
-        assert all(length > 1 for length in lengths[n:]), "single-token rows must come first"
         self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
         if n:
             # A view of all slots up to the highest used: gathering them would copy the cache
@@ -227,6 +227,17 @@ class Packing:
             hidden = np.arange(self.longest)[None] >= seen[:, None]  # (slots in view, longest)
             bias = np.where(hidden, -np.inf, 0.0)[:, None, None]
             self.bias = torch.from_numpy(bias).to(device=device, dtype=cache.k.dtype)
+        self.groups = []  # (slots (n,), token indices (n, new), mask (n, 1, new, keys))
+        begins = np.cumsum(lengths) - lengths
+        for _, rows in itertools.groupby(range(n, len(lengths)), lambda i: lengths[i].bit_length()):
+            rows = list(rows)
+            own = np.array([lengths[i] for i in rows])[:, None]  # (n, 1)
+            # padded to less than twice its length, a row repeats its last token
+            index = begins[rows][:, None] + np.minimum(np.arange(own.max()), own - 1)  # (n, new)
+            at = positions[index]
+            mask = np.arange(at.max() + 1) <= at[:, None, :, None]  # (n, 1, new, keys)
+            self.groups.append([torch.from_numpy(x).to(device)
+                                for x in (np.array([slots[i] for i in rows]), index, mask)])
 
 
 def flash_attention(q, k, v, last, longest, scale):
@@ -262,7 +273,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
     if packing.n_decode:
         out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scaling)
-    several_tokens_each(out, q, k_cache, v_cache, packing, scaling)
+    for slots, index, mask in packing.groups:  # prompts, and rows that resume with interpreter text
+        keys, values = (x[slots, :, :mask.shape[-1]] for x in (k_cache, v_cache))  # (n, K, keys, D)
+        out[index] = F.scaled_dot_product_attention(
+            q[:, index].transpose(0, 1), keys, values, attn_mask=mask, scale=scaling,
+            enable_gqa=q.shape[0] != k.shape[0]).transpose(1, 2)  # (n, new, H, D)
     return out[None], None
 
 
@@ -283,27 +298,8 @@ def one_token_each(q, k_cache, v_cache, packing, scale):
     grouped[packing.decode_slots] = q[:, :n].transpose(0, 1)
     grouped = grouped.view(n_view, heads, -1, q.shape[2])  # (slots, K, H/K, D)
     keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
-    # Written out: on CPU twice as fast as the fused kernel. In fp32: the trainer's kernel does not
-    # round scores to bf16.
-    scores = at_least_fp32(grouped) @ at_least_fp32(keys).transpose(-1, -2) * scale
-    probs = torch.softmax(scores + packing.bias, -1)  # (slots, K, H/K, longest)
-    decoded = probs.to(values.dtype) @ values
+    decoded = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=packing.bias, scale=scale)
     return decoded.reshape(n_view, *q.shape[::2])[packing.decode_slots]
-
-
-def several_tokens_each(out, q, k_cache, v_cache, packing, scale):
-    """Prompts, and rows that resume with interpreter text; writes into out (T, H, D)."""
-    n = begin = packing.n_decode
-    for slot, past, new in zip(packing.slots[n:], packing.past[n:], packing.lengths[n:]):
-        total = past + new
-        # A prompt is plainly causal; a resumed row also sees all of its past.
-        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(past) if past else None
-        attended = F.scaled_dot_product_attention(
-            q[None, :, begin:begin + new], k_cache[slot, None, :, :total],
-            v_cache[slot, None, :, :total], attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=q.shape[0] != k_cache.shape[1])
-        out[begin:begin + new] = attended[0].transpose(0, 1)
-        begin += new
 
 
 AttentionInterface.register("retool", packed_attention)
@@ -446,8 +442,8 @@ def use_packed_attention(model, name):
                              position_ids=packing.position_ids[None]).last_hidden_state[0]
         packed = model.lm_head(hidden)
         cache = KVCache(model.config, 2, 17, packed.dtype, model.device)
-        forward_step(model, cache, [0, 1], [first[:11].tolist(), second[:9].tolist()])
-        cached = forward_step(model, cache, [0, 1], [first[11:].tolist(), second[9:].tolist()])
+        forward_step(model, cache, [0, 1], [first[:9].tolist(), second[:11].tolist()])
+        cached = forward_step(model, cache, [0, 1], [first[9:].tolist(), second[11:].tolist()])
         list(model.model.layers)  # what the trainers shard
     except UserError as error:
         raise UserError(f"{refused}: {error}") from None
@@ -726,8 +722,8 @@ class Engine:
                 leaders, followers = self.admit()
                 if not self.queue:  # else free slots are refilled
                     self.compact()
-                # decoding rows first, as Packing wants them
-                rows = sorted(self.active + leaders, key=lambda row: len(row.pending) > 1)
+                # shorter ones first, as Packing wants them
+                rows = sorted(self.active + leaders, key=lambda row: len(row.pending))
                 if rows or followers:
                     self.active = []
                     self.step(rows, leaders, followers)
