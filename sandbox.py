@@ -81,7 +81,6 @@ MAX_DEATHS = 10  # of zygotes, without a finished snippet in between
 MAX_IN_FLIGHT = 128  # requests inside the zygote: 2 descriptors each, well below 1024
 WALL_FACTOR = 10  # wall seconds for each second of a time limit, at most
 JUDGE_SECONDS = 1.0  # own time of a snippet of `equal`
-NICENESS = 10  # of snippets: the trainer comes first
 LOOK_SECONDS = 0.1  # how often the zygote looks at a snippet's threads and CPU time
 FROZEN_SECONDS = 30.0  # a zygote silent this long past a time limit, or at start, is replaced
 REQUEST = struct.Struct("=Qqd?")  # request id, seed, time limit, True to cancel
@@ -467,8 +466,8 @@ def zygote_main(sock, layers_fd, config):
     global LIBC, PROC
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
-    # A process group of its own: Ctrl-C in the trainer's terminal must not reach it. Not a
-    # session: under the kernel's autogroups niceness counts only within one.
+    # A process group of its own: Ctrl-C in the trainer's terminal must not reach it. Not niced
+    # (tests/bench_sandbox.py --load): beside two busy cores niced snippets fell to a quarter.
     os.setpgid(0, 0)
     die_with_parent(config["trainer_pid"])
     # 1024 is few for many workers; with "unlimited", closerange() crawls on an old kernel.
@@ -816,7 +815,6 @@ def confine(config):
     ValueError."""
     os.setpgid(0, 0)  # killed as a whole, where there can be a whole
     die_with_parent(config["zygote_pid"])
-    os.nice(NICENESS)
     # An open file of its own: the flags of the zygote's stdin are shared by all its children.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "landlock" in config:

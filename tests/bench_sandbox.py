@@ -1,4 +1,5 @@
 """Speed of sandbox.py against two twins, in turns on one core. Run: python tests/bench_sandbox.py
+With --load instead: idle, and beside processes that keep one core, then two cores, busy.
 
     a fresh interpreter, which imports numpy and sympy for each snippet: what the zygote saves
     a bare fork of the same prepared process, which does nothing: what the walls cost
@@ -6,6 +7,7 @@
 import asyncio
 import gc
 import os
+import select
 import subprocess
 import sys
 import time
@@ -94,8 +96,59 @@ async def benchmark(rounds=10, n=50):
           f"  {confined / bare:.2f} times a bare fork of the same prepared process ({bare:.0f})")
 
 
+def busy_main():
+    """A trainer's stand-in: work in pieces of about a millisecond; prints how many when stdin closes."""
+    pieces = 0
+    while not select.select([0], [], [], 0)[0]:
+        sum(range(30_000))
+        pieces += 1
+    print(pieces)
+
+
+async def under_load(seconds=5.0, code="print(1 + 1)"):
+    """Snippets per second, two at a time, beside 0, 1 and 2 busy processes on two cores, and what those lose:
+    pieces of work that they did not do, as seconds of a core, against the snippets' CPU seconds."""
+    if LINUX:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+
+    def own_cpu():
+        """CPU seconds of this process and of the zygote, which pays for the forks."""
+        ticks = Path("/proc", str(sandbox.process.pid), "stat").read_text().rpartition(")")[2].split()[11:13]
+        return time.process_time() + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+    async def measure(busy, snippets):
+        command = [sys.executable, os.path.abspath(__file__), "--busy"]
+        trainers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                    for _ in range(busy)]
+        results, begin, before = [], time.monotonic(), own_cpu()
+
+        async def worker():
+            while time.monotonic() - begin < seconds:
+                results.append(await sandbox.run(code))
+
+        await asyncio.gather(*[worker() for _ in range(4)] if snippets else [asyncio.sleep(seconds)])
+        assert {r.status for r in results} <= {"ok"}
+        cpu = sum(r.cpu_seconds for r in results) + own_cpu() - before
+        return (len(results) / (time.monotonic() - begin), cpu,
+                sum(int(trainer.communicate()[0]) for trainer in trainers))
+
+    async with Sandbox(timeout=0.5) as sandbox:
+        idle, _, _ = await measure(0, True)
+        print(f"{code}, two at a time on two cores, idle: {idle:.0f} per second")
+        for busy in (1, 2):
+            _, _, alone = await measure(busy, False)
+            rate, cpu, beside = await measure(busy, True)
+            print(f"  beside {busy} busy: {rate:.0f} per second, {rate / idle:.2f} of idle; the busy lose "
+                  f"{100 * (1 - beside / alone):.0f} % of their work, {seconds * busy * (1 - beside / alone):.1f} s "
+                  f"of a core, while snippets, zygote and caller use {cpu:.1f} s of CPU", flush=True)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--bare_fork"]:
+    if sys.argv[1:] == ["--busy"]:
+        busy_main()
+    elif sys.argv[1:] == ["--load"]:
+        asyncio.run(under_load())
+    elif sys.argv[1:] == ["--bare_fork"]:
         bare_fork_main()
     else:
         asyncio.run(benchmark())
