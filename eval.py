@@ -709,7 +709,7 @@ def sync_weights(policy, plain):
 
 
 def zero_moments(optimizer):
-    """Give AdamW the moments it would make at its first step. Without them the helpers of
+    """Give an AdamW the moments it would make at its first step. Without them the helpers of
     torch take a real step to make them when saving, and saving would change the run."""
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -717,14 +717,15 @@ def zero_moments(optimizer):
                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def training_state(name, module, optimizer):
-    """Every tensor that a step changes, by name: sharded weights and AdamW's moments. Loading
-    writes into them in place."""
+def training_state(name, module, *optimizers):
+    """Every tensor that a step changes, by name: sharded weights and the optimisers' moments.
+    Loading writes into them in place."""
     module.reshard()  # after a forward without backward the root's weights are still gathered
     state = {}
     for key, p in module.named_parameters():
         state[f"{name}.{key}"] = p.detach()
-        state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state[p].items()}
+        for optimizer in optimizers:
+            state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state.get(p, {}).items()}
     return state
 
 

@@ -52,6 +52,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -629,15 +630,48 @@ def batches(n, batch_size, seed):
         order = order[batch_size:]
 
 
-def train(policy, examples, held_out, steps, batch_size, lr, warmup, seed, token_budget, rank, world, device,
-          file, checkpoints, save_every):
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonalised momentum of each matrix (Jordan et al. 2024, kellerjordan.github.io/
+    posts/muon): all its directions move alike, also those with small gradients. Half the steps
+    of AdamW here. In fp32: torch.optim.Muon works in bf16, which many CPUs only emulate."""
+
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for p in group["params"]:
+            average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            whole = p.grad.lerp(average, group["momentum"]).full_tensor()  # the same on every rank
+            update = orthogonalise(whole) * max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5
+            p.sub_(group["lr"] * distribute_tensor(update, p.device_mesh, p.placements))
+
+
+def orthogonalise(x):
+    """U V^T of x = U S V^T, about: five Newton-Schulz steps bring singular values to 0.7-1.2."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalise(x.T).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, seed, token_budget, rank, world,
+          device, file, checkpoints, save_every):
     """Train the sharded policy on a list of Example, from the newest checkpoint in the folder
     `checkpoints` if there is one; a line of metrics goes to `file` every tenth step. Returns
     the final metrics, on held_out and on as many examples."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
-                                  fused=True)
-    zero_moments(optimizer)
-    state = training_state("policy", policy, optimizer)
+    matrices = [p for p in policy.lm.model.layers.parameters() if p.ndim == 2 and muon_lr]
+    others = [p for p in policy.parameters() if all(p is not matrix for matrix in matrices)]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    zero_moments(adamw)
+    optimizers = {adamw: lr} | ({Muon(matrices, muon_lr): muon_lr} if matrices else {})  # -> peak rate
+    state = training_state("policy", policy, *optimizers)
     path, record = find_checkpoint(checkpoints, rank)
     if path:
         dcp.load(state, checkpoint_id=path)
@@ -649,14 +683,15 @@ def train(policy, examples, held_out, steps, batch_size, lr, warmup, seed, token
     bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
     for step in bar:
         batch = [examples[i] for i in next(order)]
-        for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps, warmup)
+        for optimizer, peak in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * cosine(step, steps, warmup)
         loss = batch_loss(policy, batch, token_budget, rank, world, device, backward=True)
         norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
         if not math.isfinite(loss + norm):
             raise FloatingPointError(f"warm start step {step}: loss {loss}, gradient norm {norm}")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         tokens += sum(len(e) for e in batch)
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
@@ -665,7 +700,7 @@ def train(policy, examples, held_out, steps, batch_size, lr, warmup, seed, token
                 "tokens_per_second": tokens / (time.perf_counter() - begin)}) + "\n")
         if (step + 1) % save_every == 0 and step + 1 < steps:
             file.flush()
-            save_checkpoint(checkpoints, training_state("policy", policy, optimizer),
+            save_checkpoint(checkpoints, training_state("policy", policy, *optimizers),
                             {"step": step + 1, "bytes": os.fstat(file.fileno()).st_size}, 1, rank)
     seen, unseen = (batch_loss(policy, batch, token_budget, rank, world, device)
                     for batch in (examples[:len(held_out)], held_out))
@@ -683,8 +718,8 @@ def digest(*records):
 
 def warm_start_key(args, traces=None):
     """Hash of all that decides the result. The number of ranks only changes rounding."""
-    names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_warmup",
-             "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout")
+    names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_muon_lr",
+             "sft_warmup", "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
                for file in sorted(Path(args.model).glob("*"))] if args.model else []
     return digest({n: getattr(args, n) for n in names}, weights, load_template(args.prompt_template), traces)
@@ -767,7 +802,7 @@ def train_on_traces(traces, held_out, args, folder, rank, world, device):
     shard(policy, policy.lm, **sharding_settings(args))
     with open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a") as file:
         metrics = train(policy, examples, fresh, args.sft_steps, args.sft_batch_size, args.sft_lr,
-                        args.sft_warmup, args.sft_seed, args.token_budget, rank, world, device, file,
+                        args.sft_muon_lr, args.sft_warmup, args.sft_seed, args.token_budget, rank, world, device, file,
                         folder / "checkpoints", args.sft_save_every)
         file.write(json.dumps(metrics) + "\n")
     sync_weights(policy, plain)
@@ -794,6 +829,8 @@ def add_warm_start_arguments(parser):
     add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=in_range(0.0), default=2e-3,
         help="peak learning rate of AdamW, cosine to zero; paper 1e-6 (32B)")
+    add("--sft_muon_lr", type=in_range(0.0), default=0.03,
+        help="of Muon, which trains the layers' matrices; 0: AdamW trains all, as the paper's")
     add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
     add("--sft_save_every", type=at_least(1), default=400,
         help="steps between checkpoints; the same command goes on from the last")
@@ -803,7 +840,7 @@ def add_warm_start_arguments(parser):
 
 
 # The paper's numbers for 32B or, where it is silent, those of public recipes: `ppo.py --preset paper`
-PAPER = {"sft_lr": 1e-6, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6, "max_prompt_tokens": 2048,
+PAPER = {"sft_lr": 1e-6, "sft_muon_lr": 0, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6, "max_prompt_tokens": 2048,
          "max_response_tokens": 16384, "sandbox_timeout": 5.0, "steps": 400, "prompts_per_step": 1024,
          "minibatches": 2, "max_calls": 8, "token_budget": 18432, "critic_warmup": 20, "lr_floor": 1.0,
          "rejoin_ticks": 0, "prompt_template": "retool", "max_interpreter_tokens": 1024, "eval_samples": 32,
@@ -833,7 +870,7 @@ async def main(rank, world, device):
                         help="JSONL, parquet or hub id of verified traces; empty: the embedded ones")
     args = parser.parse_args()
     if args.model:
-        need_values(parser, given(None), ["sft_lr", "sft_steps"])
+        need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
         if not args.traces:
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
     check_warm_start(parser, args)

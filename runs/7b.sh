@@ -20,7 +20,7 @@ mkdir -p "$OUT"
 [ -e "$OUT/traces.jsonl" ] || python sft.py curate --input "$TRACES" --output "$OUT/traces.jsonl" --tokenizer "$MODEL" \
   --decontaminate "$AIME24" "$AIME25"
 [ -e "$OUT/warm_start" ] || { torchrun --nproc_per_node 8 sft.py --model "$MODEL" --traces "$OUT/traces.jsonl" $SHARED \
-  --sft_lr 1e-5 --sft_steps 125 --sft_batch_size 32 --sft_warmup 10 --warm_start_dir "$OUT/sft" | tee "$OUT/sft.log"
+  --sft_lr 1e-5 --sft_muon_lr 0 --sft_steps 125 --sft_batch_size 32 --sft_warmup 10 --warm_start_dir "$OUT/sft" | tee "$OUT/sft.log"
   ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/sft.log" | xargs realpath)" "$OUT/warm_start"; }
 if [ -d "$OUT/ppo/checkpoints" ]; then
   torchrun --nproc_per_node 8 ppo.py --resume "$OUT/ppo"

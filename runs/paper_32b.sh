@@ -12,7 +12,7 @@ COMMON="--prompt_template retool --max_interpreter_tokens 1024 --sandbox_workers
   --dtype bf16 --activation_checkpointing --cpu_offload --replicas ${REPLICAS:-1}"
 if [ -z "$WARM_START" ]; then
   torchrun "$@" sft.py --model "$MODEL" --traces "$TRACES" $COMMON \
-    --sft_batch_size 32 --sft_steps 125 --sft_lr 1e-6 --warm_start_dir out/paper_32b_sft
+    --sft_batch_size 32 --sft_steps 125 --sft_lr 1e-6 --sft_muon_lr 0 --warm_start_dir out/paper_32b_sft
   echo "now with WARM_START=<the folder printed above>" && exit
 fi
 torchrun "$@" ppo.py --model "$WARM_START" --train_data "$DATA" $COMMON \

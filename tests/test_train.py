@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -217,3 +219,28 @@ def test_eos_is_trained_and_pad_is_another_token():
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     ids, mask = encode_response(tokenizer, "It is 4.\n<answer>\\boxed{4}</answer>", 64)
     assert ids[-1] == tokenizer.eos_token_id and mask[-1] == 1
+
+
+def test_muon_steps_as_torch_does_and_along_the_singular_vectors():
+    """Guards against momentum, Nesterov's look-ahead or the scale of tall matrices lost on the way to fp32 and to
+    shards; torch's own, in bf16, differs by its rounding."""
+    torch.manual_seed(0)
+    start = [torch.randn(24, 8), torch.randn(8, 24), torch.randn(16, 16)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(4)]
+    with evaluation.distributed():
+        mesh = init_device_mesh("cpu", (1,))
+        ours = [torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in start]
+        theirs = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizers = [sft.Muon(ours, 0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)]
+        for step in gradients:
+            for p, q, gradient in zip(ours, theirs, step):
+                p.grad, q.grad = distribute_tensor(gradient, mesh, [Shard(0)]), gradient.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q, before in zip(ours, theirs, start):
+            moved = (q - before).norm()
+            assert (p.full_tensor() - q).norm() < 0.02 * moved
+    u, s, v = torch.linalg.svd(gradients[0][0], full_matrices=False)
+    rotated = u.T @ sft.orthogonalise(gradients[0][0]) @ v.T
+    assert 0.6 < rotated.diag().min() and rotated.diag().max() < 1.3
+    assert (rotated - rotated.diag().diag()).abs().max() < 1e-4
