@@ -3,6 +3,7 @@
     python tests/bench_rollout.py                # the embedded model, random weights
     python tests/bench_rollout.py --model DIR    # a checkpoint, on a GPU if there is one
     python tests/bench_rollout.py --slow_tools   # do snippets that sleep hold up a rollout?
+    python tests/bench_rollout.py --plain        # text without tools against plain `generate`; operations per tick
 """
 import argparse
 import asyncio
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sft  # noqa: E402
 from data import embedded_problem, encode_prompt  # noqa: E402
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, KVCache, Pieces, encode_interpreter,  # noqa: E402
-                     encode_text, find_snippet, generate, load_model, split_segments, strip_fence)
+                     encode_text, find_snippet, forward_step, generate, load_model, sample, split_segments,
+                     strip_fence)
 from sandbox import Sandbox, SandboxResult, UserError  # noqa: E402
 
 
@@ -169,6 +172,49 @@ async def slow_tools(model, tokenizer, rows=128, repeats=3):
     print(f"snippets that sleep 0.5 s: {ratio:.2f} times the wall time of instant ones")
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher; views cost a GPU nothing."""
+    VIEWS = set("alias as_strided detach expand permute select slice split squeeze t transpose unsqueeze view".split())
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.kernels += function.overloadpacket.__name__ not in self.VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def plain(ours, twin, tokenizer, tokens=64, repeats=5):
+    """Text without tools, `tokens` each, against Hugging Face `generate` on the same prompts, in turns: prints the
+    ratio of the medians, then what one tick of decoding asks of the device."""
+    rng = np.random.default_rng(0)
+    ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    never_end = lambda ids, scores: scores.index_fill(1, torch.tensor(tokenizer.eos_token_id), -torch.inf)  # noqa: E731
+    for rows in (1, 8, 64, 256):
+        prompts, seconds = rng.choice(ordinary, (rows, 32)).tolist(), {"ours": [], "generate": []}
+        for _ in range(repeats if rows > 8 else 3 * repeats):
+            begin = time.perf_counter()
+            asyncio.run(generate(ours, tokenizer, prompts, None, tools=False, n_slots=rows,
+                                 max_response_tokens=tokens,
+                                 logits_processor=lambda logits, _: never_end(None, logits)))
+            middle = time.perf_counter()
+            with torch.inference_mode():
+                twin.generate(torch.tensor(prompts), attention_mask=torch.ones(rows, 32), do_sample=True, top_k=0,
+                              max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)
+            seconds["ours"].append(middle - begin)
+            seconds["generate"].append(time.perf_counter() - middle)
+        rates = {name: rows * tokens / np.median(found) for name, found in seconds.items()}
+        print(f"{rows:4d} rows: {rates['ours']:7.0f} tokens/s, generate {rates['generate']:7.0f}: "
+              f"{rates['ours'] / rates['generate']:.2f} times", flush=True)
+    cache = KVCache(ours.config, 64, 64, ours.dtype, ours.device)
+    forward_step(ours, cache, list(range(64)), prompts[:64])
+    with Operations() as counted:
+        sample(forward_step(ours, cache, list(range(64)), [[7]] * 64), torch.zeros(64), 1.0, 1.0)
+    layers = ours.config.num_hidden_layers
+    print(f"operations of a decoding tick, views aside, {layers} layers: {counted.kernels}")
+
+
 def copy_bandwidth(device):
     """Bytes per second that the device reads and writes when it copies a large tensor; the best of five."""
     source = torch.zeros((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
@@ -268,6 +314,7 @@ def main():
                         help="tried for both engines")
     parser.add_argument("--slow_tools", action="store_true",
                         help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
+    parser.add_argument("--plain", action="store_true", help="instead: text without tools against `generate`")
     args = parser.parse_args()
     if args.dtype != "fp32" and not args.model:
         parser.error("--dtype bf16 needs --model")
@@ -286,6 +333,8 @@ def main():
     # a copy of the configuration: transformers would write "sdpa" into the one of `ours` as well
     twin = type(ours)._from_config(copy.deepcopy(ours.config), attn_implementation="sdpa", dtype=ours.dtype)
     twin.to(device).eval().load_state_dict(ours.state_dict())
+    if args.plain:
+        return plain(ours, twin, tokenizer)
     asyncio.run(benchmark(ours, twin, tokenizer, args))
 
 
