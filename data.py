@@ -289,7 +289,7 @@ def addition(draw):
 
 
 def larger(draw):
-    a, b = draw(100, 9999), draw(100, 9999)
+    a, b = draw(10, 2999999), draw(10, 2999999)
     phrasings = ["Which is larger, {0} or {1}?", "Of the numbers {0} and {1}, give the greater one.",
                  "Two towns have {0} and {1} inhabitants. How many live in the larger town?"]
     answer = max(a, b)
@@ -298,14 +298,14 @@ def larger(draw):
 
 
 def last_digit(draw):
-    n = draw(100, 99999)
+    n = draw(100, 2999999)
     phrasings = ["What is the last digit of {0}?", "Give the units digit of {0}.",
                  "Which digit does {0} end in?"]
     return (n,), phrasings, f"It ends in {n % 10}.", tool_call(f"print({n}%10)", n % 10), n % 10
 
 
 def power_remainder(draw):
-    a, b, m = draw(3, 999), draw(4, 10), draw(11, 999)
+    a, b, m = draw(3, 999), draw(3, 15), draw(11, 999)
     phrasings = ["Find the remainder when {0}^{1} is divided by {2}.",
                  "What is {0} to the power {1} modulo {2}?", "Divide {0}^{1} by {2}. What remains?"]
     steps, answer = square_and_multiply(a, b, m)
@@ -314,7 +314,7 @@ def power_remainder(draw):
 
 
 def count_pairs(draw):
-    n, m = draw(100, 1200), draw(3, 5)
+    n, m = draw(100, 1200), draw(3, 7)
     if draw(0, 9) == 0:
         n = draw(6000, 9999)  # the natural loop takes a second
     phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
@@ -367,7 +367,7 @@ def digit_sum(draw):
 
 
 def divisor_count(draw):
-    n = draw(50, 9999)
+    n = draw(100, 9999)
     phrasings = ["How many positive divisors does {0} have?", "Count the divisors of {0}.",
                  "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows."]
     factors, answer = factorise(n)
@@ -408,7 +408,7 @@ def power_sum(draw):
 
 
 def recurrence(draw):
-    a, first, steps = draw(2, 99), draw(100, 899), draw(20, 900)
+    a, first, steps = draw(2, 999), draw(10, 4999), draw(20, 900)
     if draw(0, 9) % 3 == 0:
         steps = draw(1100, 1900)  # beyond Python's recursion limit
     n = first + steps
@@ -449,7 +449,7 @@ def inverse(draw):
 
 
 def digit_count(draw):
-    a, b = draw(3, 99), draw(20, 199)
+    a, b = draw(3, 999), draw(20, 199)
     phrasings = ["How many digits does {0}^{1} have?",
                  "Find the number of decimal digits of {0} to the power {1}.",
                  "If {0}^{1} is written out, how many digits does it take?"]
@@ -464,7 +464,7 @@ def digit_count(draw):
 
 def divisor_then_power(draw):
     g = draw(2, 40)
-    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(4, 10), draw(11, 999)
+    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(3, 15), draw(11, 9999)
     phrasings = ["Let g be the greatest common divisor of {0} and {1}. "
                  "Find the remainder of g^{2} divided by {3}.",
                  "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
@@ -477,7 +477,7 @@ def divisor_then_power(draw):
 
 
 def prime_then_power(draw):
-    n, k, m = draw(20, 999), draw(4, 10), draw(11, 999)
+    n, k, m = draw(20, 9999), draw(3, 15), draw(11, 9999)
     phrasings = ["Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
                  "Take the first prime p after {0}. What is p^{1} modulo {2}?",
                  "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]
@@ -537,6 +537,9 @@ def embedded_problem(split, seed, index):
     def draw(low, high):
         if split == "ood_large" and high > 9:  # ranges up to 9 are choices, not operands
             return rng.randint(high + 1, 3 * high)
+        if high >= 100:  # every length equally often: drawn evenly, nearly all numbers would have the longest
+            digits = rng.randint(len(str(low)), len(str(high)))
+            low, high = max(low, 10**(digits - 1)), min(high, 10**digits - 1)
         return rng.randint(low, high)
 
     while True:

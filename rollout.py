@@ -186,8 +186,9 @@ def head_dim(config):
 class KVCache:
     """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
     A slot holds the longest possible row, so a row once admitted always finishes. The price:
-    rows with 1-4 calls fill 14 % of 1,088-token slots (tests/bench_rollout.py); pages would
-    hold up to seven times as many rows."""
+    rows with 1-4 calls fill 14 % of 1,088-token slots (tests/bench_rollout.py). Pages would hold
+    up to seven times as many rows, but no PyTorch kernel on CPU reads them where they lie:
+    gathered, attention takes four times as long (--pages). flash-attn's block_table would."""
 
     @staticmethod
     def shape(config, n_slots, max_tokens):

@@ -54,7 +54,7 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import (LAYOUTS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
                    extract_answer, field_names, load_problems,
@@ -574,10 +574,10 @@ def versions():
 
 
 def embedded_config(tokenizer):
-    """The small Qwen2 of the embedded default: 0.6 M parameters."""
-    return Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, intermediate_size=320, max_position_embeddings=2048,
-                       rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
+    """The small Qwen3 of the embedded default: 0.6 M parameters."""
+    return Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
+                       max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
@@ -802,8 +802,8 @@ def train_on_traces(traces, held_out, args, folder, rank, world, device):
     shard(policy, policy.lm, **sharding_settings(args))
     with open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a") as file:
         metrics = train(policy, examples, fresh, args.sft_steps, args.sft_batch_size, args.sft_lr,
-                        args.sft_muon_lr, args.sft_warmup, args.sft_seed, args.token_budget, rank, world, device, file,
-                        folder / "checkpoints", args.sft_save_every)
+                        args.sft_muon_lr, args.sft_warmup, args.sft_seed, args.token_budget, rank, world,
+                        device, file, folder / "checkpoints", args.sft_save_every)
         file.write(json.dumps(metrics) + "\n")
     sync_weights(policy, plain)
     if rank == 0:
@@ -840,8 +840,9 @@ def add_warm_start_arguments(parser):
 
 
 # The paper's numbers for 32B or, where it is silent, those of public recipes: `ppo.py --preset paper`
-PAPER = {"sft_lr": 1e-6, "sft_muon_lr": 0, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6, "max_prompt_tokens": 2048,
-         "max_response_tokens": 16384, "sandbox_timeout": 5.0, "steps": 400, "prompts_per_step": 1024,
+PAPER = {"sft_lr": 1e-6, "sft_muon_lr": 0, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6,
+         "max_prompt_tokens": 2048, "max_response_tokens": 16384, "sandbox_timeout": 5.0,
+         "steps": 400, "prompts_per_step": 1024,
          "minibatches": 2, "max_calls": 8, "token_budget": 18432, "critic_warmup": 20, "lr_floor": 1.0,
          "rejoin_ticks": 0, "prompt_template": "retool", "max_interpreter_tokens": 1024, "eval_samples": 32,
          "eval_top_p": 0.7}

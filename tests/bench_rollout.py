@@ -4,6 +4,7 @@
     python tests/bench_rollout.py --model DIR    # a checkpoint, on a GPU if there is one
     python tests/bench_rollout.py --slow_tools   # do snippets that sleep hold up a rollout?
     python tests/bench_rollout.py --plain        # text without tools against plain `generate`; operations per tick
+    python tests/bench_rollout.py --pages        # attention over a paged cache against slots
 """
 import argparse
 import asyncio
@@ -215,6 +216,26 @@ def plain(ours, twin, tokenizer, tokens=64, repeats=5):
     print(f"operations of a decoding tick, views aside, {layers} layers: {counted.kernels}")
 
 
+def pages(config, rows=128, size=32, repeats=30):
+    """A decode step's attention of one layer, keys and values as a view of slots or gathered from pages of `size`
+    tokens, in turns: prints the ratio of the medians. No PyTorch kernel on CPU reads pages where they lie."""
+    _, _, heads, _, dim = KVCache.shape(config, 1, 1)
+    queries = torch.randn(rows, heads, config.num_attention_heads // heads, dim)
+    for length in (64, 128, 256):
+        slots = torch.randn(2, rows, heads, 364, dim)
+        paged = torch.randn(2, rows * length // size, heads, size, dim)
+        table, bias = torch.randperm(rows * length // size).view(rows, -1), torch.zeros(rows, 1, 1, length)
+        sources = {"slots": lambda x: slots[x, :, :, :length],
+                   "pages": lambda x: paged[x][table].transpose(1, 2).reshape(rows, heads, length, dim)}
+        seconds = {name: [] for name in sources}
+        for name in list(sources) * repeats:
+            begin = time.perf_counter()
+            torch.nn.functional.scaled_dot_product_attention(queries, *map(sources[name], (0, 1)), attn_mask=bias)
+            seconds[name].append(time.perf_counter() - begin)
+        ratio = np.median(seconds["pages"]) / np.median(seconds["slots"])
+        print(f"{rows} rows of {length} tokens: pages take {ratio:.1f} times as long as slots", flush=True)
+
+
 def copy_bandwidth(device):
     """Bytes per second that the device reads and writes when it copies a large tensor; the best of five."""
     source = torch.zeros((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
@@ -314,6 +335,7 @@ def main():
                         help="tried for both engines")
     parser.add_argument("--slow_tools", action="store_true",
                         help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
+    parser.add_argument("--pages", action="store_true", help="instead: a paged cache against slots")
     parser.add_argument("--plain", action="store_true", help="instead: text without tools against `generate`")
     args = parser.parse_args()
     if args.dtype != "fp32" and not args.model:
@@ -328,6 +350,8 @@ def main():
     except UserError as error:
         sys.exit(f"error: {error}")
     ours.eval()
+    if args.pages:
+        return pages(config)
     if args.slow_tools:
         return asyncio.run(slow_tools(ours, tokenizer))
     # a copy of the configuration: transformers would write "sdpa" into the one of `ours` as well
