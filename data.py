@@ -267,10 +267,10 @@ def square_and_multiply(a, b, m):
     while exponent <= b:
         if b & exponent:
             product = result * power
-            lines.append(f"{a}^{exponent} = {power}, {result}*{power} = {product} = {product % m}")
+            lines.append(f"{exponent}: {power}, {result}*{power} = {product} = {product % m}")
             result = product % m
         else:
-            lines.append(f"{a}^{exponent} = {power}")
+            lines.append(f"{exponent}: {power}")
         power, exponent = power * power % m, exponent * 2
     return "\n".join(lines), result
 
@@ -314,7 +314,7 @@ def power_remainder(draw):
 
 
 def count_pairs(draw):
-    n, m = draw(100, 1200), draw(3, 7)
+    n, m = draw(100, 999), draw(3, 5)
     if draw(0, 9) == 0:
         n = draw(6000, 9999)  # the natural loop takes a second
     phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
@@ -390,16 +390,14 @@ def prime_count(draw):
 
 
 def power_sum(draw):
-    a, k = draw(2, 60), 2 + draw(0, 9) % 2
-    b = a + draw(5, 200)
+    a, k = draw(2, 400), 2 + draw(0, 9) % 2
+    b = a + draw(5, 400)
     phrasings = ["Compute the sum of n^{2} for n from {0} to {1}.",
                  "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
                  "Add the powers n^{2} of all integers n with {0} <= n <= {1}."]
     text, totals = "", [sum(n**k for n in range(end + 1)) for end in (b, a - 1)]
     for n, total in zip((b, a - 1), totals):
-        formula = f"{n}*{n + 1}*{2 * n + 1}/6 = {6 * total}/6"
-        if k == 3:
-            formula = f"({n}*{n + 1}/2)^2 = {n * (n + 1) // 2}^2"
+        formula = f"{n}*{n + 1}*{2 * n + 1}/6" if k == 2 else f"({n}*{n + 1}/2)^2"
         text += f"Up to {n}: {formula} = {total}\n"
     answer = totals[0] - totals[1]
     text += f"{totals[0]} - {totals[1]} = {answer}"
@@ -408,7 +406,7 @@ def power_sum(draw):
 
 
 def recurrence(draw):
-    a, first, steps = draw(2, 999), draw(10, 4999), draw(20, 900)
+    a, first, steps = draw(2, 4999), draw(10, 4999), draw(20, 900)
     if draw(0, 9) % 3 == 0:
         steps = draw(1100, 1900)  # beyond Python's recursion limit
     n = first + steps
@@ -437,7 +435,7 @@ def inverse(draw):
     lines, r, x = [], (m, a % m), (0, 1)
     while r[1]:
         q = r[0] // r[1]
-        lines.append(f"{r[0]} = {q}*{r[1]} + {r[0] % r[1]}, x = {x[0]} - {q}*{x[1]} = {x[0] - q * x[1]}")
+        lines.append(f"{r[0]} = {q}*{r[1]} + {r[0] % r[1]}, x = {x[0] - q * x[1]}")
         r, x = (r[1], r[0] % r[1]), (x[1], x[0] - q * x[1])
     steps = "By Euclid:\n" + "\n".join(lines)
     code = tool_call(f"print(pow({a},-1,{m}))")
@@ -449,7 +447,7 @@ def inverse(draw):
 
 
 def digit_count(draw):
-    a, b = draw(3, 999), draw(20, 199)
+    a, b = draw(3, 999), draw(20, 399)
     phrasings = ["How many digits does {0}^{1} have?",
                  "Find the number of decimal digits of {0} to the power {1}.",
                  "If {0}^{1} is written out, how many digits does it take?"]
@@ -464,7 +462,7 @@ def digit_count(draw):
 
 def divisor_then_power(draw):
     g = draw(2, 40)
-    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(3, 15), draw(11, 9999)
+    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(3, 15), draw(11, 4999)
     phrasings = ["Let g be the greatest common divisor of {0} and {1}. "
                  "Find the remainder of g^{2} divided by {3}.",
                  "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
@@ -477,7 +475,7 @@ def divisor_then_power(draw):
 
 
 def prime_then_power(draw):
-    n, k, m = draw(20, 9999), draw(3, 15), draw(11, 9999)
+    n, k, m = draw(20, 4999), draw(3, 15), draw(11, 4999)
     phrasings = ["Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
                  "Take the first prime p after {0}. What is p^{1} modulo {2}?",
                  "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]

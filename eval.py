@@ -1,7 +1,7 @@
 """What is right, and how good is it? The judge of answers, metrics of rollouts, evaluation.
 
     python eval.py --model out/ppo/.../checkpoint              # the embedded test splits
-    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7   # as the paper
+    python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7 ...   # as the paper
     torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
     python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...      # mean and range over PPO runs
 
@@ -574,6 +574,24 @@ def given(argv):
     return {word[2:].split("=")[0] for word in words if word.startswith("--")}
 
 
+# The paper's numbers for 32B or, where it is silent, those of public recipes: `ppo.py --preset paper`
+PAPER = {"sft_lr": 1e-6, "sft_muon_lr": 0, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6,
+         "max_prompt_tokens": 2048, "max_response_tokens": 16384, "sandbox_timeout": 5.0,
+         "steps": 400, "prompts_per_step": 1024,
+         "minibatches": 2, "max_calls": 8, "token_budget": 18432, "critic_warmup": 20, "lr_floor": 1.0,
+         "rejoin_ticks": 0, "prompt_template": "retool", "max_interpreter_tokens": 1024, "eval_samples": 32,
+         "eval_top_p": 0.7}
+
+
+def need_values(parser, flags, names):
+    """The parser's error where one of the names is not among the given flags: the embedded model's
+    defaults would train a pretrained one to nothing."""
+    missing = [f"--{name} (paper: {PAPER[name]:g})" for name in names if name not in flags]
+    if missing:
+        parser.error("the defaults are those of the embedded 0.6 M model; give "
+                     + ", ".join(missing))
+
+
 def in_range(low, high=math.inf, kind=float, above=False):
     """An argparse type: a number from low to high; above: low itself is too low."""
     def parse(text):
@@ -841,6 +859,8 @@ def parse_arguments():
     args = parser.parse_args()
     if bool(args.model) == bool(args.runs):
         parser.error("give either --model or --runs")
+    if set(args.problems.split(",")) - set(SPLITS):
+        need_values(parser, given(None), ["max_prompt_tokens", "max_response_tokens"])
     return args
 
 

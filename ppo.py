@@ -42,11 +42,11 @@ from tqdm import tqdm
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (GOES_ON, Help, add_format_arguments, add_rollout_arguments, add_trainer_arguments, all_sum,
-                  at_least, check_mesh, check_positions, describe_trajectory, evaluate,
-                  evaluation_table, find_checkpoint, given, in_range, make_sandbox, mean,
-                  percent, rollout_metrics, rollout_settings, run_script, sample_all,
-                  save_checkpoint, shard, sharding_settings, sync_weights, training_state,
+from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments,
+                  add_trainer_arguments, all_sum, at_least, check_mesh, check_positions,
+                  describe_trajectory, evaluate, evaluation_table, find_checkpoint, given, in_range,
+                  make_sandbox, mean, need_values, percent, rollout_metrics, rollout_settings, run_script,
+                  sample_all, save_checkpoint, shard, sharding_settings, sync_weights, training_state,
                   zero_moments)
 from rollout import Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
@@ -440,9 +440,9 @@ def parse_arguments(argv=None):
     add("--eval_data", default="", help="files, separated by commas; empty: the embedded test splits")
     add("--eval_problems", type=at_least(2), default=256, help="of test; half as many of other splits")
     add("--eval_every", type=at_least(0), default=0, help="steps; 0: only before and after training")
-    add("--eval_samples", type=at_least(1), default=4, help="samples per problem; paper 32")
+    add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
     add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
-    add("--steps", type=at_least(1), default=30, help="PPO steps; paper 400")
+    add("--steps", type=at_least(1), default=20, help="PPO steps; paper 400")
     add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1, help="the critic is the baseline")
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
@@ -473,7 +473,7 @@ def parse_arguments(argv=None):
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.preset:
-        parser.set_defaults(**{name: value for name, value in sft.PAPER.items() if name[:4] != "sft_"})
+        parser.set_defaults(**{name: value for name, value in PAPER.items() if name[:4] != "sft_"})
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
@@ -493,8 +493,8 @@ def check_combinations(parser, args, flags):
     if args.resume and (idle := flags & {"run_dir", "model", "critic_model", "preset", "train_data"}):
         parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
     if args.model and not (args.resume or args.preset):
-        sft.need_values(parser, flags, ["actor_lr", "critic_lr", "sandbox_timeout", "max_prompt_tokens",
-                                        "max_response_tokens"])
+        need_values(parser, flags, ["actor_lr", "critic_lr", "sandbox_timeout", "max_prompt_tokens",
+                                    "max_response_tokens"])
     idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")

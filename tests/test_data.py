@@ -137,8 +137,9 @@ def test_modular_steps_written_by_hand_hold(drawn):
         if p.family not in ("power_remainder", "divisor_then_power", "prime_then_power"):
             continue
         m = p.operands[-1]
-        for base, exponent, power, rest in re.findall(r"^(\d+)\^(\d+) = (\d+)(.*)$", p.by_hand, re.MULTILINE):
-            assert slow_power(int(base), int(exponent), m) == int(power)
+        steps = re.findall(r"^(\d+): (\d+)(.*)$", p.by_hand, re.MULTILINE)
+        for exponent, power, rest in steps:
+            assert slow_power(int(steps[0][1]), int(exponent), m) == int(power)
             if rest:
                 x, y, product, remainder = map(int,
                                                re.fullmatch(r", (\d+)\*(\d+) = (\d+) = (\d+)", rest).groups())

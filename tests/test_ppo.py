@@ -529,6 +529,10 @@ def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
     result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
                     "--limit", "3", "--samples", "2", "--max_response_tokens", "40", "--output",
                     str(tmp_path / "out.json"), script=evaluation)
+    assert result.returncode == 2 and "give --max_prompt_tokens (paper: 2048)" in result.stderr
+    result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
+                    "--limit", "3", "--samples", "2", "--max_response_tokens", "40", "--output",
+                    str(tmp_path / "out.json"), "--max_prompt_tokens", "99", script=evaluation)
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3
