@@ -289,7 +289,7 @@ def addition(draw):
 
 
 def larger(draw):
-    a, b = draw(10, 2999999), draw(10, 2999999)
+    a, b = draw(10, 49999), draw(10, 49999)
     phrasings = ["Which is larger, {0} or {1}?", "Of the numbers {0} and {1}, give the greater one.",
                  "Two towns have {0} and {1} inhabitants. How many live in the larger town?"]
     answer = max(a, b)
@@ -406,7 +406,7 @@ def power_sum(draw):
 
 
 def recurrence(draw):
-    a, first, steps = draw(2, 4999), draw(10, 4999), draw(20, 900)
+    a, first, steps = draw(2, 499), draw(10, 999), draw(20, 900)
     if draw(0, 9) % 3 == 0:
         steps = draw(1100, 1900)  # beyond Python's recursion limit
     n = first + steps

@@ -14,8 +14,8 @@ What the paper leaves open, and what is done here:
  5. The KL coefficient is 0.0 as in the paper, so there is no reference model.
  6. Clip range, value clip, gamma and lambda are those of public recipes.
 
-    torchrun ppo.py                                  # the whole method
-    torchrun ppo.py --tools off --code_share 0       # its text-only twin
+    torchrun --nproc_per_node 2 ppo.py               # the whole method on two CPU cores
+    torchrun ppo.py --tools off --code_share 0       # its text-only twin, on one
     torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...   # a warm-started checkpoint
 
@@ -442,11 +442,11 @@ def parse_arguments(argv=None):
     add("--eval_every", type=at_least(0), default=0, help="steps; 0: only before and after training")
     add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
     add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
-    add("--steps", type=at_least(1), default=20, help="PPO steps; paper 400")
+    add("--steps", type=at_least(1), default=16, help="PPO steps; paper 400")
     add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1, help="the critic is the baseline")
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
-    add("--actor_lr", type=in_range(0.0), default=1e-4, help="AdamW; paper 1e-6 (32B)")
+    add("--actor_lr", type=in_range(0.0), default=4e-4, help="AdamW; paper 1e-6 (32B)")
     add("--critic_lr", type=in_range(0.0), default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
     add("--adam_eps", type=in_range(0.0, above=True), default=1e-8, help="1e-6 halves a 7B model's updates")
     add("--weight_decay", type=in_range(0.0), default=0.0, help="of actor and critic")

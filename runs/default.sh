@@ -2,9 +2,9 @@
 # The embedded default with three seeds, and its text-only twin: the figures of README.md. Each run takes minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for seed in ${SEEDS:-12 13 14}; do
-  torchrun ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "out/ppo/tools-$seed"
-  torchrun ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "out/ppo/text-$seed" --tools off --code_share 0
+for seed in ${SEEDS:-21 22 23}; do
+  torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "out/ppo/tools-$seed"
+  torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "out/ppo/text-$seed" --tools off --code_share 0
 done
 python eval.py --runs out/ppo/tools-*
 python eval.py --runs out/ppo/text-*

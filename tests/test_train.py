@@ -192,6 +192,9 @@ def test_cosine_schedule_warms_up_and_ends_at_the_floor():
     assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0)
     assert all(a >= b for a, b in zip(factors[9:], factors[10:]))
     assert factors[-1] == pytest.approx(0.1, abs=0.01)
+    factors = [sft.trapezoid(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:51] == [1.0] * 42
+    assert all(a > b for a, b in zip(factors[50:], factors[51:])) and 0 < factors[-1] <= 0.02
 
 
 def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
