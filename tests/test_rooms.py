@@ -50,5 +50,5 @@ def test_the_rooms_keep_to_their_budgets():
                 assert node.end_lineno - node.lineno < 60, f"{room}.{node.name}"
 
 
-LINES, WORDS = 5150, 29500
+LINES, WORDS = 5050, 29000
 LISTS = {"parse_arguments"}  # declarations in a row, no logic
