@@ -390,8 +390,8 @@ def prime_count(draw):
 
 
 def power_sum(draw):
-    a, k = draw(2, 400), 2 + draw(0, 9) % 2
-    b = a + draw(5, 400)
+    a, k = draw(2, 99), 2 + draw(0, 9) % 2
+    b = a + draw(5, 200)
     phrasings = ["Compute the sum of n^{2} for n from {0} to {1}.",
                  "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
                  "Add the powers n^{2} of all integers n with {0} <= n <= {1}."]

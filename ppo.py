@@ -85,19 +85,32 @@ def whiten(advantages, loss_mask, floor):
     return torch.where(trainable, (advantages - chosen.mean()) / scale, 0.0)
 
 
-def advantages_and_returns(rewards, values, loss_mask, groups, gamma, lam_actor, lam_critic, whiten_floor):
-    """(whitened advantages, returns: the critic's targets), each (B, T).
+def group_advantages(totals, groups, kind):
+    """Advantages (B,) of responses with rewards `totals` (B,), without a critic. groups (B,): one
+    number per prompt. "grpo": (R - mean) / (deviation + 1e-4) of the group (arXiv 2402.03300);
+    "rloo": R - mean of the others in the group (arXiv 2402.14740)."""
+    advantages = torch.zeros_like(totals)
+    for group in groups.unique():
+        members = groups == group
+        own, n = totals[members], int(members.sum())
+        if kind == "grpo":
+            advantages[members] = (own - own.mean()) / (own.std(unbiased=False) + 1e-4)
+        elif n > 1:  # alone in its group, after others were dropped, a response has no baseline
+            advantages[members] = (own - own.mean()) * n / (n - 1)
+    return advantages
 
-    rewards, loss_mask, values (B, T) as in `gae`. values None: no critic; the baseline of a
-    response is the mean reward of its group. groups (B,): one number per prompt.
+
+def advantages_and_returns(rewards, values, loss_mask, groups, kind, gamma, lam_actor, lam_critic,
+                           whiten_floor):
+    """(advantages, returns: the critic's targets), each (B, T), 0 where masked.
+
+    rewards, loss_mask, values (B, T) as in `gae`. kind "gae": whitened; else `group_advantages`
+    of every response on all its tokens, and neither values nor returns.
     """
-    if values is None:
-        totals, trainable = (rewards * loss_mask).sum(1), loss_mask.bool()  # (B,), (B, T)
-        baseline = torch.stack([totals[groups == group].mean() for group in groups])
-        raw, returns = torch.where(trainable, (totals - baseline)[:, None], 0.0), None
-    else:
-        raw, _ = gae(rewards, values, loss_mask, gamma, lam_actor)
-        _, returns = gae(rewards, values, loss_mask, gamma, lam_critic)
+    if kind != "gae":
+        return group_advantages((rewards * loss_mask).sum(1), groups, kind)[:, None] * loss_mask, None
+    raw, _ = gae(rewards, values, loss_mask, gamma, lam_actor)
+    _, returns = gae(rewards, values, loss_mask, gamma, lam_critic)
     return whiten(raw, loss_mask, whiten_floor), returns
 
 
@@ -223,20 +236,24 @@ class Trainer:
         self.sampler = load_model(model_path, device, args.dtype, weights)
         lm = load_model(model_path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
         self.actor = shard(Policy(lm), lm, **sharding_settings(args))
-        lm = load_model(args.critic_model or model_path, "cpu", weights=weights)
-        self.critic = shard(Critic(lm), lm, **sharding_settings(args))
+        self.modules = {"actor": self.actor}
+        self.actor_start = 0  # the first step in which the actor learns
+        if args.advantage == "gae":
+            lm = load_model(args.critic_model or model_path, "cpu", weights=weights)
+            self.critic = self.modules["critic"] = shard(Critic(lm), lm, **sharding_settings(args))
+            self.actor_start = args.critic_warmup
         adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=args.adam_eps, fused=True,
                                   weight_decay=args.weight_decay)
-        self.actor_optimizer = adamw(self.actor.parameters(), lr=args.actor_lr)
-        self.critic_optimizer = adamw(self.critic.parameters(), lr=args.critic_lr)
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+        self.optimizers = {name: adamw(module.parameters()) for name, module in self.modules.items()}
+        for optimizer in self.optimizers.values():
             zero_moments(optimizer)
 
     def state(self):
         """All that a step changes, as tensors by name. No random state: prompts, noise,
         minibatches and learning rates are functions of seed and step."""
-        return (training_state("actor", self.actor, self.actor_optimizer)
-                | training_state("critic", self.critic, self.critic_optimizer))
+        states = [training_state(name, module, self.optimizers[name])
+                  for name, module in self.modules.items()]
+        return {key: value for state in states for key, value in state.items()}
 
     def save(self, folder, step, seconds, sizes):
         """A checkpoint; sizes: the JSONL files' bytes, to which a resumed run cuts them."""
@@ -260,11 +277,12 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, examples):
-        """Fill logprobs, entropy and values of every example, on every rank."""
+        """Fill logprobs, entropy and, with a critic, values of every example, on every rank."""
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
-            columns = (*self.actor_logprobs(flat, packing, with_entropy=True),
-                       self.critic(flat.input_ids, packing))
+            columns = self.actor_logprobs(flat, packing, with_entropy=True)
+            if "critic" in self.modules:
+                columns = *columns, self.critic(flat.input_ids, packing)
             if indices:
                 # clone: a view would be pickled with the whole micro-batch behind it
                 mine += zip(indices, *([part.clone() for part in column.cpu().split(packing.lengths)]
@@ -272,37 +290,38 @@ class Trainer:
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
         for index, *columns in (row for part in gathered for row in part):
-            examples[index].logprobs, examples[index].entropy, examples[index].values = columns
+            for name, column in zip(("logprobs", "entropy", "values"), columns):
+                setattr(examples[index], name, column)
 
     def estimate(self, examples, groups):
-        """Fill advantages and returns of every example; returns the explained variance."""
-        args = self.args
-        rewards, values, mask = (pad_sequence([getattr(e, name) for e in examples], batch_first=True)
-                                 for name in ("rewards", "values", "loss_mask"))  # (B, T)
+        """Fill advantages and returns of every example; returns the explained variance (None
+        without a critic)."""
+        args, names = self.args, ["rewards", "loss_mask"] + ["values"] * ("critic" in self.modules)
+        rewards, mask, *values = (pad_sequence([getattr(e, name) for e in examples], batch_first=True)
+                                  for name in names)  # (B, T)
         advantages, returns = advantages_and_returns(
-            rewards, values, mask, torch.tensor(groups), args.gamma, args.lam_actor, args.lam_critic,
-            args.whiten_floor)
+            rewards, *values or [None], mask, torch.tensor(groups), args.advantage, args.gamma,
+            args.lam_actor, args.lam_critic, args.whiten_floor)
         for i, e in enumerate(examples):
-            e.advantages, e.returns = advantages[i, :len(e)], returns[i, :len(e)]
-        return explained_variance(values, returns, mask)
+            e.advantages, e.returns = advantages[i, :len(e)], returns[i, :len(e)] if values else None
+        return explained_variance(*values, returns, mask) if values else None
 
     def update(self, examples, step):
         """One epoch of clipped updates over shuffled minibatches; returns token means."""
-        train_actor, sums, norms, counted = step >= self.args.critic_warmup, Counter(), {}, 0.0
+        sums, norms, counted = Counter(), {}, 0.0
+        learning = [name for name in self.modules if name == "critic" or step >= self.actor_start]
         lr_factors = self.set_learning_rates(step)
         for number, minibatch in enumerate(self.minibatches(examples, step)):
             total = sum(e.loss_mask.sum().item() for e in minibatch)  # every rank has all examples
             for _, flat, packing in self.micro_batches(minibatch):
-                # FSDP averages the ranks' gradients; a factor of world makes that their sum.
-                if train_actor:
-                    loss, metrics = self.actor_loss(flat, packing, unchanged=number == 0)
+                for name in learning:
+                    loss, metrics = (self.critic_loss(flat, packing) if name == "critic" else
+                                     self.actor_loss(flat, packing, unchanged=number == 0))
+                    # FSDP averages the ranks' gradients; a factor of world makes that their sum.
                     (loss / total * self.world).backward()
                     sums.update(metrics)
-                loss, metrics = self.critic_loss(flat, packing)
-                (loss / total * self.world).backward()
-                sums.update(metrics)
             counted += total
-            for name in ("critic", "actor") if train_actor else ("critic",):
+            for name in learning:
                 norms.setdefault(name, []).append(self.optimizer_step(name, step))
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
         for name, value in metrics.items():
@@ -314,11 +333,11 @@ class Trainer:
     def set_learning_rates(self, step):
         """Warm-up and cosine of each optimiser from its first step on; returns the factors."""
         args, factors = self.args, {}
-        for name, first in (("actor", args.critic_warmup), ("critic", 0)):
+        for name, first in (("actor", self.actor_start), ("critic", 0)):
             factor = cosine(max(0, step - first), args.steps - first, args.lr_warmup, floor=args.lr_floor)
             factors[f"lr_factor_{name}"] = factor
-            for group in getattr(self, f"{name}_optimizer").param_groups:
-                group["lr"] = getattr(args, f"{name}_lr") * factor
+            if name in self.optimizers:
+                self.optimizers[name].param_groups[0]["lr"] = getattr(args, f"{name}_lr") * factor
         return factors
 
     def minibatches(self, examples, step):
@@ -351,7 +370,7 @@ class Trainer:
 
     def optimizer_step(self, name, step):
         """Clip and apply the gradient of "actor" or "critic"; returns its norm before."""
-        module, optimizer = getattr(self, name), getattr(self, f"{name}_optimizer")
+        module, optimizer = self.modules[name], self.optimizers[name]
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm).full_tensor().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step}: gradient norm of the {name} is {norm}")
@@ -443,6 +462,8 @@ def parse_arguments(argv=None):
     add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
     add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
     add("--steps", type=at_least(1), default=16, help="PPO steps; paper 400")
+    add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
+        help="gae: by a critic; the others by the group of a prompt's samples, and no critic is built")
     add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1, help="the critic is the baseline")
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
@@ -490,11 +511,12 @@ def check_combinations(parser, args, flags):
     """parser.error for flags that contradict each other or do nothing. flags: those given."""
     if args.export and not args.resume:
         parser.error("--export needs --resume")
-    if args.resume and (idle := flags & {"run_dir", "model", "critic_model", "preset", "train_data"}):
+    fixed = {"run_dir", "model", "critic_model", "preset", "train_data", "advantage"}
+    if args.resume and (idle := flags & fixed):
         parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
     if args.model and not (args.resume or args.preset):
-        need_values(parser, flags, ["actor_lr", "critic_lr", "sandbox_timeout", "max_prompt_tokens",
-                                    "max_response_tokens"])
+        need_values(parser, flags, ["actor_lr", *["critic_lr"] * (args.advantage == "gae"), "sandbox_timeout",
+                                    "max_prompt_tokens", "max_response_tokens"])
     idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
@@ -502,7 +524,13 @@ def check_combinations(parser, args, flags):
         if args.tools == "off" and args.code_share:
             parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
         sft.check_warm_start(parser, args)
-    if args.critic_warmup + args.lr_warmup >= args.steps:
+    if args.advantage != "gae":
+        if args.samples_per_prompt < 2:
+            parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
+        if idle := flags & {"critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma",
+                            "lam_actor", "lam_critic", "whiten_floor"}:
+            parser.error(f"--{min(idle)} has no effect with --advantage {args.advantage}")
+    elif args.critic_warmup + args.lr_warmup >= args.steps:
         parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing "
                      f"of --steps {args.steps}")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
@@ -519,7 +547,8 @@ def step_line(step, steps, m):
         f"step {step:3d}/{steps} | acc {percent(m['accuracy']):>5} | code {percent(m['code_ratio']):>5} | "
         f"len {m['response_tokens']:5.1f} | trunc {percent(m['truncated']):>4} | "
         f"kl {m.get('approx_kl', 0):.4f} | clip {m.get('clip_fraction', 0):.3f} | "
-        f"ent {m['entropy']:.3f} | vloss {m['value_loss']:.3f} | ev {m['explained_variance']:5.2f} | "
+        f"ent {m['entropy']:.3f} | vloss {m.get('value_loss', 0):.3f} | "
+        f"ev {m['explained_variance'] or 0:5.2f} | "
         f"sampler {m['sampler_difference']:.0e} | tools {outcomes} | {seconds:.1f}s")
 
 

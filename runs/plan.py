@@ -49,6 +49,7 @@ def plan(config, args, gpus, gib=math.inf):
     per_token = config.num_hidden_layers * config.hidden_size + layers_kept * inside
     on_gpu = 0 if args.cpu_offload else 8 * args.replicas / gpus
     actor, critic = total, total - count(lm.lm_head) * (not config.tie_word_embeddings)
+    critic *= args.advantage == "gae"
     parts = {
         "actor": on_gpu * actor,
         "critic": on_gpu * critic,

@@ -1,6 +1,7 @@
 """Packed against padded training, and the peak memory of the chunked head.
 
     python tests/bench_trainer.py
+    python tests/bench_trainer.py --trl CHECKPOINT    # a whole step against TRL's GRPO step (pip install trl)
 """
 import copy
 import math
@@ -88,6 +89,70 @@ def packing_benchmark():
           f"ideal {8 * sum(max(lengths[i:i + 8]) for i in range(0, 64, 8)) / sum(lengths):.2f}")
 
 
+def trl_benchmark(checkpoint, rounds=6):
+    """Prints the seconds of one step on a checkpoint of the embedded default, in turns in one process: TRL's GRPO
+    step (256 text responses to 32 prompts, one update), the same work by ppo.py, and ppo.py's full step (critic,
+    real tools, four minibatches). Medians without the first round; ratios to TRL."""
+    import asyncio
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    import eval as evaluation
+    import ppo
+    from data import embedded_rows
+    from sandbox import Sandbox
+
+    tokens, folder = 320, tempfile.mkdtemp()
+    tokenizer = rollout.load_tokenizer(checkpoint)
+    rows = embedded_rows("train", 32 * (rounds + 2), 1)
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": row["question"]}], "answer": row["answer"]}
+                                 for row in rows])
+    reward = lambda completions, answer, **_: [  # noqa: E731
+        1.0 if a in c[0]["content"] else -1.0 for c, a in zip(completions, answer)]
+    theirs = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(checkpoint), reward, train_dataset=prompts, processing_class=tokenizer,
+        args=GRPOConfig(folder, per_device_train_batch_size=256, num_generations=8, max_completion_length=tokens,
+                        temperature=1.0, max_steps=rounds, use_cpu=True, bf16=False, report_to="none",
+                        learning_rate=1e-6, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False))
+    small = ["--actor_lr", "1e-6"]
+    work = {"GRPO": ["--advantage", "grpo", "--samples_per_prompt", "8", "--prompts_per_step", "32", "--tools", "off",
+                     "--code_share", "0", "--minibatches", "1", *small], "PPO": ["--critic_warmup", "0", *small]}
+    seconds = {"TRL GRPO": [], "GRPO": [], "PPO": []}
+
+    with evaluation.distributed() as (rank, world, device), asyncio.Runner() as runner:
+        trainers = {name: ppo.Trainer(ppo.parse_arguments(flags), checkpoint, rank, world, device)
+                    for name, flags in work.items()}
+        sandbox = runner.run(Sandbox(timeout=0.5).__aenter__())
+
+        class Turns(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                self.begin = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                seconds["TRL GRPO"].append(time.perf_counter() - self.begin)
+                for name, trainer in trainers.items():
+                    source = ppo.Prompts(None, 1, tokenizer, "{question}", 512)
+                    begin = time.perf_counter()
+                    _, found = runner.run(ppo.train_step(trainer, source, sandbox, tokenizer, state.global_step))
+                    seconds[name].append(time.perf_counter() - begin)
+                    length = sum(len(x.response_ids) for x in found) / len(found)
+                    print(f"{name}: {seconds[name][-1]:.1f} s, {len(found)} responses of {length:.0f} tokens; "
+                          f"TRL {seconds['TRL GRPO'][-1]:.1f} s", flush=True)
+
+        theirs.add_callback(Turns())
+        theirs.train()
+        runner.run(sandbox.__aexit__())
+    print(theirs.state.log_history[-2:])
+    median = {name: sorted(found[1:])[len(found) // 2 - 1] for name, found in seconds.items()}
+    print(", ".join(f"{name} {value:.1f} s ({value / median['TRL GRPO']:.2f} of TRL's)" for name, value in median.items()))
+
+
 if __name__ == "__main__":
-    head_benchmark()
-    packing_benchmark()
+    if sys.argv[1:2] == ["--trl"]:
+        trl_benchmark(sys.argv[2])
+    else:
+        head_benchmark()
+        packing_benchmark()

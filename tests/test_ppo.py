@@ -97,14 +97,22 @@ def test_the_reward_stands_on_the_last_sampled_token(mask, last):
         assert outcome_rewards(t) == [(2.0 * correct - 1) * (i == last) for i in range(len(mask))]
 
 
-def test_without_a_critic_the_baseline_is_the_mean_of_the_group():
-    """Guards against groups that mix prompts, and against a tool token that gets an advantage."""
-    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    mask = torch.tensor([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
-    groups = torch.tensor([0, 0, 1, 1])
-    advantages, returns = advantages_and_returns(rewards, None, mask, groups, 1.0, 1.0, 1.0, 1e-6)
-    raw = torch.tensor([1.0, -1.0, 0.0, 0.0])[:, None] * mask
-    assert returns is None and torch.allclose(advantages, whiten(raw, mask, 1e-6))
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_advantages_without_a_critic_equal_a_loop_over_the_groups(kind):
+    """Guards against groups that mix prompts, a baseline that contains what it judges (rloo), and a tool token
+    that gets an advantage."""
+    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0, 0]])
+    mask, groups = torch.tensor([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0]]), [0, 0, 1, 0, 1]
+    advantages, returns = advantages_and_returns(rewards, None, mask, torch.tensor(groups), kind, 1, 1, 1, 1)
+    totals = [1.0, -1.0, 1.0, 1.0, 1.0]
+    for i, group in enumerate(groups):
+        members = [totals[j] for j in range(5) if groups[j] == group]
+        others = [totals[j] for j in range(5) if groups[j] == group and j != i]
+        average = sum(members) / len(members)
+        deviation = math.sqrt(sum((x - average)**2 for x in members) / len(members))
+        expected = {"grpo": (totals[i] - average) / (deviation + 1e-4), "rloo": totals[i] - sum(others) / len(others)}
+        assert torch.allclose(advantages[i], expected[kind] * mask[i], atol=1e-5)
+    assert returns is None
 
 
 def test_whitening_has_unit_deviation_over_trainable_tokens_and_respects_its_floor():
@@ -616,6 +624,22 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     assert "policy_loss" not in steps[0] and "policy_loss" in steps[1]
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_without_a_critic_none_is_built_and_a_killed_run_goes_on(runs, tmp_path, kind):
+    """Guards against the memory of a critic that nobody asks, and checkpoints that want one."""
+    flags = ["--advantage", kind, "--prompts_per_step", "6", "--samples_per_prompt", "2", "--minibatches", "2",
+             "--actor_lr", "1e-4", "--max_prompt_tokens", "512", "--max_response_tokens", "16", "--tools", "off",
+             "--sandbox_timeout", "0.5", "--eval_problems", "2", "--eval_samples", "1", "--save_every", "1"]
+    run, checkpoint = tmp_path / "run", str(runs[0] / "first" / "checkpoint")
+    for more in (["--steps", "1", "--model", checkpoint, "--run_dir", str(run), *flags],
+                 ["--steps", "2", "--resume", str(run)]):
+        result = run_here(*more)
+        assert result.returncode == 0, result.stderr[-3000:]
+    steps = [row for row in metrics_of(run) if "step" in row]
+    assert [row["step"] for row in steps] == [0, 1]
+    assert all("policy_loss" in row and "value_loss" not in row and row["grad_norm_critic"] is None for row in steps)
+
+
 def test_a_step_without_a_response_to_train_on_is_skipped_and_counted(runs, tmp_path):
     """Guards against a flag that filters nothing, and a run that ends where it could have gone on: with one
     token per response every row is truncated."""
@@ -675,7 +699,7 @@ def test_both_learning_rates_warm_up_from_the_first_step_that_is_taken(trainer_a
     assert [f["lr_factor_critic"] for f in factors[:2]] == [0.1, 1.0]
     assert [f["lr_factor_actor"] for f in factors[3:5]] == [0.1, 1.0]
     assert factors[-1]["lr_factor_actor"] == pytest.approx(trainer.args.lr_floor, abs=0.01)
-    assert trainer.actor_optimizer.param_groups[0]["lr"] == trainer.args.actor_lr * factors[-1]["lr_factor_actor"]
+    assert trainer.optimizers["actor"].param_groups[0]["lr"] == trainer.args.actor_lr * factors[-1]["lr_factor_actor"]
 
 
 def test_one_response_of_another_policy_stops_the_run(trainer_and_examples):
@@ -755,6 +779,8 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
     (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
     (["--token_budget", "0"], "--token_budget: 0: must be at least 1"),
+    (["--advantage", "grpo"], "--advantage grpo needs a group"),
+    (["--advantage", "rloo", "--samples_per_prompt", "2", "--critic_lr", "1"], "--critic_lr has no effect with"),
     (["--resume", "EMPTY"], "not the folder of a run"),
     (["--run_dir", "BROKEN"], "Not a directory"),
     (["--model", "CUT"], "cannot be loaded"),
