@@ -457,7 +457,9 @@ def use_packed_attention(model, name):
                             f"(relative difference {error:.0e}): layers that are not attention, or "
                             "scaled logits")
     for parameter, dtype in dtypes.items():
-        parameter.data = parameter.data.to(dtype)
+        # copy: a file's tensors lie at odd addresses, by which a CPU's matrix-vector product
+        # rounds, and a resumed run would differ in its last bits.
+        parameter.data = parameter.data.to(dtype, copy=True)
 
 
 # ---------------------------------------------------------------------------------------------
