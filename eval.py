@@ -520,22 +520,26 @@ def distributed():
 GOES_ON = ["the same command goes on"]  # printed after an interrupt; ppo.py replaces it
 
 
-def end_at_once(rank):
+@contextlib.contextmanager
+def ended_at_once(rank):
     """Ctrl-C and SIGTERM end the process with one line; what is on the disk is whole or not there.
     asyncio's own handler would wait for the next await."""
     def handler(*_):
         os.write(2, f"\ninterrupted: {GOES_ON[0]}\n".encode() if rank == 0 else b"")
         os._exit(130)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def run_script(main):
     """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
     try:
-        with distributed() as (rank, world, device):
-            end_at_once(rank)
+        with distributed() as (rank, world, device), ended_at_once(rank):
             try:
                 asyncio.run(main(rank, world, device))
             except Exception as error:
@@ -576,11 +580,10 @@ def given(argv):
 
 # The paper's numbers for 32B or, where it is silent, those of public recipes: `ppo.py --preset paper`
 PAPER = {"sft_lr": 1e-6, "sft_muon_lr": 0, "sft_steps": 125, "actor_lr": 1e-6, "critic_lr": 2e-6,
-         "max_prompt_tokens": 2048, "max_response_tokens": 16384, "sandbox_timeout": 5.0,
-         "steps": 400, "prompts_per_step": 1024,
-         "minibatches": 2, "max_calls": 8, "token_budget": 18432, "critic_warmup": 20, "lr_floor": 1.0,
-         "rejoin_ticks": 0, "prompt_template": "retool", "max_interpreter_tokens": 1024, "eval_samples": 32,
-         "eval_top_p": 0.7}
+         "max_prompt_tokens": 2048, "max_response_tokens": 16384, "sandbox_timeout": 5.0, "steps": 400,
+         "prompts_per_step": 1024, "minibatches": 2, "max_calls": 8, "token_budget": 18432,
+         "critic_warmup": 20, "lr_floor": 1.0, "rejoin_ticks": 0, "prompt_template": "retool",
+         "max_interpreter_tokens": 1024, "eval_samples": 32, "eval_top_p": 0.7}
 
 
 def need_values(parser, flags, names):
@@ -588,8 +591,7 @@ def need_values(parser, flags, names):
     defaults would train a pretrained one to nothing."""
     missing = [f"--{name} (paper: {PAPER[name]:g})" for name in names if name not in flags]
     if missing:
-        parser.error("the defaults are those of the embedded 0.6 M model; give "
-                     + ", ".join(missing))
+        parser.error("the defaults are those of the embedded 0.6 M model; give " + ", ".join(missing))
 
 
 def in_range(low, high=math.inf, kind=float, above=False):

@@ -50,7 +50,6 @@ from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_argume
                   zero_moments)
 from rollout import Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
-from sft import cosine
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -160,6 +159,13 @@ def outcome_rewards(trajectory):
     return rewards
 
 
+def cosine(step, steps, warmup, floor=0.0):
+    """Learning-rate factor: linear warm-up, then a cosine from 1 down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 class Critic(nn.Module):
     """The policy's network with a scalar head, which starts at zero."""
 
@@ -236,7 +242,7 @@ class Trainer:
         self.sampler = load_model(model_path, device, args.dtype, weights)
         lm = load_model(model_path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
         self.actor = shard(Policy(lm), lm, **sharding_settings(args))
-        self.modules = {"actor": self.actor}
+        self.modules, self.critic = {"actor": self.actor}, None
         self.actor_start = 0  # the first step in which the actor learns
         if args.advantage == "gae":
             lm = load_model(args.critic_model or model_path, "cpu", weights=weights)
@@ -251,9 +257,10 @@ class Trainer:
     def state(self):
         """All that a step changes, as tensors by name. No random state: prompts, noise,
         minibatches and learning rates are functions of seed and step."""
-        states = [training_state(name, module, self.optimizers[name])
-                  for name, module in self.modules.items()]
-        return {key: value for state in states for key, value in state.items()}
+        state = {}
+        for name, module in self.modules.items():
+            state |= training_state(name, module, self.optimizers[name])
+        return state
 
     def save(self, folder, step, seconds, sizes):
         """A checkpoint; sizes: the JSONL files' bytes, to which a resumed run cuts them."""
@@ -281,7 +288,7 @@ class Trainer:
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
             columns = self.actor_logprobs(flat, packing, with_entropy=True)
-            if "critic" in self.modules:
+            if self.critic:
                 columns = *columns, self.critic(flat.input_ids, packing)
             if indices:
                 # clone: a view would be pickled with the whole micro-batch behind it
@@ -296,15 +303,17 @@ class Trainer:
     def estimate(self, examples, groups):
         """Fill advantages and returns of every example; returns the explained variance (None
         without a critic)."""
-        args, names = self.args, ["rewards", "loss_mask"] + ["values"] * ("critic" in self.modules)
-        rewards, mask, *values = (pad_sequence([getattr(e, name) for e in examples], batch_first=True)
-                                  for name in names)  # (B, T)
+        def padded(name):
+            return pad_sequence([getattr(e, name) for e in examples], batch_first=True)  # (B, T)
+
+        args, mask, values = self.args, padded("loss_mask"), padded("values") if self.critic else None
         advantages, returns = advantages_and_returns(
-            rewards, *values or [None], mask, torch.tensor(groups), args.advantage, args.gamma,
-            args.lam_actor, args.lam_critic, args.whiten_floor)
+            padded("rewards"), values, mask, torch.tensor(groups), args.advantage, args.gamma, args.lam_actor,
+            args.lam_critic, args.whiten_floor)
         for i, e in enumerate(examples):
-            e.advantages, e.returns = advantages[i, :len(e)], returns[i, :len(e)] if values else None
-        return explained_variance(*values, returns, mask) if values else None
+            e.advantages = advantages[i, :len(e)]
+            e.returns = returns[i, :len(e)] if self.critic else None
+        return explained_variance(values, returns, mask) if self.critic else None
 
     def update(self, examples, step):
         """One epoch of clipped updates over shuffled minibatches; returns token means."""
@@ -407,7 +416,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     seconds = {name: after - before for name, before, after
                in zip(("rollout", "score", "update", "sync"), clock, clock[1:])}
     metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
-    sampled, fed = (sum(map(sum, (t.loss_mask for t in trajectories))), sum(map(len, examples)))
+    sampled, fed = sum(sum(t.loss_mask) for t in trajectories), sum(len(e) for e in examples)
     metrics["rollout_tokens_per_second"] = sampled / seconds["rollout"]
     metrics["train_tokens_per_second"] = fed / (seconds["score"] + seconds["update"])
     return metrics, trajectories
@@ -494,7 +503,8 @@ def parse_arguments(argv=None):
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.preset:
-        parser.set_defaults(**{name: value for name, value in PAPER.items() if name[:4] != "sft_"})
+        settings = {name: value for name, value in PAPER.items() if not name.startswith("sft_")}
+        parser.set_defaults(**settings)
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
@@ -515,8 +525,8 @@ def check_combinations(parser, args, flags):
     if args.resume and (idle := flags & fixed):
         parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
     if args.model and not (args.resume or args.preset):
-        need_values(parser, flags, ["actor_lr", *["critic_lr"] * (args.advantage == "gae"), "sandbox_timeout",
-                                    "max_prompt_tokens", "max_response_tokens"])
+        rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
+        need_values(parser, flags, [*rates, "sandbox_timeout", "max_prompt_tokens", "max_response_tokens"])
     idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")

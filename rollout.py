@@ -208,9 +208,9 @@ class Packing:
     rows are decoded together, the others attend in groups of about equal length."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
-        self.lengths, self.cache, self.slots = lengths, cache, slots
-        self.past = [cache.lengths[s] for s in slots] if cache else [0] * len(lengths)
-        positions = np.concatenate([np.arange(p, p + n) for p, n in zip(self.past, lengths)])
+        self.lengths, self.cache = lengths, cache
+        past = [cache.lengths[s] for s in slots] if cache else [0] * len(lengths)
+        positions = np.concatenate([np.arange(p, p + n) for p, n in zip(past, lengths)])
         self.position_ids = torch.from_numpy(positions).to(device)  # (T,)
         self.last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)  # (N,) last token of each
         if cache is None:
@@ -223,7 +223,7 @@ class Packing:
             # (21 ms per layer against 1, at 128 rows). Idle slots see one key, to no effect.
             self.decode_slots = self.slot_of_token[:n]
             seen = np.ones(max(slots[:n]) + 1, dtype=np.int64)
-            seen[slots[:n]] = [p + 1 for p in self.past[:n]]
+            seen[slots[:n]] = [p + 1 for p in past[:n]]
             self.longest = int(seen.max())
             hidden = np.arange(self.longest)[None] >= seen[:, None]  # (slots in view, longest)
             bias = np.where(hidden, -np.inf, 0.0)[:, None, None]

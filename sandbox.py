@@ -466,8 +466,7 @@ def zygote_main(sock, layers_fd, config):
     global LIBC, PROC
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
-    # A process group of its own: Ctrl-C in the trainer's terminal must not reach it. Not niced
-    # (tests/bench_sandbox.py --load): beside two busy cores niced snippets fell to a quarter.
+    # A process group of its own: Ctrl-C in the trainer's terminal must not reach it.
     os.setpgid(0, 0)
     die_with_parent(config["trainer_pid"])
     # 1024 is few for many workers; with "unlimited", closerange() crawls on an old kernel.
@@ -815,6 +814,7 @@ def confine(config):
     ValueError."""
     os.setpgid(0, 0)  # killed as a whole, where there can be a whole
     die_with_parent(config["zygote_pid"])
+    # Not niced: beside two busy cores that takes most of their time (bench_sandbox.py --load).
     # An open file of its own: the flags of the zygote's stdin are shared by all its children.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "landlock" in config:

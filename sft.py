@@ -57,8 +57,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import (LAYOUTS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
-                   extract_answer, field_names, load_problems,
-                  load_template, question_words, read_row, read_rows, tool_call)
+                  extract_answer, field_names, load_problems, load_template, question_words, read_row,
+                  read_rows, tool_call)
 from eval import (Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, check_mesh,
                   code_purpose, describe_error, find_checkpoint, given, in_range, is_equivalent,
                   make_sandbox, need_values, parses, run_script, save_checkpoint, shard, sharding_settings,
@@ -561,13 +561,6 @@ def add_curate_arguments(parser):
 # The warm start
 
 
-def cosine(step, steps, warmup, floor=0.0):
-    """Learning-rate factor: linear warm-up, then a cosine from 1 down to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def trapezoid(step, steps, warmup):
     """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0. A short warm
     start copies better with it than with a cosine (results/README.md)."""
@@ -678,11 +671,13 @@ def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, se
     """Train the sharded policy on a list of Example, from the newest checkpoint in the folder
     `checkpoints` if there is one; a line of metrics goes to `file` every tenth step. Returns
     the final metrics, on held_out and on as many examples."""
-    matrices = [p for p in policy.lm.model.layers.parameters() if p.ndim == 2 and muon_lr]
-    others = [p for p in policy.parameters() if all(p is not matrix for matrix in matrices)]
-    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
+    of_adamw = [p for p in policy.parameters() if p not in of_muon]
+    adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     zero_moments(adamw)
-    optimizers = {adamw: lr} | ({Muon(matrices, muon_lr): muon_lr} if matrices else {})  # -> peak rate
+    optimizers = {adamw: lr}  # -> peak rate
+    if of_muon:
+        optimizers[Muon([p for p in policy.parameters() if p in of_muon], muon_lr)] = muon_lr
     state = training_state("policy", policy, *optimizers)
     path, record = find_checkpoint(checkpoints, rank)
     if path:

@@ -191,14 +191,13 @@ def plain(ours, twin, tokenizer, tokens=64, repeats=5):
     ratio of the medians, then what one tick of decoding asks of the device."""
     rng = np.random.default_rng(0)
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-    never_end = lambda ids, scores: scores.index_fill(1, torch.tensor(tokenizer.eos_token_id), -torch.inf)  # noqa: E731
+    never_end = lambda logits, _: logits.index_fill(1, torch.tensor(tokenizer.eos_token_id), -torch.inf)  # noqa: E731
     for rows in (1, 8, 64, 256):
         prompts, seconds = rng.choice(ordinary, (rows, 32)).tolist(), {"ours": [], "generate": []}
         for _ in range(repeats if rows > 8 else 3 * repeats):
             begin = time.perf_counter()
             asyncio.run(generate(ours, tokenizer, prompts, None, tools=False, n_slots=rows,
-                                 max_response_tokens=tokens,
-                                 logits_processor=lambda logits, _: never_end(None, logits)))
+                                 max_response_tokens=tokens, logits_processor=never_end))
             middle = time.perf_counter()
             with torch.inference_mode():
                 twin.generate(torch.tensor(prompts), attention_mask=torch.ones(rows, 32), do_sample=True, top_k=0,
@@ -208,12 +207,13 @@ def plain(ours, twin, tokenizer, tokens=64, repeats=5):
         rates = {name: rows * tokens / np.median(found) for name, found in seconds.items()}
         print(f"{rows:4d} rows: {rates['ours']:7.0f} tokens/s, generate {rates['generate']:7.0f}: "
               f"{rates['ours'] / rates['generate']:.2f} times", flush=True)
-    cache = KVCache(ours.config, 64, 64, ours.dtype, ours.device)
+    cache = KVCache(ours.config, 64, 96, ours.dtype, ours.device)
     forward_step(ours, cache, list(range(64)), prompts[:64])
-    with Operations() as counted:
-        sample(forward_step(ours, cache, list(range(64)), [[7]] * 64), torch.zeros(64), 1.0, 1.0)
-    layers = ours.config.num_hidden_layers
-    print(f"operations of a decoding tick, views aside, {layers} layers: {counted.kernels}")
+    for name, pending in (("decode", [[7]] * 64), ("decode 48, resume 16", [[7]] * 48 + [[7] * 20] * 16)):
+        with Operations() as counted:
+            sample(forward_step(ours, cache, list(range(64)), pending), torch.zeros(64), 1.0, 1.0)
+        print(f"operations of a tick in which 64 rows {name}, views aside, "
+              f"{ours.config.num_hidden_layers} layers of {ours.config.model_type}: {counted.kernels}")
 
 
 def pages(config, rows=128, size=32, repeats=30):

@@ -11,7 +11,8 @@ what it is told. Which question is asked where:
     test_curate.py    is every trace true, and does a curation survive bad rows and kills?
     test_ppo.py       are GAE and losses the equations? do the scripts run, resume, and refuse bad input?
 
-bench_*.py are run by hand: they hold the slow twins and print the speed of both.
+bench_*.py are run by hand: they hold the slow twins and print the speed of both. preloaded.py is what the
+processes that test_ppo.py starts have in common.
 """
 import asyncio
 import sys

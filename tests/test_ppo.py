@@ -277,9 +277,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     results = {}
     warm = ("--warm_start_dir", str(folder / "warm"))
+    refused = subprocess.Popen([sys.executable, str(ROOT / "ppo.py"), "--train_data", "nowhere.jsonl"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)  # beside the first
     for name, start in (("first", launch), ("again", run_here)):
         results[name] = start(*TINY, "--run_dir", str(folder / name), *warm)
         assert results[name].returncode == 0, results[name].stdout[-3000:] + results[name].stderr[-3000:]
+    errors = refused.communicate(timeout=120)[1]
+    results["refused"] = refused.returncode, errors.strip()
     run_ranks(2, folder / "two.log", *TINY, *warm)  # no --run_dir: the ranks must agree on one
     [run] = (folder / "out" / "ppo").iterdir()
     run.rename(folder / "two")
@@ -624,10 +628,9 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     assert "policy_loss" not in steps[0] and "policy_loss" in steps[1]
 
 
-@pytest.mark.parametrize("kind", ["rloo"])
-def test_without_a_critic_none_is_built_and_a_killed_run_goes_on(runs, tmp_path, kind):
+def test_without_a_critic_none_is_built_and_a_run_goes_on(runs, tmp_path):
     """Guards against the memory of a critic that nobody asks, and checkpoints that want one."""
-    flags = ["--advantage", kind, "--prompts_per_step", "6", "--samples_per_prompt", "2", "--minibatches", "2",
+    flags = ["--advantage", "rloo", "--prompts_per_step", "6", "--samples_per_prompt", "2", "--minibatches", "2",
              "--actor_lr", "1e-4", "--max_prompt_tokens", "512", "--max_response_tokens", "16", "--tools", "off",
              "--sandbox_timeout", "0.5", "--eval_problems", "2", "--eval_samples", "1", "--save_every", "1"]
     run, checkpoint = tmp_path / "run", str(runs[0] / "first" / "checkpoint")
@@ -833,3 +836,8 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, 
     result = run_here(*flags)
     clear = line in result.stderr and "Traceback" not in result.stderr
     assert result.returncode != 0 and clear, result.stderr[-2000:]
+
+
+def test_an_error_is_a_non_zero_exit_status_and_one_line(runs):
+    """The same seen from outside: what a job scheduler gets."""
+    assert runs[1]["refused"] == (1, "error: nowhere.jsonl: no such file, and not a hub id (OWNER/NAME)")

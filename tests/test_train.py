@@ -14,7 +14,7 @@ import eval as evaluation
 import rollout
 import sft
 from rollout import Policy, collate, encode_response, make_example, pack
-from sft import cosine
+from ppo import cosine
 
 
 @pytest.fixture(scope="module")
