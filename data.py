@@ -86,7 +86,7 @@ def boxed(text):
 
 def extract_answer(response):
     r"""The last \boxed{} of a response outside its blocks, or None. For files:
-    `outcome_reward` knows what the policy sampled."""
+    `is_correct` knows what the policy sampled."""
     return boxed(BLOCKS.sub("\n", response))
 
 

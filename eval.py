@@ -260,7 +260,8 @@ async def parses(answer, sandbox):
 
 
 async def is_correct(trajectory, tokenizer, reference, sandbox):
-    r"""Whether the policy's own final answer is right; never where it did not end with EOS.
+    r"""Whether the policy's own final answer is right; never where it did not end with EOS. Sets
+    `answer`.
 
     Only sampled text outside executed snippets, <code> and <interpreter> counts: a \boxed{} in
     a script, printed by one, or in an interpreter block of the policy's own making is no
@@ -272,7 +273,8 @@ async def is_correct(trajectory, tokenizer, reference, sandbox):
     # nested.
     segments = trajectory.sampled_segments(with_code=False)
     text = "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments)
-    return await is_equivalent(extract_answer(text), reference, sandbox)
+    trajectory.answer = extract_answer(text)
+    return await is_equivalent(trajectory.answer, reference, sandbox)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -478,11 +480,20 @@ def runs_table(runs):
 
 
 def describe_trajectory(t, tokenizer, problem):
-    """A trajectory as a JSON row for people; problem: the row that it answers."""
+    """A trajectory as a JSON row for people and `--report`: the columns after "tokens" have an entry
+    per response token, to three digits. problem: the row that it answers."""
+    columns = {"logprobs": t.logprobs}
+    if t.example:  # its position t speaks of token t + 1
+        names = {name: getattr(t.example, name) for name in ("values", "advantages", "ratios")}
+        columns |= {name: column[len(t.prompt_ids) - 1:].tolist()
+                    for name, column in names.items() if column is not None}
     return {"prompt": tokenizer.decode(t.prompt_ids), "response": tokenizer.decode(t.response_ids),
             "correct": t.correct, "answer": problem["answer"], "family": problem["family"],
             "finish_reason": t.finish_reason, "tool_statuses": [call.status for call in t.tool_calls],
-            "prompt_index": t.prompt_index, "sample_index": t.sample_index}
+            "prompt_index": t.prompt_index, "sample_index": t.sample_index,
+            "calls": [[call.start, call.end] for call in t.tool_calls],
+            "tokens": [tokenizer.decode([token]) for token in t.response_ids], "loss_mask": t.loss_mask,
+            **{name: [round(x, 3) for x in column] for name, column in columns.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -624,11 +635,16 @@ def add_rollout_arguments(parser):
     add("--kv_gib", type=in_range(0.0), default=0.0, help="limit of the KV cache in GiB per GPU; 0: none")
     add("--rejoin_ticks", type=at_least(0), default=4,
         help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
+    add("--feedback", choices=("real", "hidden", "none"), default="real",
+        help="between the interpreter tags: the output, only whether it ran, or nothing")
+    add("--interpreter", choices=("stateless", "replay"), default="stateless",
+        help="replay: a response's earlier snippets that ran are run again in front of each")
 
 
 def rollout_settings(args):
     """Keyword arguments of `generate`, from the flags above and below."""
-    names = "max_response_tokens max_calls n_slots kv_gib rejoin_ticks max_interpreter_tokens".split()
+    names = ("max_response_tokens max_calls n_slots kv_gib rejoin_ticks max_interpreter_tokens feedback "
+             "interpreter").split()
     return {name: getattr(args, name) for name in names} | {"tools": args.tools == "on"}
 
 

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -59,8 +60,8 @@ def gae(rewards, values, loss_mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438) that sees only the trainable tokens.
 
     rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at
-    the token in front of it (after a call: the last interpreter token). Returns (advantages,
-    returns), (B, T), exactly 0 where masked:
+    the token in front of it (after a call: the last interpreter token). lam: a number, or (B,).
+    Returns (advantages, returns), (B, T), exactly 0 where masked:
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 at the end
     with the masked tokens deleted: interpreter text neither decays lambda nor bootstraps.
     """
@@ -74,6 +75,27 @@ def gae(rewards, values, loss_mask, gamma, lam):
         next_value = torch.where(now, values[:, t], next_value)
         next_advantage = torch.where(now, advantage, next_advantage)
     return advantages, torch.where(trainable, advantages + values, 0.0)
+
+
+def turn_gae(rewards, values, loss_mask, gamma, lam):
+    """`gae` whose steps are turns, the runs of trainable tokens between interpreter blocks: a turn's
+    reward is the sum over its tokens, its value that of its first token, and all its tokens get
+    its advantage and its return."""
+    trainable = loss_mask.bool()
+    first = trainable & ~F.pad(trainable, (1, 0))[:, :-1]
+    turn = first.cumsum(1)  # (B, T): number of the turn
+
+    def turn_sums(x):
+        sums = x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_add(1, turn, x)
+        return sums.gather(1, turn)
+
+    found = gae(turn_sums(rewards * loss_mask), values, first, gamma, lam)
+    return tuple(turn_sums(x) * loss_mask for x in found)
+
+
+def adaptive_lam(loss_mask):
+    """lambda (B,) = 1 - 1 / (0.05 l) of a response of l trainable tokens (arXiv 2504.05118)."""
+    return (1 - 20 / loss_mask.sum(1).clamp(min=1)).clamp(min=0)
 
 
 def whiten(advantages, loss_mask, floor):
@@ -99,17 +121,20 @@ def group_advantages(totals, groups, kind):
     return advantages
 
 
-def advantages_and_returns(rewards, values, loss_mask, groups, kind, gamma, lam_actor, lam_critic,
+def advantages_and_returns(rewards, values, loss_mask, groups, kind, unit, gamma, lam_actor, lam_critic,
                            whiten_floor):
     """(advantages, returns: the critic's targets), each (B, T), 0 where masked.
 
-    rewards, loss_mask, values (B, T) as in `gae`. kind "gae": whitened; else `group_advantages`
-    of every response on all its tokens, and neither values nor returns.
+    rewards, loss_mask, values (B, T) as in `gae`. kind "gae", by unit "token" or "turn": whitened;
+    lam_actor may be "adaptive". Else `group_advantages` of every response on all its tokens, and
+    neither values nor returns.
     """
     if kind != "gae":
         return group_advantages((rewards * loss_mask).sum(1), groups, kind)[:, None] * loss_mask, None
-    raw, _ = gae(rewards, values, loss_mask, gamma, lam_actor)
-    _, returns = gae(rewards, values, loss_mask, gamma, lam_critic)
+    estimate = turn_gae if unit == "turn" else gae
+    lam_actor = adaptive_lam(loss_mask) if lam_actor == "adaptive" else lam_actor
+    raw, _ = estimate(rewards, values, loss_mask, gamma, lam_actor)
+    _, returns = estimate(rewards, values, loss_mask, gamma, lam_critic)
     return whiten(raw, loss_mask, whiten_floor), returns
 
 
@@ -120,10 +145,12 @@ def explained_variance(values, returns, loss_mask):
     return (1 - error / spread).item() if spread > 1e-6 else 0.0  # returns all alike
 
 
-def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high):
+def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high, dual_clip=0.0,
+                weights=1.0):
     """Clipped surrogate (arXiv 1707.06347), summed over trainable tokens; all of one shape.
 
-    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs).
+    -w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs) and
+    weights w; with dual_clip c > 0, where A < 0: at most -w c A (arXiv 1912.09729).
     Returns (sum, metrics), also sums: approx_kl of r - 1 - log r; clip_fraction of tokens
     without gradient.
     """
@@ -132,11 +159,28 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -(torch.minimum(unclipped, clipped) * loss_mask).sum()
+    surrogate, flat = torch.minimum(unclipped, clipped), clipped < unclipped
+    if dual_clip:
+        flat = flat | ((advantages < 0) & (surrogate < dual_clip * advantages))
+        surrogate = torch.where(advantages < 0, surrogate.clamp(min=dual_clip * advantages), surrogate)
+    loss = -(weights * surrogate * loss_mask).sum()
     with torch.no_grad():
         metrics = {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum(),
-                   "clip_fraction": ((clipped < unclipped) * loss_mask).sum()}
+                   "clip_fraction": (flat * loss_mask).sum()}
     return loss, metrics
+
+
+def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
+    """min(pi_old / pi_sampler, most) of sampled tokens, else 1: corrects for a sampler that is not
+    the policy of the update (truncated importance sampling, by token)."""
+    return ((old_logprobs - sampler_logprobs) * sampled).exp().clamp(max=most)
+
+
+def reference_kl(logprobs, reference_logprobs, loss_mask):
+    """KL(policy || reference) by the k3 estimate r - 1 - log r with r = pi_reference / pi, never
+    negative, summed over trainable tokens (joschu.net/blog/kl-approx.html)."""
+    log_ratio = (reference_logprobs - logprobs) * loss_mask
+    return (log_ratio.exp() - 1 - log_ratio).sum()
 
 
 def value_loss(values, old_values, returns, loss_mask, value_clip):
@@ -150,12 +194,24 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
     return loss, metrics
 
 
-def outcome_rewards(trajectory):
-    """Equation 1's R for each token of a response: +1 or -1 on the last sampled one, even if
-    forced text follows, else 0. Code that runs earns nothing."""
+def token_rewards(trajectory, kind="outcome", scale=0.1):
+    """Rewards of each token of a response. All kinds: +1 or -1 for the answer (equation 1's R), on the
+    last sampled token even if forced text follows. On top of it:
+        outcome     nothing; code that runs earns nothing
+        executable  + scale * the share of its snippets that ran without error
+        bonus       + scale if it called at all, even where every snippet failed
+        steps       + scale for a snippet that ran, - scale for one that failed, where it was closed
+        cost        - scale for every snippet, there
+    """
     rewards = [0.0] * len(trajectory.loss_mask)
     last = max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)
     rewards[last] = 1.0 if trajectory.correct else -1.0
+    ran = [call.status == "ok" for call in trajectory.tool_calls]
+    if ran and kind in ("executable", "bonus"):
+        rewards[last] += scale * (1.0 if kind == "bonus" else sum(ran) / len(ran))
+    if kind in ("steps", "cost"):
+        for call, ok in zip(trajectory.tool_calls, ran):
+            rewards[call.end - 1] += scale if ok and kind == "steps" else -scale
     return rewards
 
 
@@ -164,6 +220,12 @@ def cosine(step, steps, warmup, floor=0.0):
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def is_void(trajectory):
+    """Whether the last turn has neither snippet nor answer (arXiv 2509.02479); earlier turns end with
+    a snippet."""
+    return trajectory.answer is None
 
 
 class Critic(nn.Module):
@@ -253,13 +315,21 @@ class Trainer:
         self.optimizers = {name: adamw(module.parameters()) for name, module in self.modules.items()}
         for optimizer in self.optimizers.values():
             zero_moments(optimizer)
+        self.reference = None
+        if args.kl_coef:
+            lm = load_model(model_path, "cpu", weights=weights)
+            self.reference = shard(Policy(lm).requires_grad_(False), lm, **sharding_settings(args))
 
     def state(self):
-        """All that a step changes, as tensors by name. No random state: prompts, noise,
-        minibatches and learning rates are functions of seed and step."""
+        """All that a step changes, and the reference, as tensors by name. No random state: prompts,
+        noise, minibatches and learning rates are functions of seed and step."""
         state = {}
         for name, module in self.modules.items():
             state |= training_state(name, module, self.optimizers[name])
+        if self.reference:
+            state |= training_state("reference", self.reference)
+        if self.args.sync_every > 1:  # the sampler is not the actor
+            state |= {f"sampler.{name}": p.detach() for name, p in self.sampler.named_parameters()}
         return state
 
     def save(self, folder, step, seconds, sizes):
@@ -270,7 +340,12 @@ class Trainer:
     def load(self, checkpoint):
         """Go on from a checkpoint's folder."""
         dcp.load(self.state(), checkpoint_id=checkpoint)
-        sync_weights(self.actor, self.sampler)
+        if self.args.sync_every == 1:
+            sync_weights(self.actor, self.sampler)
+
+    def is_synced_after(self, step):
+        """Whether the sampler gets the actor's weights at the end of a step; after the last it does."""
+        return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
 
     def micro_batches(self, examples):
         """Yields this rank's share as (indices, flat Example, packing)."""
@@ -283,22 +358,39 @@ class Trainer:
                           **options)
 
     @torch.no_grad()
-    def score(self, examples):
-        """Fill logprobs, entropy and, with a critic, values of every example, on every rank."""
+    def fill(self, examples, compute):
+        """Set columns of every example, on every rank; compute: (flat Example, packing) -> {name: (T,)}."""
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
-            columns = self.actor_logprobs(flat, packing, with_entropy=True)
-            if self.critic:
-                columns = *columns, self.critic(flat.input_ids, packing)
+            found = compute(flat, packing)
             if indices:
                 # clone: a view would be pickled with the whole micro-batch behind it
-                mine += zip(indices, *([part.clone() for part in column.cpu().split(packing.lengths)]
-                                       for column in columns))
+                parts = zip(*([x.clone() for x in column.cpu().split(packing.lengths)]
+                              for column in found.values()))
+                mine += [(i, dict(zip(found, columns))) for i, columns in zip(indices, parts)]
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
-        for index, *columns in (row for part in gathered for row in part):
-            for name, column in zip(("logprobs", "entropy", "values"), columns):
-                setattr(examples[index], name, column)
+        for index, columns in (row for part in gathered for row in part):
+            vars(examples[index]).update(columns)
+
+    def score(self, examples):
+        """Fill what the models say before the update: logprobs, entropy, values, reference_logprobs."""
+        def compute(flat, packing):
+            found = dict(zip(("logprobs", "entropy"), self.actor_logprobs(flat, packing, with_entropy=True)))
+            if self.critic:
+                found["values"] = self.critic(flat.input_ids, packing)
+            if self.reference:
+                found["reference_logprobs"] = self.reference(
+                    flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature)
+            return found
+
+        self.fill(examples, compute)
+
+    def fill_ratios(self, examples):
+        """Fill pi_new / pi_old of responses that are kept to be looked at."""
+        if examples:
+            self.fill(examples, lambda flat, packing: {"ratios": (
+                self.actor_logprobs(flat, packing) - flat.logprobs).exp()})
 
     def estimate(self, examples, groups):
         """Fill advantages and returns of every example; returns the explained variance (None
@@ -308,8 +400,8 @@ class Trainer:
 
         args, mask, values = self.args, padded("loss_mask"), padded("values") if self.critic else None
         advantages, returns = advantages_and_returns(
-            padded("rewards"), values, mask, torch.tensor(groups), args.advantage, args.gamma, args.lam_actor,
-            args.lam_critic, args.whiten_floor)
+            padded("rewards"), values, mask, torch.tensor(groups), args.advantage, args.gae_unit,
+            args.gamma, args.lam_actor, args.lam_critic, args.whiten_floor)
         for i, e in enumerate(examples):
             e.advantages = advantages[i, :len(e)]
             e.returns = returns[i, :len(e)] if self.critic else None
@@ -358,16 +450,25 @@ class Trainer:
 
     def actor_loss(self, flat, packing, unchanged):
         """(policy loss, metrics), sums over tokens. unchanged: no update since `score`."""
-        logprobs = self.actor_logprobs(flat, packing)
+        args, mask = self.args, flat.loss_mask
+        logprobs = self.actor_logprobs(flat, packing, with_entropy=args.entropy_coef > 0)
+        if args.entropy_coef:
+            logprobs, entropy = logprobs
         if unchanged:
             # Any difference is a bug: another temperature, a mask off by one, dropout.
-            difference = ((logprobs - flat.logprobs) * flat.loss_mask).abs().sum()
-            log_ratio = difference / flat.loss_mask.sum().clamp(min=1)
-            assert log_ratio < TOLERANCE[self.args.dtype], (
-                f"first minibatch: mean |log ratio| {log_ratio}, should be 0")
-        loss, metrics = policy_loss(logprobs, flat.logprobs, flat.advantages, flat.loss_mask,
-                                    self.args.clip_low, self.args.clip_high)
+            difference = ((logprobs - flat.logprobs) * mask).abs().sum() / mask.sum().clamp(min=1)
+            assert difference < TOLERANCE[args.dtype], (
+                f"first minibatch: mean |log ratio| {difference}, should be 0")
+        weights = (importance_weights(flat.logprobs, flat.sampler_logprobs, flat.sampled)
+                   if args.importance == "token" else 1.0)
+        loss, metrics = policy_loss(logprobs, flat.logprobs, flat.advantages, mask, args.clip_low,
+                                    args.clip_high, args.dual_clip, weights)
         metrics["policy_loss"] = loss
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * (entropy * mask).sum()
+        if self.reference:
+            metrics["reference_kl"] = reference_kl(logprobs, flat.reference_logprobs, mask)
+            loss = loss + args.kl_coef * metrics["reference_kl"]
         return loss, {name: value.item() for name, value in metrics.items()}
 
     def critic_loss(self, flat, packing):
@@ -398,23 +499,31 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
         temperature=args.temperature, seed=args.seed, step=step, stats=stats, **rollout_settings(args))
     clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
-              and (t.finish_reason == "eos" or not args.drop_truncated)]
+              and (t.finish_reason == "eos" or not args.drop_truncated)
+              and not (args.drop_void and is_void(t))]
     if not chosen:
         return rollout_metrics(trajectories) | {"update_skipped": 1}, trajectories
-    examples = [trajectory_example(t, outcome_rewards(t)) for t in chosen]
+    for t in chosen:
+        t.example = trajectory_example(t, token_rewards(t, args.reward, args.reward_scale),
+                                       args.mask_interpreter == "on")
+    examples = [t.example for t in chosen]
     trainer.score(examples)
-    metrics = rollout_metrics(trajectories) | score_metrics(examples) | {"update_skipped": 0}
-    check_sampler(examples, args.dtype, step)
+    metrics = rollout_metrics(trajectories) | score_metrics(chosen) | {"update_skipped": 0}
+    if step == 0 or trainer.is_synced_after(step - 1):
+        check_sampler(examples, args.dtype, step)
     clock.append(time.perf_counter())
     groups = [t.prompt_index for t in chosen]
     metrics["explained_variance"] = trainer.estimate(examples, groups)  # advantages
     metrics |= trainer.update(examples, step)
     clock.append(time.perf_counter())
-    sync_weights(trainer.actor, trainer.sampler)
+    if trainer.is_synced_after(step):
+        sync_weights(trainer.actor, trainer.sampler)
+    clock.append(time.perf_counter())
+    trainer.fill_ratios([t.example for t in trajectories[:args.save_rollouts] if t.example])
     clock.append(time.perf_counter())
     metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
     seconds = {name: after - before for name, before, after
-               in zip(("rollout", "score", "update", "sync"), clock, clock[1:])}
+               in zip(("rollout", "score", "update", "sync", "ratios"), clock, clock[1:])}
     metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
     sampled, fed = sum(sum(t.loss_mask) for t in trajectories), sum(len(e) for e in examples)
     metrics["rollout_tokens_per_second"] = sampled / seconds["rollout"]
@@ -422,29 +531,45 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     return metrics, trajectories
 
 
-def trajectory_example(t, rewards):
+def trajectory_example(t, rewards, mask_interpreter=True):
     """A trajectory and the rewards of its tokens as an Example."""
     before = [0.0] * len(t.prompt_ids)
-    return make_example(t.prompt_ids + t.response_ids, [0] * len(t.prompt_ids) + t.loss_mask,
-                        sampler_logprobs=torch.tensor(before + t.logprobs),
-                        rewards=torch.tensor(before + rewards))
+    trained = t.loss_mask if mask_interpreter else [1] * len(t.loss_mask)
+    return make_example(t.prompt_ids + t.response_ids, before + trained, sampled=before + t.loss_mask,
+                        sampler_logprobs=before + t.logprobs, rewards=before + rewards)
 
 
-def score_metrics(examples):
-    """Mean reward, entropy, and how far sampler and trainer are apart."""
-    mask, entropy, difference = (torch.cat(columns) for columns in zip(*(
-        (e.loss_mask, e.entropy, (e.logprobs - e.sampler_logprobs).abs()) for e in examples)))
+def score_metrics(trajectories):
+    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
+    examples, gaps = [t.example for t in trajectories], {"prose": [], "code": [], "after_interpreter": []}
+    mask, entropy = (torch.cat(column) for column in zip(*((e.loss_mask, e.entropy) for e in examples)))
+    for t in trajectories:
+        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:]  # (response tokens,)
+        code = torch.zeros(len(gap), dtype=torch.bool)
+        for call in t.tool_calls:
+            code[call.start:call.end] = True
+        sampled = torch.tensor(t.loss_mask, dtype=torch.bool)
+        after = sampled & (sampled.cumprod(0) == 0)  # a call in front of it
+        gaps["code"].append(gap[code])
+        gaps["prose"].append(gap[sampled & ~code & ~after])
+        gaps["after_interpreter"].append(gap[after & ~code])
+    gaps = {f"sampler_difference_{name}": torch.cat(found) for name, found in gaps.items()}
+    whole = torch.cat(list(gaps.values()))
     return {"reward": mean([e.rewards.sum().item() for e in examples]),
             "entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "sampler_difference": ((difference * mask).sum() / mask.sum()).item(),
-            "sampler_difference_max": (difference * mask).max().item()}
+            "sampler_difference": whole.mean().item(), "sampler_difference_max": whole.max().item(),
+            **{name: mean(found.tolist()) for name, found in gaps.items()}}
+
+
+def sampler_gap(e):
+    """|log-probability by the trainer - by the sampler| of an Example's sampled tokens, (T,)."""
+    return (e.logprobs - e.sampler_logprobs).abs() * e.sampled
 
 
 def check_sampler(examples, dtype, step):
     """AssertionError where the sampler's log-probabilities are not the trainer's, on average
     or in a single response, which the mean would hide."""
-    rows = torch.tensor([((e.logprobs - e.sampler_logprobs).abs() * e.loss_mask).sum() / e.loss_mask.sum()
-                         for e in examples])
+    rows = torch.tensor([sampler_gap(e).sum() / e.sampled.sum() for e in examples])
     mean, row = rows.mean().item(), rows.max().item()
     assert mean < TOLERANCE[dtype] and row < ROW_TOLERANCE[dtype], (
         f"step {step}: the sampler's log-probabilities differ from the trainer's by {mean} on average, "
@@ -474,6 +599,10 @@ def parse_arguments(argv=None):
     add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
         help="gae: by a critic; the others by the group of a prompt's samples, and no critic is built")
     add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
+    add("--gae_unit", choices=("token", "turn"), default="token", help="a step of GAE: see `turn_gae`")
+    add("--reward", choices=("outcome", "executable", "bonus", "steps", "cost"), default="outcome",
+        help="what is paid besides the answer: see `token_rewards`")
+    add("--reward_scale", type=in_range(0.0), default=0.1, help="of that; the answer pays 1 or -1")
     add("--samples_per_prompt", type=at_least(1), default=1, help="the critic is the baseline")
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
     add("--actor_lr", type=in_range(0.0), default=4e-4, help="AdamW; paper 1e-6 (32B)")
@@ -485,19 +614,31 @@ def parse_arguments(argv=None):
     add("--critic_warmup", type=at_least(0), default=3, help="steps of the critic alone; recipes 20")
     add("--temperature", type=in_range(0.0, above=True), default=1.0, help="of rollouts and loss; paper 1.0")
     add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount")
-    add("--lam_actor", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the advantages")
+    add("--lam_actor", type=lambda text: text if text == "adaptive" else in_range(0.0, 1.0)(text), default=1.0,
+        help="GAE lambda of the advantages, or adaptive: longer responses, a larger one")
     add("--lam_critic", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the critic's targets")
     add("--clip_low", type=in_range(0.0, 1.0), default=0.2, help="the ratio is at least 1 - clip_low")
     add("--clip_high", type=in_range(0.0), default=0.28, help="and at most 1 + clip_high")
+    add("--dual_clip", type=in_range(1.0), default=0.0, help="least loss per bad token, e.g. 3; 0: none")
+    add("--kl_coef", type=in_range(0.0), default=0.0, help="of KL to the starting model, in the loss; paper 0")
+    add("--entropy_coef", type=in_range(0.0), default=0.0, help="of the entropy bonus")
+    add("--importance", choices=("off", "token"), default="off",
+        help="token: weight by trainer's / sampler's probability, at most 2")
+    add("--sync_every", type=at_least(1), default=1, help="steps between copies of the weights to the sampler")
+    add("--mask_interpreter", choices=("on", "off"), default="on",
+        help="off: PPO trains on interpreter text too (a known mistake)")
     add("--value_clip", type=in_range(0.0), default=0.5, help="how far values may move")
     add("--whiten_floor", type=in_range(0.0, above=True), default=0.2, help="least divisor of advantages")
     add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0, help="of actor and critic each")
-    add("--drop_truncated", action="store_true", help="leave truncated responses out of the loss")
+    add("--drop_truncated", action="store_true", help="overlong filter: truncated ones are not trained on")
+    add("--drop_void", action="store_true", help="nor responses whose last turn has no answer")
     add("--seed", type=int, default=0, help="the warm start has --sft_seed")
     add("--run_dir", default="", help="new folder; empty: out/ppo/<date>-<time>")
     add("--resume", default="",
         help="run folder to go on with, under its arguments except those given here")
     add("--export", default="", help="with --resume: only write its newest checkpoint here")
+    add("--minutes", type=in_range(0.0), default=0.0, help="stop with a checkpoint after so many; 0: no limit")
+    add("--track", choices=("", "wandb", "trackio"), default="", help="send each step's metrics there too")
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
@@ -521,13 +662,13 @@ def check_combinations(parser, args, flags):
     """parser.error for flags that contradict each other or do nothing. flags: those given."""
     if args.export and not args.resume:
         parser.error("--export needs --resume")
-    fixed = {"run_dir", "model", "critic_model", "preset", "train_data", "advantage"}
+    fixed = {"run_dir", "model", "critic_model", "preset", "train_data", "advantage", "kl_coef", "sync_every"}
     if args.resume and (idle := flags & fixed):
         parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
     if args.model and not (args.resume or args.preset):
         rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
         need_values(parser, flags, [*rates, "sandbox_timeout", "max_prompt_tokens", "max_response_tokens"])
-    idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir"}
+    idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir", "mask_failed"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
     if not args.model:
@@ -538,11 +679,13 @@ def check_combinations(parser, args, flags):
         if args.samples_per_prompt < 2:
             parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
         if idle := flags & {"critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma",
-                            "lam_actor", "lam_critic", "whiten_floor"}:
+                            "lam_actor", "lam_critic", "whiten_floor", "gae_unit"}:
             parser.error(f"--{min(idle)} has no effect with --advantage {args.advantage}")
     elif args.critic_warmup + args.lr_warmup >= args.steps:
         parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing "
                      f"of --steps {args.steps}")
+    if args.reward == "outcome" and "reward_scale" in flags:
+        parser.error("--reward_scale has no effect with --reward outcome")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
@@ -612,7 +755,7 @@ class RunFolder:
 
     def __init__(self, path, rank):
         self.path, self.rank = path, rank
-        self.files, self.rows, self.results = {}, [], {}
+        self.files, self.rows, self.results, self.tracker = {}, [], {}, None
 
     def write_arguments(self, args, world, device):
         """What the run was started with; a resumed run adds a line about itself."""
@@ -651,6 +794,21 @@ class RunFolder:
         if self.rank == 0:
             self.files[name].write(json.dumps(row) + "\n")
 
+    def track(self, package, args):
+        """Open a run of wandb or trackio, whose calls are alike; what `write_step` writes goes there too."""
+        if package and self.rank == 0:
+            try:
+                self.tracker = __import__(package)
+            except ImportError:
+                raise UserError(f"--track {package}: not installed (pip install {package})") from None
+            self.tracker.init(project="retool", name=self.path.name, config=vars(args))
+
+    def write_step(self, metrics):
+        self.rows.append(metrics)
+        self.write("metrics.jsonl", metrics)
+        if self.tracker:
+            self.tracker.log(metrics, step=metrics["step"])
+
     def sizes(self):
         """Bytes of the JSONL files, once they are on the disk."""
         for file in self.files.values():
@@ -661,6 +819,8 @@ class RunFolder:
     def finish(self, model, tokenizer):
         for file in self.files.values():
             file.close()
+        if self.tracker:
+            self.tracker.finish()
         try:
             model.save_pretrained(self.path / "checkpoint")
         except SafetensorError as error:
@@ -708,6 +868,7 @@ async def main(rank, world, device):
             run.write_arguments(args, world, device)
         print(f"run folder: {run.path}\n{json.dumps(vars(args))}")
     GOES_ON[0] = f"torchrun ppo.py --resume {run.path}"
+    run.track(args.track, args)
 
     # A checkpoint has all weights; of model/ only the configuration is needed.
     model_path = str(folder) if checkpoint else (
@@ -741,7 +902,7 @@ async def main(rank, world, device):
 async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin):
     """From the step that `start` records on; begin: perf_counter() of the script's start."""
     args, rank, world = trainer.args, trainer.rank, trainer.world
-    begin -= start["seconds"]  # of the runs that this one continues
+    started, begin = begin, begin - start["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
         found = {}
@@ -767,8 +928,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             done = step + 1
             metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
             metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
-            run.rows.append({"step": step} | metrics)
-            run.write("metrics.jsonl", run.rows[-1])
+            run.write_step({"step": step} | metrics)
             for t in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + t.prompt_index]
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))
@@ -776,10 +936,13 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 tqdm.write(step_line(done, args.steps, metrics))
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 await evaluate_all(f"step {done}")
-            if done % args.save_every == 0 or done == args.steps:
+            is_over = args.minutes and all_sum(time.perf_counter() - started > 60 * args.minutes, trainer.device)
+            if done % args.save_every == 0 or done == args.steps or is_over:
                 clock = time.perf_counter()
                 trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
                 seconds_checkpoint = time.perf_counter() - clock
+            if is_over and done < args.steps:
+                return rank or print(f"--minutes {args.minutes:g} are over after step {done}: {GOES_ON[0]}")
         await evaluate_all("after")
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})

@@ -123,7 +123,7 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
     return begin + body + encode_text(tokenizer, "\n" + INTERPRETER_CLOSE)
 
 
-def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=()):
+def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), mask_interpreter=True):
     """A whole response, EOS appended, as (ids, loss_mask): 0 for interpreter tokens and for
     masked_calls (indices of failed snippets, not to be learned). Each segment is encoded by
     itself, as `generate` meets it."""
@@ -131,7 +131,7 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=()):
     for kind, segment in split_segments(text):
         if kind == "interpreter":
             block = encode_interpreter(tokenizer, segment, max_interpreter_tokens)
-            ids, mask, call = ids + block, mask + [0] * len(block), call + 1
+            ids, mask, call = ids + block, mask + [int(not mask_interpreter)] * len(block), call + 1
             continue
         encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True)
@@ -155,6 +155,21 @@ class Pieces(dict):
         text = self.tokenizer.decode([self.anchor, token], clean_up_tokenization_spaces=False)
         self[token] = text[len(self.anchor_text):]
         return self[token]
+
+
+def shown_output(result, feedback):
+    """The text of a SandboxResult that the model sees: with feedback "real" the output, "hidden"
+    only whether the snippet ran, "none" nothing between the interpreter tags."""
+    hidden = f"[{'ran' if result.status == 'ok' else 'failed'}]"
+    return {"real": result.output, "hidden": hidden, "none": ""}[feedback]
+
+
+def after_earlier(code, calls):
+    """`code` as in one session with the snippets of `calls` that ran: they run again in front of
+    it, within the same time limit, unseen."""
+    earlier = [call.code for call in calls if call.status == "ok"]
+    mute = "__import__('contextlib').redirect_stdout(__import__('io').StringIO())"
+    return f"with {mute}: [exec(s, globals()) for s in {earlier!r}]\n{code}" if earlier else code
 
 
 def find_snippet(pieces, ids, begin, overrun):
@@ -471,14 +486,17 @@ class Example:
     the tokens: position t reads token t; other columns speak of token t + 1."""
     input_ids: torch.Tensor  # token t
     targets: torch.Tensor  # token t + 1
-    loss_mask: torch.Tensor  # 1.0 where the policy sampled it
+    loss_mask: torch.Tensor  # 1.0 where it is trained on
+    sampled: torch.Tensor = None  # 1.0 where the policy sampled it
     sampler_logprobs: torch.Tensor = None  # by the sampler
     rewards: torch.Tensor = None
     logprobs: torch.Tensor = None  # by the trainer, before the update
+    reference_logprobs: torch.Tensor = None  # by the model that training started from
     entropy: torch.Tensor = None  # of the distribution it was drawn from
     values: torch.Tensor = None  # of the state before it, before the update
     advantages: torch.Tensor = None
     returns: torch.Tensor = None  # what the values should be
+    ratios: torch.Tensor = None  # its probability after the update / before
 
     def __len__(self):
         return len(self.input_ids)
@@ -486,9 +504,9 @@ class Example:
 
 def make_example(ids, loss_mask, **per_token):
     """An Example of columns aligned with the tokens: only here are they shifted."""
-    columns = {name: torch.as_tensor(values)[1:] for name, values in per_token.items()}
+    columns = {"loss_mask": loss_mask, "sampled": loss_mask} | per_token
     return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
-                   torch.tensor(loss_mask[1:], dtype=torch.float32), **columns)
+                   **{name: torch.as_tensor(values, dtype=torch.float32)[1:] for name, values in columns.items()})
 
 
 def pack(lengths, token_budget, world):
@@ -528,8 +546,7 @@ class Policy(nn.Module):
 
     def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
         """input_ids, targets, loss_mask (T,) -> the targets' logprobs (T,) at the temperature;
-        with_entropy: also the entropy (T,), without gradient. 0 where masked: the head skips
-        that."""
+        with_entropy: also the entropy (T,). 0 where masked: the head skips that."""
         hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
                                use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
         chosen = loss_mask.nonzero()[:, 0]
@@ -549,8 +566,7 @@ class Policy(nn.Module):
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
         if not with_entropy:
             return (logprobs,)
-        with torch.no_grad():
-            return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+        return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -613,6 +629,8 @@ class Trajectory:
     tool_calls: list = field(default_factory=list)
     finish_reason: str = ""
     correct: bool = False  # set by eval.py
+    answer: str = None  # that it states, set by eval.py
+    example: object = None  # set by ppo.py
 
     def sampled_segments(self, with_code=True):
         """Runs of sampled token ids, cut at forced text and, if left out, at code."""
@@ -638,6 +656,8 @@ class Sampling:
     max_calls: int = 4
     max_interpreter_tokens: int = 128  # of each call
     tools: bool = True  # False: tags mean nothing
+    feedback: str = "real"  # see `shown_output`
+    interpreter: str = "stateless"  # or "replay": see `after_earlier`
     n_slots: int = 64  # rows in the cache; fewer where memory is short
     kv_gib: float = 0.0  # for the cache; 0: what is free
     rejoin_ticks: int = 4  # from call to return; 0: once done, not reproducible
@@ -849,11 +869,12 @@ class Engine:
     def call(self, row, start, code):
         """Start the row's snippet; the row pauses."""
         t, settings = row.trajectory, self.settings
+        source = after_earlier(code, t.tool_calls) if settings.interpreter == "replay" else code
         t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
         # A snippet's generators are seeded by its row, not by order of arrival; no sampled token
         # has a negative position.
         bits = noise_bits(settings.seed, settings.step, row.key, t.sample_index, -len(t.tool_calls))
-        row.task = asyncio.ensure_future(self.sandbox.run(code, seed=int(bits >> np.uint64(33))))
+        row.task = asyncio.ensure_future(self.sandbox.run(source, seed=int(bits >> np.uint64(33))))
         row.due = self.tick + settings.rejoin_ticks
         self.paused.append(row)
 
@@ -864,8 +885,8 @@ class Engine:
         call.output, call.status, call.seconds = result.output, result.status, result.seconds
         if result.status == "sandbox_error":
             return self.finish(row, "sandbox_error")
-        block = encode_interpreter(self.tokenizer, result.output, self.settings.max_interpreter_tokens,
-                                   row.overrun)
+        block = encode_interpreter(self.tokenizer, shown_output(result, self.settings.feedback),
+                                   self.settings.max_interpreter_tokens, row.overrun)
         block = block[:limit - len(t.response_ids)]
         t.response_ids += block
         t.loss_mask += [0] * len(block)

@@ -596,10 +596,11 @@ def starting_model(path, config, seed):
     return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
 
 
-def trace_example(trace, tokenizer, template, max_interpreter_tokens):
+def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_interpreter=True, mask_failed=True):
     """A trace as an Example: prompt, interpreter text and failed snippets are masked."""
     prompt = encode_prompt(tokenizer, template, trace["question"])
-    ids, mask = encode_response(tokenizer, trace["response"], max_interpreter_tokens, trace["failed_calls"])
+    ids, mask = encode_response(tokenizer, trace["response"], max_interpreter_tokens,
+                                trace["failed_calls"] if mask_failed else (), mask_interpreter)
     return make_example(prompt + ids, [0] * len(prompt) + mask)
 
 
@@ -726,7 +727,8 @@ def digest(*records):
 def warm_start_key(args, traces=None):
     """Hash of all that decides the result. The number of ranks only changes rounding."""
     names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_muon_lr",
-             "sft_warmup", "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout")
+             "sft_warmup", "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout",
+             "sft_mask_interpreter", "mask_failed")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
                for file in sorted(Path(args.model).glob("*"))] if args.model else []
     return digest({n: getattr(args, n) for n in names}, weights, load_template(args.prompt_template), traces)
@@ -799,7 +801,8 @@ def train_on_traces(traces, held_out, args, folder, rank, world, device):
     Returns the final metrics."""
     config, tokenizer = starting_point(args.model)
     template = load_template(args.prompt_template)
-    examples, fresh = ([trace_example(trace, tokenizer, template, args.max_interpreter_tokens)
+    masks = args.sft_mask_interpreter == "on", args.mask_failed == "on"
+    examples, fresh = ([trace_example(trace, tokenizer, template, args.max_interpreter_tokens, *masks)
                         for trace in rows] for rows in (traces, held_out))
     longest, positions = max(len(e) for e in examples + fresh), config.max_position_embeddings
     if longest > positions:
@@ -839,6 +842,8 @@ def add_warm_start_arguments(parser):
     add("--sft_muon_lr", type=in_range(0.0), default=0.04,
         help="of Muon, which trains the layers' matrices; 0: AdamW trains all, as the paper's")
     add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
+    add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn to write results too")
+    add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets too")
     add("--sft_save_every", type=at_least(1), default=300,
         help="steps between checkpoints; the same command goes on from the last")
     add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")

@@ -33,7 +33,7 @@ import ppo
 import rollout
 import sft
 from conftest import CONFIGS
-from ppo import advantages_and_returns, gae, outcome_rewards, policy_loss, value_loss, whiten
+from ppo import advantages_and_returns, gae, token_rewards, policy_loss, value_loss, whiten
 from rollout import Packing, Trajectory
 from sandbox import UserError
 
@@ -94,7 +94,7 @@ def test_the_reward_stands_on_the_last_sampled_token(mask, last):
     anything but `correct`."""
     for correct in (True, False):
         t = Trajectory(0, 0, [1], [5] * len(mask), mask, [], [], "eos", correct)
-        assert outcome_rewards(t) == [(2.0 * correct - 1) * (i == last) for i in range(len(mask))]
+        assert token_rewards(t) == [(2.0 * correct - 1) * (i == last) for i in range(len(mask))]
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -103,7 +103,7 @@ def test_advantages_without_a_critic_equal_a_loop_over_the_groups(kind):
     that gets an advantage."""
     rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0, 0]])
     mask, groups = torch.tensor([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0]]), [0, 0, 1, 0, 1]
-    advantages, returns = advantages_and_returns(rewards, None, mask, torch.tensor(groups), kind, 1, 1, 1, 1)
+    advantages, returns = advantages_and_returns(rewards, None, mask, torch.tensor(groups), kind, "token", 1, 1, 1, 1)
     totals = [1.0, -1.0, 1.0, 1.0, 1.0]
     for i, group in enumerate(groups):
         members = [totals[j] for j in range(5) if groups[j] == group]
