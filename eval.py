@@ -23,12 +23,16 @@ Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts t
   count of each), code_ratio_trivial, code_ratio_needed (families that need no tool; others)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
   response was left to train on), reward (mean sum over a response), entropy of the policy
-  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction as in ppo.py's losses
+  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl (with
+  --kl_coef) as in ppo.py's losses
   explained_variance of the returns by the critic: 1 is perfect; grad_norm_actor, grad_norm_critic:
   before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic
-  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|
+  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|;
+  its mean over snippets: sampler_difference_code, over other text before the first call:
+  sampler_difference_prose, after it: sampler_difference_after_interpreter
   rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout,
-  seconds_score, seconds_update, seconds_sync, seconds_checkpoint (the save before this step),
+  seconds_score, seconds_update, seconds_sync, seconds_ratios (of the responses that are kept),
+  seconds_checkpoint (the save before this step),
   tool_wait_seconds (no row could be decoded), seconds_total (the run's last line)
 """
 import argparse

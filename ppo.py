@@ -595,7 +595,7 @@ def parse_arguments(argv=None):
     add("--eval_every", type=at_least(0), default=0, help="steps; 0: only before and after training")
     add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
     add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
-    add("--steps", type=at_least(1), default=16, help="PPO steps; paper 400")
+    add("--steps", type=at_least(1), default=20, help="PPO steps; paper 400")
     add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
         help="gae: by a critic; the others by the group of a prompt's samples, and no critic is built")
     add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
@@ -705,26 +705,6 @@ def step_line(step, steps, m):
         f"sampler {m['sampler_difference']:.0e} | tools {outcomes} | {seconds:.1f}s")
 
 
-def plot(rows, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    panels = [("accuracy", "code_ratio"), ("response_tokens", "response_tokens_sampled"),
-              ("pass_last_correct", "pass_last_incorrect"), ("timing_first", "truncated"),
-              ("code_lines", "snippets_per_response"), ("entropy", ), ("approx_kl", "clip_fraction"),
-              ("explained_variance", "value_loss")]
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
-    for axis, names in zip(axes.flat, panels):
-        for name in names:
-            found = [row for row in rows if row.get(name) is not None]
-            axis.plot([row["step"] for row in found], [row[name] for row in found], label=name)
-        axis.set_xlabel("PPO step")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def commit():
     result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                             text=True)
@@ -750,12 +730,12 @@ class RunFolder:
     """What a run leaves behind. Every rank has one, rank 0 alone writes.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
-    old or the new one: arguments.json. Written at the end: curves.png, table.md, checkpoint/.
+    old or the new one: arguments.json. Written at the end: table.md, checkpoint/.
     """
 
     def __init__(self, path, rank):
         self.path, self.rank = path, rank
-        self.files, self.rows, self.results, self.tracker = {}, [], {}, None
+        self.files, self.results, self.tracker = {}, {}, None
 
     def write_arguments(self, args, world, device):
         """What the run was started with; a resumed run adds a line about itself."""
@@ -787,8 +767,6 @@ class RunFolder:
             row = json.loads(line)
             if "evaluation" in row:
                 self.results[row.pop("evaluation")] = row
-            else:
-                self.rows.append(row)
 
     def write(self, name, row):
         if self.rank == 0:
@@ -804,7 +782,6 @@ class RunFolder:
             self.tracker.init(project="retool", name=self.path.name, config=vars(args))
 
     def write_step(self, metrics):
-        self.rows.append(metrics)
         self.write("metrics.jsonl", metrics)
         if self.tracker:
             self.tracker.log(metrics, step=metrics["step"])
@@ -827,7 +804,6 @@ class RunFolder:
             raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
                             "last checkpoint is there; --resume writes this again") from None
         tokenizer.save_pretrained(self.path / "checkpoint")
-        plot(self.rows, self.path / "curves.png")
         if self.results:
             table = evaluation_table(self.results)
             (self.path / "table.md").write_text(table + "\n")

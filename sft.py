@@ -835,7 +835,7 @@ def add_warm_start_arguments(parser):
         help="cold-start problems of the embedded default; paper: 2,000 traces released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.55,
         help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
-    add("--sft_steps", type=at_least(1), default=900, help="optimiser steps; paper: 2 epochs")
+    add("--sft_steps", type=at_least(1), default=1100, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=in_range(0.0), default=5e-3,
         help="peak learning rate of AdamW, which falls to zero; paper 1e-6 (32B)")

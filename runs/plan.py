@@ -54,6 +54,7 @@ def plan(config, args, gpus, gib=math.inf):
         "actor": on_gpu * actor,
         "critic": on_gpu * critic,
         "optimiser": on_gpu * (actor + critic),
+        "reference": on_gpu / 2 * actor * (args.kl_coef > 0),  # weights alone
         # Weights and gradients of two layers and of what is no layer, fp32 while reduced.
         "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
         "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES,

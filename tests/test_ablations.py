@@ -2,6 +2,7 @@
 import asyncio
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -147,7 +148,7 @@ def test_a_void_response_is_one_whose_last_turn_has_no_answer():
 # Every flag once; those in a line have nothing to do with each other.
 FLAGS = ["--gae_unit turn --lam_actor adaptive --reward steps", "--mask_interpreter off --dual_clip 3 --reward cost",
          "--feedback hidden --entropy_coef 0.01 --reward bonus", "--feedback none --interpreter replay --reward executable",
-         "--kl_coef 0.1", "--importance token --sync_every 2", "--drop_void", "--advantage grpo --samples_per_prompt 2"]
+         "--kl_coef 0.1 --track trackio", "--importance token --sync_every 2", "--drop_void", "--advantage grpo --samples_per_prompt 2"]
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +160,12 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_every_flag_runs_three_steps(checkpoint, tmp_path, flags):
+def test_every_flag_runs_three_steps(checkpoint, tmp_path, monkeypatch, flags):
     """Guards against an ablation that ends in a traceback, or in numbers that are none."""
+    sent = []
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(
+        init=lambda **about: sent.append(about["name"]), finish=lambda: sent.append("end"),
+        log=lambda metrics, step: sent.append(metrics["step"] == step)))
     options = [*PPO, *OWN, "--steps", "3", "--model", checkpoint, "--tools", "on", *flags.split()]
     for name in ("--critic_warmup", "--critic_lr") if "grpo" in flags else ():
         del options[options.index(name):options.index(name) + 2]
@@ -168,6 +173,7 @@ def test_every_flag_runs_three_steps(checkpoint, tmp_path, flags):
     assert result.returncode == 0, result.stderr[-3000:]
     steps = [row for row in metrics_of(tmp_path) if "step" in row]
     assert len(steps) == 3 and ("reference_kl" in steps[2]) == ("kl_coef" in flags)
+    assert sent == ([tmp_path.name, True, True, True, "end"] if "track" in flags else [])
     if "void" in flags:  # a random model answers nothing
         assert all(row["update_skipped"] for row in steps)
         return
