@@ -257,8 +257,8 @@ ROW_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of one response
 class Prompts:
     """Training prompts by position: endless embedded ones, or rows, shuffled every epoch."""
 
-    def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
-        self.seed, self.tokenizer, self.template = seed, tokenizer, template
+    def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens, split="train"):
+        self.seed, self.tokenizer, self.template, self.split = seed, tokenizer, template, split
         self.skipped = self.duplicates = 0
         self.rows = None
         if problems is not None:
@@ -279,7 +279,7 @@ class Prompts:
     def __getitem__(self, position):
         if self.rows is None:
             # A seed of its own: the warm start has used this split under its seed.
-            problem = embedded_problem("train", f"ppo{self.seed}", position)
+            problem = embedded_problem(self.split, f"ppo{self.seed}", position)
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
@@ -721,9 +721,8 @@ def evaluation_sets(args):
         return sets
     if args.train_data != "embedded":
         return {}
-    half = args.eval_problems // 2
-    return {"test": embedded_rows("test", args.eval_problems), "ood_large": embedded_rows("ood_large", half),
-            "ood_families": embedded_rows("ood_families", half)}
+    return {name: embedded_rows(sft.split_name(args.task, name), args.eval_problems // (1 + (name != "test")))
+            for name in ("test", "ood_large", "ood_families")}
 
 
 class RunFolder:
@@ -851,7 +850,8 @@ async def main(rank, world, device):
         args.model or str(await sft.warm_start(args, rank, world, device)))
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, rank, world, device, weights=not checkpoint)
-    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
+    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens,
+                      sft.split_name(args.task, "train"))
     if checkpoint:
         trainer.load(checkpoint)
     if args.export:

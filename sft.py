@@ -56,7 +56,7 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from data import (LAYOUTS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
+from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
                   extract_answer, field_names, load_problems, load_template, question_words, read_row,
                   read_rows, tool_call)
 from eval import (Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, check_mesh,
@@ -580,6 +580,10 @@ def embedded_config(tokenizer):
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
+def split_name(task, split):
+    return split if task == "numbers" else f"{task}_{split}"
+
+
 def starting_point(path):
     """(configuration, tokenizer) of a checkpoint, or of the embedded model if the path is
     empty."""
@@ -726,7 +730,7 @@ def digest(*records):
 
 def warm_start_key(args, traces=None):
     """Hash of all that decides the result. The number of ranks only changes rounding."""
-    names = ("model", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_muon_lr",
+    names = ("model", "task", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_muon_lr",
              "sft_warmup", "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout",
              "sft_mask_interpreter", "mask_failed")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
@@ -737,14 +741,15 @@ def warm_start_key(args, traces=None):
 async def cold_start_traces(args):
     """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
     from a file whose name is a hash of what decides them."""
-    record = {n: getattr(args, n) for n in ("sft_traces", "code_share", "sft_seed", "sandbox_timeout")}
+    record = {n: getattr(args, n) for n in ("task", "sft_traces", "code_share", "sft_seed", "sandbox_timeout")}
     path = Path(args.warm_start_dir) / f"traces-{digest(record)}.json"
     if not path.exists():
         async with make_sandbox(args) as sandbox:
             with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
                 kept, counts = await embedded_traces(args.sft_traces, args.code_share, args.sft_seed, sandbox,
-                                                     progress=bar.update)
-            held_out, _ = await embedded_traces(256, args.code_share, args.sft_seed, sandbox, split="test")
+                                                     split_name(args.task, "train"), bar.update)
+            held_out, _ = await embedded_traces(256, args.code_share, args.sft_seed, sandbox,
+                                                split_name(args.task, "test"))
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([kept, held_out, counts]))
         partial.rename(path)  # only a finished curation is ever found under its name
@@ -831,6 +836,7 @@ def add_warm_start_arguments(parser):
     add = parser.add_argument_group("warm start").add_argument
     add("--model", default="",
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
+    add("--task", choices=tuple(TASKS), default="numbers", help="what the embedded problems are about")
     add("--sft_traces", type=at_least(1), default=6000,
         help="cold-start problems of the embedded default; paper: 2,000 traces released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.55,

@@ -413,13 +413,14 @@ def test_a_failing_sandbox_stops_curation():
         asyncio.run(verified_traces([problem()], [fenced("print(4)") + ANSWER], sandbox))
 
 
-def test_embedded_traces_are_all_kept_and_their_last_result_is_the_answer():
+@pytest.mark.parametrize("split, n", [("train", 150), ("text_train", 60), ("text_ood_families", 20)])
+def test_embedded_traces_are_all_kept_and_their_last_result_is_the_answer(split, n):
     """Guards against a generator whose programs do not do what its answer line says."""
     async def main():
         async with Sandbox(workers=2, timeout=0.5) as sandbox:
-            return await sft.embedded_traces(150, 1.0, 0, sandbox)
+            return await sft.embedded_traces(n, 1.0, 0, sandbox, split)
     traces, counts = asyncio.run(main())
-    assert counts == {"kept": 150}
+    assert counts == {"kept": n}
     failed_last = Counter()
     for t in traces:
         printed = outputs(t)
@@ -428,7 +429,7 @@ def test_embedded_traces_are_all_kept_and_their_last_result_is_the_answer():
             assert "not invertible" in printed[-1] and t["answer"] == "0"
         else:
             assert printed[-1] == t["answer"], t
-    assert set(failed_last) == {"inverse"}
+    assert set(failed_last) <= {"inverse"}
 
 
 def test_text_traces_need_no_sandbox():
@@ -673,7 +674,7 @@ def test_an_endpoint_is_asked_concurrently_and_again_after_errors(tmp_path, trus
     with endpoint(answer) as (url, state):
         report = curate("--input", write(tmp_path / "in.jsonl", GSM8K[:20]), "--output",
                         tmp_path / "out.jsonl", "--rewriter", "api", "--model", "m", "--api_url", url)
-    assert report["kept"] == 18 and state.requests == 23 and state.most >= 8
+    assert report["kept"] == 18 and state.requests == 23 and state.most >= 4
     assert report["reasons"]["rewrite: no calculation, or unfinished"] == 1
     assert report["reasons"]["format: no single final answer"] == 1
 
