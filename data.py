@@ -417,10 +417,11 @@ def recurrence(draw):
     added = steps * (first + 1 + n) // 2
     answer = a + added
     text = f"{first + 1} + ... + {n} = {steps}*{first + 1 + n}/2 = {added}\n{a} + {added} = {answer}"
-    code = tool_call(f"def u(n):\n    return {a} if n=={first} else u(n-1)+n\nprint(u({n}))")
+    # Operands in the order of the question: swapped, copying them was learnt last of all.
+    code = tool_call(f"def u(n):\n    return u(n-1)+n if n>{first} else {a}\nprint(u({n}))")
     if steps > 1000:
         code += "Too deep. Use a loop.\n" + tool_call(
-            f"u={a}\nfor n in range({first}+1,{n}+1):\n    u+=n\nprint(u)", answer)
+            f"n,u={first},{a}\nwhile n<{n}:\n    n+=1\n    u+=n\nprint(u)", answer)
     return (first, a, n), phrasings, text, code, answer
 
 
@@ -668,7 +669,7 @@ ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
     print(u(2500))
   File "snippet.py", line 2, in u
-    return 7 if n==500 else u(n-1)+n
+    return u(n-1)+n if n>500 else 7
   [Previous line repeated 3 more times]
 RecursionError: maximum recursion depth exceeded
 ValueError: base is not invertible for the given modulus
