@@ -3,7 +3,6 @@
     python eval.py --model out/ppo/.../checkpoint              # the embedded test splits
     python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7 ...   # as the paper
     torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
-    python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...      # mean and range over PPO runs
 
 The keys of metrics.jsonl. Of responses, without those in which the sandbox itself failed:
   accuracy            share of responses that are correct (avg@n)
@@ -422,61 +421,6 @@ def evaluation_table(results):
         f"{m['response_tokens']:.0f}", percent(m["truncated"])] for name, m in results.items()])
 
 
-# Arguments that may differ between runs of one mean: seeds, places, what only changes speed.
-NOT_A_SETTING = {"seed", "sft_seed", "run_dir", "warm_start_dir", "resume", "export", "plan", "save_every",
-                 "keep_checkpoints", "save_rollouts", "sandbox_workers"}
-
-
-def runs_tables(runs):
-    """`runs_table` of each group of runs with the same arguments, under a line of what
-    differs."""
-    groups = {}
-    for run in runs:
-        try:
-            arguments = json.load(open(f"{run}/arguments.json"))["arguments"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--runs {run}: arguments.json: {error}") from None
-        kept = {name: value for name, value in arguments.items() if name not in NOT_A_SETTING}
-        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
-    settings = [json.loads(key) for key in groups]
-    differ = sorted(name for name in set().union(*settings)
-                    if len({json.dumps(s.get(name)) for s in settings}) > 1)
-    lines = [" ".join(f"--{name} {setting.get(name)}" for name in differ) for setting in settings]
-    tables = [runs_table(members) for members in groups.values()]
-    return "\n\n".join(part for pair in zip(lines, tables) for part in pair if part)
-
-
-def runs_table(runs):
-    """Markdown table: mean and range over run folders of their evaluations and wall times."""
-    columns = {"accuracy": "accuracy %", "code_ratio": "code %", "code_ratio_needed": "code % where needed",
-               "code_ratio_trivial": "code % where trivial", "response_tokens": "tokens",
-               "minutes": "minutes"}
-    values = {}  # row of the table -> column -> one value per run
-    for run in runs:
-        try:
-            rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--runs {run}: {error}") from None
-        if not rows or "seconds_total" not in rows[-1]:
-            raise UserError(f"--runs {run}: not a finished run")
-        rows[-1] |= {"evaluation": "whole run", "minutes": rows[-1]["seconds_total"] / 60}
-        for row in rows:
-            if "evaluation" in row:
-                found = values.setdefault(row["evaluation"], {})
-                for name in columns.keys() & row.keys():
-                    found.setdefault(name, []).append(row[name])
-
-    def show(name, found):
-        if None in found:
-            return "-"
-        scale = 100 if name.startswith(("accuracy", "code")) else 1
-        return f"{scale * np.mean(found):.1f} [{scale * min(found):.1f}, {scale * max(found):.1f}]"
-
-    return markdown([f"{len(runs)} runs: mean [min, max]", *columns.values()],
-                    [[label, *(show(name, found[name]) if name in found else "" for name in columns)]
-                     for label, found in values.items()])
-
-
 def describe_trajectory(t, tokenizer, problem):
     """A trajectory as a JSON row for people; problem: the row that it answers."""
     return {"prompt": tokenizer.decode(t.prompt_ids), "response": tokenizer.decode(t.response_ids),
@@ -847,8 +791,7 @@ def newest_checkpoint(folder):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="", help="checkpoint folder or hub id")
-    add("--runs", nargs="+", default=[], help="only summarise these finished run folders of ppo.py")
+    add("--model", required=True, help="checkpoint folder or hub id")
     add("--problems", default="test,ood_large,ood_families", help="JSONL files or embedded splits")
     add("--limit", type=at_least(1), default=256, help="problems per embedded split")
     add("--samples", type=at_least(1), default=4, help="samples per problem; paper 32")
@@ -859,8 +802,6 @@ def parse_arguments():
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
-    if bool(args.model) == bool(args.runs):
-        parser.error("give either --model or --runs")
     if set(args.problems.split(",")) - set(SPLITS):
         need_values(parser, given(None), ["max_prompt_tokens", "max_response_tokens"])
     return args
@@ -868,8 +809,6 @@ def parse_arguments():
 
 async def main(rank, world, device):
     args = parse_arguments()
-    if args.runs:
-        return print(runs_tables(args.runs))
     template = load_template(args.prompt_template)
     sets = {name: embedded_rows(name, args.limit, args.seed) if name in SPLITS else load_problems(name)
             for name in args.problems.split(",")}
