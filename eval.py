@@ -2,25 +2,35 @@
 
     python eval.py --model out/ppo/.../checkpoint              # the embedded test splits
     python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7 ...   # as the paper
+    python eval.py --model DIR DIR --output OUTPUT             # goes on if interrupted
     torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
-    python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...      # mean and range over PPO runs
 
 The keys of metrics.jsonl. Of responses, without those in which the sandbox itself failed:
   accuracy            share of responses that are correct (avg@n)
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
-  code_ratio          share of responses that executed at least one snippet
+  code_ratio          share of responses that executed a snippet
   code_lines          executed per response, no blanks or comments; code_lines_per_snippet
-  pass_last_correct   share whose last snippet ran without error, among correct responses with
-                      code; pass_last_incorrect likewise among incorrect ones
+  pass_last_correct   of correct responses with code, the share whose last snippet ran without
+                      error; pass_last_incorrect; snippets_ok_per_response: all that did
   timing_first        start of the first snippet / response length; timing_mean of all snippets
   self_correction     P(the next snippet runs | the previous one failed)
   corrected_share     correct responses with at least one failed snippet
   truncated           share that ended by a limit instead of EOS (never correct)
   snippets_per_response, sandbox_outcomes (snippets by status), sandbox_errors_dropped (the
-  responses left out); X_count: how many responses, or failures with a next snippet, X is of
+  responses left out); X_count: what X is a share of
+Of collapse, mean log-probability by the sampler: logprob_code_open, logprob_code_close and
+  logprob_answer (of <code>, </code>, <answer>), logprob_eos, logprob_after_interpreter (the next
+  8 tokens); snippets_refused: those that ended in a PermissionError
 Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts too long),
-  accuracy_error (standard error: bootstrap over problems), families (accuracy, code_ratio and
-  count of each), code_ratio_trivial, code_ratio_needed (families that need no tool; others)
+  accuracy_error (standard error, bootstrap over problems), sampling_error (within problems),
+  pass_at_k (unbiased), maj_at_n (vote by normalised text, ties to the first; no answer, no
+  vote), per_problem, families (accuracy, code_ratio, count), purposes (shares of snippets),
+  code_ratio_trivial (families that need no tool), code_ratio_needed (others)
+Failure signatures: unneeded_code_seconds, unneeded_code_tokens (mean cost of code in trivial
+  families); of responses with code repeated_snippets (one syntax tree twice) and
+  uncorrected_failures (the last snippet failed); void_turns (share whose last turn has neither
+  snippet nor answer); literal_prints (snippets that compute nothing); ood_drop (from eval.py's
+  first set)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
   response was left to train on), reward (mean sum over a response), entropy of the policy
   approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl (with
@@ -40,7 +50,9 @@ import ast
 import asyncio
 import contextlib
 import ctypes
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -50,8 +62,10 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from dataclasses import asdict
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,7 +78,8 @@ from tqdm import tqdm
 
 from data import (SPLITS, TRIVIAL, embedded_rows, encode_prompt, extract_answer, load_problems,
                   load_template)
-from rollout import DTYPES, generate, load_config, load_model, load_tokenizer
+from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, ToolCall, Trajectory, generate, load_config,
+                     load_model, load_tokenizer)
 from sandbox import Sandbox, UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,9 +215,8 @@ def brackets_and_parts(text):
 
 async def is_equivalent(predicted, reference, sandbox):
     r"""Whether two answers (texts, or None) mean the same. Numbers are compared exactly (0.333
-    is not 1/3), and what still has to be computed (37*99 for 3663, \arctan(1) for
-    \frac{\pi}{4}) is
-    wrong: a policy could box the question. Brackets and the order in them count. A unit, a percent
+    is not 1/3), and what still has to be computed (37*99 for 3663, \arctan(1) for \frac{\pi}{4})
+    is wrong: a policy could box the question. Brackets and the order in them count. A unit, a percent
     sign or "x=" may be missing on one side (5 cm is 5, but not 5 m; 50% is 50 and 0.5); a list has
     no order and may be a set; words have no case. What cannot be read or judged in time is wrong.
     UserError without math-verify."""
@@ -254,30 +268,22 @@ async def is_same_expression(predicted, reference, sandbox):
     return used <= allowed | HARMLESS and await sandbox.equal(predicted, reference)
 
 
-async def parses(answer, sandbox):
-    """Whether a reference is short and readable, so that answers can be compared with it."""
-    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
-        return False
-    text = one_spelling(answer)
-    is_readable = '"' in text or brackets_and_parts(text)[1] != [text]
-    return is_readable or await is_same_expression(text, text, sandbox)
+def stated_answer(trajectory, tokenizer):
+    r"""The policy's own final answer; None where it did not end with EOS.
+
+    Only sampled text outside executed snippets, <code> and <interpreter> counts: a \boxed{} in
+    a script, printed by one, or in an interpreter block of the policy's own making is no answer.
+    """
+    if trajectory.finish_reason != "eos":
+        return None
+    # Not by the tags alone: the engine knows which tokens it ran as code, however nested.
+    segments = trajectory.sampled_segments(with_code=False)
+    return extract_answer("\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments))
 
 
 async def is_correct(trajectory, tokenizer, reference, sandbox):
-    r"""Whether the policy's own final answer is right; never where it did not end with EOS. Sets
-    `answer`.
-
-    Only sampled text outside executed snippets, <code> and <interpreter> counts: a \boxed{} in
-    a script, printed by one, or in an interpreter block of the policy's own making is no
-    answer.
-    """
-    if trajectory.finish_reason != "eos":
-        return False
-    # Not by the tags alone: the engine knows which tokens it ran as code, however tags are
-    # nested.
-    segments = trajectory.sampled_segments(with_code=False)
-    text = "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments)
-    trajectory.answer = extract_answer(text)
+    """Whether the answer that a response states, which this sets, is the reference."""
+    trajectory.answer = stated_answer(trajectory, tokenizer)
     return await is_equivalent(trajectory.answer, reference, sandbox)
 
 
@@ -289,14 +295,31 @@ def code_lines(code):
     return sum(1 for line in code.splitlines() if line.strip() and not line.strip().startswith("#"))
 
 
+def syntax_tree(code):
+    """The tree as text, blind to layout and comments; None where Python reads none."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.dump(ast.parse(code))
+
+
+def computes(code):
+    """Whether a snippet does more than print what already stands in it."""
+    work = (ast.BinOp, ast.Compare, ast.For, ast.While, ast.comprehension)
+    nodes = list(ast.walk(ast.parse(code)))
+    called = [getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)]
+    return any(isinstance(node, work) for node in nodes) or any(name != "print" for name in called)
+
+
 def code_purpose(code, before):
-    """What a snippet is for, guessed from its syntax tree and the words before it."""
+    """What a snippet is for, guessed from its syntax tree and the words before it, where the paper
+    asks an LLM: right for 32 of 50 that were labelled by hand (tests/purposes.jsonl)."""
+    if not syntax_tree(code):
+        return "unreadable"
     nodes = list(ast.walk(ast.parse(code)))
     imported = {getattr(node, "module", "") for node in nodes}
     imported |= {alias.name.split(".")[0] for node in nodes
                  if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    announced = re.search(r"(?i)\b(check|verif|confirm|double-check|make sure)", before[-200:])
-    if announced or any(isinstance(node, ast.Assert) for node in nodes):
+    if (re.search(r"(?i)\b(check|verif|confirm|double-check|make sure)", before[-200:])
+            or any(isinstance(node, ast.Assert) for node in nodes)):
         return "verification"
     if imported & {"sympy", "symbols"}:
         return "symbolic algebra"
@@ -311,6 +334,10 @@ def mean(values):
     return float(np.mean(values)) if len(values) else None
 
 
+def code_ratio(trajectories):
+    return mean([bool(t.tool_calls) for t in trajectories])
+
+
 def rollout_metrics(trajectories):
     """The metrics of responses that the file's docstring defines, as a flat dict."""
     kept = [t for t in trajectories if t.finish_reason != "sandbox_error"]
@@ -321,11 +348,11 @@ def rollout_metrics(trajectories):
     last_ok = {verdict: [t.tool_calls[-1].status == "ok" for t in with_code if t.correct == verdict]
                for verdict in (True, False)}
     return {
-        "accuracy": mean([t.correct for t in kept]),
+        "accuracy": mean([t.correct for t in kept]), "code_ratio": code_ratio(kept),
         "response_tokens": mean([len(t.response_ids) for t in kept]),
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
-        "code_ratio": mean([bool(t.tool_calls) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
+        "snippets_ok_per_response": mean([sum(c.status == "ok" for c in t.tool_calls) for t in kept]),
         "code_lines": mean([sum(code_lines(c.code) for c in t.tool_calls) for t in kept]),
         "code_lines_per_snippet": mean([code_lines(c.code) for c in calls]),
         "pass_last_correct": mean(last_ok[True]), "pass_last_correct_count": len(last_ok[True]),
@@ -336,30 +363,90 @@ def rollout_metrics(trajectories):
         "corrected_share": mean([any(c.status != "ok" for c in t.tool_calls) for t in kept if t.correct]),
         "truncated": mean([t.finish_reason != "eos" for t in kept]),
         "sandbox_outcomes": dict(sorted(Counter(call.status for call in calls).items())),
-        "sandbox_errors_dropped": len(trajectories) - len(kept),
-    }
+        "sandbox_errors_dropped": len(trajectories) - len(kept)}
 
 
-def bootstrap_error(per_problem, draws=2000):
-    """Standard error of the mean over problems, by resampling problems with replacement."""
-    rng = np.random.default_rng(0)
-    samples = rng.integers(0, len(per_problem), size=(draws, len(per_problem)))
-    return float(np.asarray(per_problem, dtype=float)[samples].mean(1).std())
+def collapse_metrics(trajectories, pieces):
+    """Early signs of collapse (arXiv 2509.02479, 2606.26027); pieces: rollout.Pieces."""
+    tags = {"code_open": CODE_OPEN, "code_close": CODE_CLOSE, "answer": "<answer>"}
+    found = {name: [] for name in (*tags, "eos", "after_interpreter")}
+    kept = [t for t in trajectories if t.finish_reason != "sandbox_error"]
+    for t in kept:
+        texts = [pieces[i] if sampled else "\0" for i, sampled in zip(t.response_ids, t.loss_mask)]
+        token_of = [i for i, text in enumerate(texts) for _ in text]  # of each character
+        for name, tag in tags.items():
+            for match in re.finditer(tag, "".join(texts)):
+                found[name] += [t.logprobs[i] for i in set(token_of[slice(*match.span())])]
+        for match in re.finditer("(?<=0)1{1,8}", "".join(map(str, t.loss_mask))):
+            found["after_interpreter"] += t.logprobs[slice(*match.span())]
+        found["eos"] += t.logprobs[-1:] if t.finish_reason == "eos" else []
+    refused = [call for t in kept for call in t.tool_calls
+               if re.search(r"(?m)^PermissionError.*\s*\Z", call.output)]
+    return {f"logprob_{name}": mean(values) for name, values in found.items()} | {
+        "snippets_refused": len(refused)}
+
+
+def failure_signatures(kept, trivial, tokenizer):
+    """And purposes of code; trivial: the responses among `kept` that need none."""
+    snippets, void = [], []
+    for t in kept:  # what was sampled before each snippet, and after the last
+        edges = [0, *(i for c in t.tool_calls for i in (c.start, c.end)), len(t.response_ids)]
+        *before, last = [tokenizer.decode(list(itertools.compress(t.response_ids[a:b], t.loss_mask[a:b])))
+                         for a, b in zip(edges[::2], edges[1::2])]
+        snippets += [(c.code, text) for c, text in zip(t.tool_calls, before)]
+        void.append(last != "" and t.finish_reason != "max_calls" and extract_answer(last) is None)
+    purposes = Counter(code_purpose(*snippet) for snippet in snippets)
+    with_code, unneeded = ([t for t in found if t.tool_calls] for found in (kept, trivial))
+    distinct = [len({syntax_tree(c.code) or c.code for c in t.tool_calls}) for t in with_code]
+    forced = [t.loss_mask.count(0) + sum(c.end - c.start for c in t.tool_calls) for t in unneeded]
+    return {
+        "purposes": {name: n / len(snippets) for name, n in sorted(purposes.items())},
+        "unneeded_code_seconds": mean([sum(c.seconds for c in t.tool_calls) for t in unneeded]),
+        "unneeded_code_tokens": mean(forced), "void_turns": mean(void),
+        "repeated_snippets": mean([n < len(t.tool_calls) for n, t in zip(distinct, with_code)]),
+        "uncorrected_failures": mean([t.tool_calls[-1].status != "ok" for t in with_code]),
+        "literal_prints": mean([not computes(code) for code, _ in snippets if syntax_tree(code)])}
+
+
+def bootstrap(per_problem, draws=2000):
+    """Means over problems drawn with replacement: (draws,)."""
+    chosen = np.random.default_rng(0).integers(0, len(per_problem), size=(draws, len(per_problem)))
+    return np.asarray(per_problem, dtype=float)[chosen].mean(1)
+
+
+def majority(votes):
+    """Whether the most frequent answer, of several the first, is right. votes: each response's
+    (answer, is it right); None does not vote."""
+    counts = Counter(answer for answer, _ in votes if answer is not None)
+    return bool(counts) and dict(votes)[max(counts, key=counts.get)]
+
+
+def problem_metrics(votes):
+    """pass@k, maj@n and both errors; votes: of each problem, as for `majority`."""
+    n, c, right = zip(*[(len(v), sum(right for _, right in v), int(majority(v))) for v in votes])
+    pairs = [pair for pair in zip(n, c) if pair[0]]
+    variances = [c / n * (1 - c / n) / (n - 1) for n, c in pairs if n > 1]
+    return {
+        "accuracy_error": float(bootstrap([c / n for n, c in pairs]).std()),
+        "sampling_error": math.sqrt(sum(variances)) / len(variances) if variances else None,
+        "pass_at_k": {str(k): mean([1 - math.comb(n - c, k) / math.comb(n, k) for n, c in pairs if n >= k])
+                      for k in sorted({max(n)} | {2**i for i in range(max(n).bit_length())})},
+        "maj_at_n": sum(right) / len(pairs),
+        "per_problem": {"responses": n, "correct": c, "majority_correct": right}}
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
-                     **settings):
+                     keys=None, **settings):
     """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories,
-    prompt-major, with `correct` set. settings go to `generate`.
-
-    The noise is keyed by the prompt's global index: the number of ranks changes only rounding.
-    Each response is judged by one rank: under math-verify's time limit two might disagree.
+    prompt-major, with `correct` set. The noise is keyed by keys or the prompt's global index: the
+    number of ranks changes only rounding. settings go to `generate`. Each response is judged by
+    one rank: under math-verify's time limit two might disagree.
     """
-    mine = range(rank, len(prompts), world)
+    mine, keys = range(rank, len(prompts), world), keys or range(len(prompts))
     with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
               mininterval=1.0) as bar:
         trajectories = await generate(model, tokenizer, [prompts[i] for i in mine], sandbox,
-                                      n_samples=n_samples, prompt_keys=list(mine),
+                                      n_samples=n_samples, prompt_keys=[keys[i] for i in mine],
                                       progress=bar.update, **settings)
     for t in trajectories:
         t.prompt_index = mine[t.prompt_index]
@@ -373,37 +460,36 @@ async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, d
 
 
 async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, desc, max_prompt_tokens,
-                   **settings):
+                   sample=None, **settings):
     """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories), whose
     prompt_index is the problem's. Over-long prompts are skipped and counted; UserError if none
-    remain. settings go to `generate`."""
+    remain. sample: instead of `sample_all`; settings go to `generate`."""
     prompts = [encode_prompt(tokenizer, template, p["question"]) for p in problems]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_tokens]
     if not fits:
         raise UserError(f"{desc}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
     # step -1: noise of its own, the same before and after training
-    trajectories = await sample_all(
+    trajectories = await (sample or sample_all)(
         model, tokenizer, [prompts[i] for i in fits], [problems[i]["answer"] for i in fits], sandbox,
-        rank, world, desc, step=-1, **settings)
-    per_problem, by_family = {}, {}
+        rank, world, desc, step=-1, keys=fits, **settings)
     for t in trajectories:
         t.prompt_index = fits[t.prompt_index]
-        if t.finish_reason != "sandbox_error":
-            per_problem.setdefault(t.prompt_index, []).append(t.correct)
-            by_family.setdefault(problems[t.prompt_index]["family"], []).append(t)
-    if not per_problem:
+    kept = [t for t in trajectories if t.finish_reason != "sandbox_error"]
+    if not kept:
         raise UserError(f"{desc}: the sandbox failed in every response")
-    skipped = len(problems) - len(fits)
-    metrics = rollout_metrics(trajectories) | {"problems": len(fits), "skipped_long": skipped}
-    metrics["accuracy_error"] = bootstrap_error([np.mean(v) for v in per_problem.values()])
-    metrics["families"] = {name: {"accuracy": mean([t.correct for t in found]),
-                                  "code_ratio": mean([bool(t.tool_calls) for t in found]),
-                                  "count": len(found)} for name, found in sorted(by_family.items())}
-    trivial = {family.__name__ for family in TRIVIAL}
-    for name, wanted in (("trivial", True), ("needed", False)):
-        found = [t for family in by_family if (family in trivial) == wanted for t in by_family[family]]
-        metrics[f"code_ratio_{name}"] = mean([bool(t.tool_calls) for t in found])
-    return metrics, trajectories
+    votes, families, trivial, needed = [[] for _ in problems], {}, [], []
+    for t in kept:
+        answer, family = t.answer, problems[t.prompt_index]["family"]
+        short = answer and len(answer) <= 200  # patterns take long on some texts
+        votes[t.prompt_index].append((one_spelling(answer) if short else answer, t.correct))
+        families.setdefault(family, []).append(t)
+        (trivial if family in {f.__name__ for f in TRIVIAL} else needed).append(t)
+    return rollout_metrics(trajectories) | problem_metrics(votes) | {
+        "problems": len(fits), "skipped_long": len(problems) - len(fits),
+        "code_ratio_trivial": code_ratio(trivial), "code_ratio_needed": code_ratio(needed),
+        "families": {name: {"accuracy": mean([t.correct for t in found]), "count": len(found),
+                            "code_ratio": code_ratio(found)} for name, found in sorted(families.items())},
+    } | failure_signatures(kept, trivial, tokenizer), trajectories
 
 
 def percent(value):
@@ -417,70 +503,16 @@ def markdown(header, rows):
 
 def evaluation_table(results):
     """Markdown table of {name: metrics}."""
-    header = ["", "problems", "skipped", "accuracy %", "code %", "code % needed / trivial", "snippets",
-              "last runs % right / wrong", "tokens", "truncated %"]
+    header = ["", "problems", "skipped", "accuracy %", "pass@n / maj@n %", "code %",
+              "code % needed / trivial", "snippets", "last runs % right / wrong", "tokens", "truncated %"]
     return markdown(header, [[
         name, str(m["problems"]), str(m["skipped_long"]),
-        f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])}", percent(m["code_ratio"]),
+        f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])} ({percent(m['sampling_error'])})",
+        f"{percent(max(m['pass_at_k'].values()))} / {percent(m['maj_at_n'])}", percent(m["code_ratio"]),
         f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
         f"{m['snippets_per_response']:.2f}",
         f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
         f"{m['response_tokens']:.0f}", percent(m["truncated"])] for name, m in results.items()])
-
-
-# Arguments that may differ between runs of one mean: seeds, places, what only changes speed.
-NOT_A_SETTING = {"seed", "sft_seed", "run_dir", "warm_start_dir", "resume", "export", "plan", "save_every",
-                 "keep_checkpoints", "save_rollouts", "sandbox_workers"}
-
-
-def runs_tables(runs):
-    """`runs_table` of each group of runs with the same arguments, under a line of what
-    differs."""
-    groups = {}
-    for run in runs:
-        try:
-            arguments = json.load(open(f"{run}/arguments.json"))["arguments"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--runs {run}: arguments.json: {error}") from None
-        kept = {name: value for name, value in arguments.items() if name not in NOT_A_SETTING}
-        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
-    settings = [json.loads(key) for key in groups]
-    differ = sorted(name for name in set().union(*settings)
-                    if len({json.dumps(s.get(name)) for s in settings}) > 1)
-    lines = [" ".join(f"--{name} {setting.get(name)}" for name in differ) for setting in settings]
-    tables = [runs_table(members) for members in groups.values()]
-    return "\n\n".join(part for pair in zip(lines, tables) for part in pair if part)
-
-
-def runs_table(runs):
-    """Markdown table: mean and range over run folders of their evaluations and wall times."""
-    columns = {"accuracy": "accuracy %", "code_ratio": "code %", "code_ratio_needed": "code % where needed",
-               "code_ratio_trivial": "code % where trivial", "response_tokens": "tokens",
-               "minutes": "minutes"}
-    values = {}  # row of the table -> column -> one value per run
-    for run in runs:
-        try:
-            rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--runs {run}: {error}") from None
-        if not rows or "seconds_total" not in rows[-1]:
-            raise UserError(f"--runs {run}: not a finished run")
-        rows[-1] |= {"evaluation": "whole run", "minutes": rows[-1]["seconds_total"] / 60}
-        for row in rows:
-            if "evaluation" in row:
-                found = values.setdefault(row["evaluation"], {})
-                for name in columns.keys() & row.keys():
-                    found.setdefault(name, []).append(row[name])
-
-    def show(name, found):
-        if None in found:
-            return "-"
-        scale = 100 if name.startswith(("accuracy", "code")) else 1
-        return f"{scale * np.mean(found):.1f} [{scale * min(found):.1f}, {scale * max(found):.1f}]"
-
-    return markdown([f"{len(runs)} runs: mean [min, max]", *columns.values()],
-                    [[label, *(show(name, found[name]) if name in found else "" for name in columns)]
-                     for label, found in values.items()])
 
 
 def describe_trajectory(t, tokenizer, problem):
@@ -506,8 +538,7 @@ def describe_trajectory(t, tokenizer, problem):
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group, alone a group of one; yields (rank, world size,
-    device)."""
+    """Join torchrun's process group, or one's own; yields (rank, world size, device)."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone | os.environ)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
@@ -517,9 +548,8 @@ def distributed():
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
-        # glibc returns large blocks to the kernel at every free, and page faults when they
-        # come back cost 18 % of a training step. M_MMAP_THRESHOLD (-3), M_TRIM_THRESHOLD (-1)
-        # stop that.
+        # Else glibc returns large blocks to the kernel at every free, and page faults when they
+        # come back cost 18 % of a training step: M_MMAP_THRESHOLD (-3), M_TRIM_THRESHOLD (-1).
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
     # gloo with CUDA too: --cpu_offload keeps shards in host memory. Hours: the other ranks
@@ -628,8 +658,7 @@ def at_least(low):
 
 
 def add_rollout_arguments(parser):
-    """Limits of a rollout, shared by eval.py and ppo.py. "recipes": public ones for large
-    models."""
+    """Limits of a rollout, shared with ppo.py. "recipes": public ones for large models."""
     add = parser.add_argument_group("rollouts").add_argument
     add("--tools", choices=("on", "off"), default="on", help="off: nothing is run (the text-only baseline)")
     add("--max_prompt_tokens", type=at_least(1), default=512, help="longer ones are left out; recipes: 2048")
@@ -708,8 +737,7 @@ def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
     shards): hybrid sharding. The module may lie in host memory: its units go to the GPU one by
     one, so that no GPU ever holds all of it.
 
-    Master weights, gradients between ranks and optimiser states are fp32 whatever dtype
-    computes.
+    Master weights, gradients between ranks and optimiser states are fp32 in any case.
     """
     world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
     if replicas > 1:
@@ -844,8 +872,7 @@ def find_checkpoint(folder, rank):
 
 
 def newest_checkpoint(folder):
-    """`find_checkpoint` on one rank. UserError if all are damaged. Says which ones it passes
-    over."""
+    """`find_checkpoint` on one rank. UserError if all are damaged; says which it passes over."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             record = json.loads((path / "manifest.json").read_text())
@@ -864,23 +891,45 @@ def newest_checkpoint(folder):
 # The script
 
 
+async def sample_new(journal, chunk, decisive, model, tokenizer, prompts, answers, *common, keys, **settings):
+    """`sample_all`, so many problems at a time. Each chunk is a line of the journal, under a hash of
+    all that decides it; what is there is not sampled again."""
+    trajectories, done = [], [{}]
+    journal.seek(0)
+    for line in journal:
+        with contextlib.suppress(ValueError):  # torn by a kill
+            done[0] |= json.loads(line)
+    dist.broadcast_object_list(done)
+    for part in (slice(begin, begin + chunk) for begin in range(0, len(keys), chunk)):
+        recipe = json.dumps([decisive, settings, prompts[part], answers[part], keys[part]])
+        recipe = hashlib.sha256(recipe.encode()).hexdigest()
+        if recipe not in done[0]:
+            done[0][recipe] = [asdict(t) for t in await sample_all(
+                model, tokenizer, prompts[part], answers[part], *common, keys=keys[part], **settings)]
+            journal.write(f"\n{json.dumps({recipe: done[0][recipe]})}\n")  # ends a torn line first
+            journal.flush()
+        for row in done[0][recipe]:
+            calls = [ToolCall(**call) for call in row["tool_calls"]]
+            index = part.start + row["prompt_index"]
+            trajectories.append(Trajectory(**row | {"tool_calls": calls, "prompt_index": index}))
+    return trajectories
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="", help="checkpoint folder or hub id")
-    add("--runs", nargs="+", default=[], help="only summarise these finished run folders of ppo.py")
-    add("--problems", default="test,ood_large,ood_families", help="JSONL files or embedded splits")
+    add("--model", nargs="+", required=True, help="checkpoint folders or hub ids")
+    add("--problems", default="test,ood_large,ood_families", help="JSONL files, hub ids or embedded splits")
     add("--limit", type=at_least(1), default=256, help="problems per embedded split")
     add("--samples", type=at_least(1), default=4, help="samples per problem; paper 32")
     add("--temperature", type=in_range(0.0), default=1.0, help="0 is greedy; paper 1.0")
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="of the sampling noise and of the embedded problems")
-    add("--output", default="", help="JSON file for metrics; responses go beside it as JSONL")
+    add("--output", default="", help="JSON file for metrics; journal and responses lie beside it")
+    add("--chunk", type=at_least(1), default=512, help="responses per line of the journal")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
-    if bool(args.model) == bool(args.runs):
-        parser.error("give either --model or --runs")
     if set(args.problems.split(",")) - set(SPLITS):
         need_values(parser, given(None), ["max_prompt_tokens", "max_response_tokens"])
     return args
@@ -888,34 +937,43 @@ def parse_arguments():
 
 async def main(rank, world, device):
     args = parse_arguments()
-    if args.runs:
-        return print(runs_tables(args.runs))
     template = load_template(args.prompt_template)
     sets = {name: embedded_rows(name, args.limit, args.seed) if name in SPLITS else load_problems(name)
             for name in args.problems.split(",")}
-    tokenizer = load_tokenizer(args.model)
-    check_positions(load_config(args.model, tokenizer), args)
-    model = load_model(args.model, device, args.dtype)
-    results = {}
-    responses = open(args.output + ".responses.jsonl" if args.output and rank == 0 else os.devnull, "w")
+    tokenizers = {path: load_tokenizer(path) for path in args.model}
+    for path, tokenizer in tokenizers.items():
+        check_positions(load_config(path, tokenizer), args)
+    writes = args.output and rank == 0
+    journal, responses = (open(args.output + ending if writes else os.devnull, mode)
+                          for ending, mode in ((".journal", "a+"), (".responses.jsonl", "w")))
+    if not args.output:
+        GOES_ON[0] = "nothing is kept without --output"
+    results = {path: {} for path in tokenizers}
     async with make_sandbox(args) as sandbox:
         if rank == 0:
             print(sandbox.report)
-        for name, problems in sets.items():
-            results[name], trajectories = await evaluate(
-                model, tokenizer, problems, template, sandbox, rank, world, name, args.max_prompt_tokens,
-                n_samples=args.samples, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-                **rollout_settings(args))
-            for t in trajectories:
-                row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
-                responses.write(json.dumps({"set": name} | row) + "\n")
+        for path, found in results.items():
+            model, tokenizer = load_model(path, device, args.dtype), tokenizers[path]
+            weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
+            sample = functools.partial(sample_new, journal, max(1, args.chunk // args.samples),
+                                       [weights, args.sandbox_timeout])
+            for name, problems in sets.items():
+                metrics, trajectories = await evaluate(
+                    model, tokenizer, problems, template, sandbox, rank, world, f"{path} {name}",
+                    args.max_prompt_tokens, sample, n_samples=args.samples, temperature=args.temperature,
+                    top_p=args.top_p, seed=args.seed, **rollout_settings(args))
+                first = next(iter(found.values()), metrics)
+                found[name] = metrics | {"ood_drop": metrics["accuracy"] - first["accuracy"]}
+                for t in trajectories:
+                    row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
+                    responses.write(json.dumps({"model": path, "set": name} | row) + "\n")
+            if rank == 0:
+                print(f"{path}\n{evaluation_table(found)}")
     responses.close()
-    if rank == 0:
-        print(evaluation_table(results))
-        if args.output:
-            with open(args.output, "w") as file:
-                json.dump({"arguments": vars(args), "sandbox": sandbox.report, "results": results},
-                          file, indent=1)
+    if writes:
+        record = {"arguments": vars(args), "sandbox": sandbox.report, "results": results}
+        Path(args.output).write_text(json.dumps(record, indent=1))
+        print(f"more tables: python runs/results.py {args.output}")
 
 
 if __name__ == "__main__":

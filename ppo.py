@@ -45,11 +45,11 @@ import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
 from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments,
                   add_trainer_arguments, all_sum, at_least, check_mesh, check_positions,
-                  describe_trajectory, evaluate, evaluation_table, find_checkpoint, given, in_range,
-                  make_sandbox, mean, need_values, percent, rollout_metrics, rollout_settings, run_script,
-                  sample_all, save_checkpoint, shard, sharding_settings, sync_weights, training_state,
-                  zero_moments)
-from rollout import Policy, collate, load_model, load_tokenizer, make_example, pack
+                  collapse_metrics, describe_trajectory, evaluate, evaluation_table, find_checkpoint,
+                  given, in_range, make_sandbox, mean, need_values, percent, rollout_metrics,
+                  rollout_settings, run_script, sample_all, save_checkpoint, shard, sharding_settings,
+                  sync_weights, training_state, zero_moments)
+from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -501,14 +501,16 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
               and (t.finish_reason == "eos" or not args.drop_truncated)
               and not (args.drop_void and is_void(t))]
+    metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
+    metrics["update_skipped"] = int(not chosen)
     if not chosen:
-        return rollout_metrics(trajectories) | {"update_skipped": 1}, trajectories
+        return metrics, trajectories
     for t in chosen:
         t.example = trajectory_example(t, token_rewards(t, args.reward, args.reward_scale),
                                        args.mask_interpreter == "on")
     examples = [t.example for t in chosen]
     trainer.score(examples)
-    metrics = rollout_metrics(trajectories) | score_metrics(chosen) | {"update_skipped": 0}
+    metrics |= score_metrics(chosen)
     if step == 0 or trainer.is_synced_after(step - 1):
         check_sampler(examples, args.dtype, step)
     clock.append(time.perf_counter())

@@ -59,10 +59,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
                   extract_answer, field_names, load_problems, load_template, question_words, read_row,
                   read_rows, tool_call)
-from eval import (Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, check_mesh,
-                  code_purpose, describe_error, find_checkpoint, given, in_range, is_equivalent,
-                  make_sandbox, need_values, parses, run_script, save_checkpoint, shard, sharding_settings,
-                  sync_weights, training_state, zero_moments)
+from eval import (Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, brackets_and_parts,
+                  check_mesh, code_purpose, computes, describe_error, find_checkpoint, given, in_range,
+                  is_equivalent, is_same_expression, make_sandbox, need_values, one_spelling, run_script,
+                  save_checkpoint, shard, sharding_settings, sync_weights, training_state, zero_moments)
 from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
                      break_tags, collate, encode_response, encode_text, generate, load_config,
                      load_model, load_tokenizer, make_example, pack, split_segments, strip_fence)
@@ -218,14 +218,6 @@ NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug
                      r"timed? ?out|too (slow|long|large|small|many|deep)|(does|did) not work|retry)")
 
 
-def computes(code):
-    """Whether a snippet does more than print what already stands in it."""
-    work = (ast.BinOp, ast.Compare, ast.For, ast.While, ast.comprehension)
-    nodes = list(ast.walk(ast.parse(code)))
-    called = [getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)]
-    return any(isinstance(node, work) for node in nodes) or any(name != "print" for name in called)
-
-
 def is_used(output, later):
     """Whether the text after a snippet takes up a number that it printed, perhaps rounded. If
     it printed none ("True", taken up as "so it is prime"): whether it printed anything."""
@@ -371,6 +363,15 @@ def make_rewriter(args):
 # and "input", the row itself. `check_problem` replaces the latter by what `read_row` makes of
 # it, the rewriter adds "candidate", `make_trace` adds "trace". "reason" is "kept" or why it is
 # left out.
+
+
+async def parses(answer, sandbox):
+    """Whether a reference is short and readable, so that answers can be compared with it."""
+    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
+        return False
+    text = one_spelling(answer)
+    is_readable = '"' in text or brackets_and_parts(text)[1] != [text]
+    return is_readable or await is_same_expression(text, text, sandbox)
 
 
 async def check_problem(record, run):

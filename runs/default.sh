@@ -6,5 +6,5 @@ for seed in ${SEEDS:-21 22 23}; do
   torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "out/ppo/tools-$seed"
   torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "out/ppo/text-$seed" --tools off --code_share 0
 done
-python eval.py --runs out/ppo/tools-*
-python eval.py --runs out/ppo/text-*
+python runs/results.py out/ppo/tools-*
+python runs/results.py out/ppo/text-*

@@ -24,7 +24,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import boxed, extract_answer  # noqa: E402
-from eval import exact_value, is_correct, is_equivalent, one_spelling, parses, without_unit  # noqa: E402
+from eval import exact_value, is_correct, is_equivalent, one_spelling, without_unit  # noqa: E402
+from sft import parses  # noqa: E402
 from rollout import ToolCall, Trajectory, encode_text  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 

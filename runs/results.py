@@ -1,0 +1,152 @@
+"""What did finished runs of ppo.py reach, and what did eval.py find? Tables, nothing is computed twice.
+
+    python runs/results.py RUN [RUN ...]    # mean and range per group of runs with the same arguments
+    python runs/results.py OUTPUT           # of eval.py: pass@k, families, purposes of code, failure
+                                            # signatures; checkpoints compared in pairs
+"""
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from eval import bootstrap, markdown, percent  # noqa: E402
+from sandbox import UserError  # noqa: E402
+
+# Arguments that may differ between runs of one mean: seeds, places, what only changes speed.
+NOT_A_SETTING = {"seed", "sft_seed", "run_dir", "warm_start_dir", "resume", "export", "plan", "save_every",
+                 "keep_checkpoints", "save_rollouts", "sandbox_workers"}
+
+
+def runs_tables(runs):
+    """`runs_table` of each group of runs with the same arguments, under a line of what
+    differs."""
+    groups = {}
+    for run in runs:
+        try:
+            arguments = json.load(open(f"{run}/arguments.json"))["arguments"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{run}: arguments.json: {error}") from None
+        kept = {name: value for name, value in arguments.items() if name not in NOT_A_SETTING}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
+    settings = [json.loads(key) for key in groups]
+    differ = sorted(name for name in set().union(*settings)
+                    if len({json.dumps(s.get(name)) for s in settings}) > 1)
+    lines = [" ".join(f"--{name} {setting.get(name)}" for name in differ) for setting in settings]
+    tables = [runs_table(members) for members in groups.values()]
+    return "\n\n".join(part for pair in zip(lines, tables) for part in pair if part)
+
+
+def runs_table(runs):
+    """Markdown table: mean and range over run folders of their evaluations and wall times."""
+    columns = {"accuracy": "accuracy %", "code_ratio": "code %", "code_ratio_needed": "code % where needed",
+               "code_ratio_trivial": "code % where trivial", "response_tokens": "tokens",
+               "minutes": "minutes"}
+    values = {}  # row of the table -> column -> one value per run
+    for run in runs:
+        try:
+            rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run}: {error}") from None
+        if not rows or "seconds_total" not in rows[-1]:
+            raise UserError(f"{run}: not a finished run")
+        rows[-1] |= {"evaluation": "whole run", "minutes": rows[-1]["seconds_total"] / 60}
+        for row in rows:
+            if "evaluation" in row:
+                found = values.setdefault(row["evaluation"], {})
+                for name in columns.keys() & row.keys():
+                    found.setdefault(name, []).append(row[name])
+
+    def show(name, found):
+        if None in found:
+            return "-"
+        scale = 100 if name.startswith(("accuracy", "code")) else 1
+        return f"{scale * np.mean(found):.1f} [{scale * min(found):.1f}, {scale * max(found):.1f}]"
+
+    return markdown([f"{len(runs)} runs: mean [min, max]", *columns.values()],
+                    [[label, *(show(name, found[name]) if name in found else "" for name in columns)]
+                     for label, found in values.items()])
+
+
+# Failure signatures: key of the metrics, what it is a share of and what it tells. Where the text ends in a
+# unit, the number is no share.
+SIGNATURES = {
+    "code_ratio_trivial": ("unneeded_code", "of responses to trivial problems run code: nothing needed it"),
+    "unneeded_code_seconds": ("... its cost", "seconds of sandbox in each of them"),
+    "unneeded_code_tokens": ("... its cost", "tokens of snippets and interpreter in each of them"),
+    "repeated_snippets": ("repeated_snippets", "of responses with code run one syntax tree twice: no progress"),
+    "uncorrected_failures": ("uncorrected_failures", "of responses with code end on a snippet that failed"),
+    "void_turns": ("void_turns", "of responses end in a turn with neither snippet nor answer: decay begins so"),
+    "literal_prints": ("literal_prints", "of snippets print what stands in them: code as decoration"),
+    "ood_drop": ("ood_drop", "points of accuracy from the first set to this one")}
+
+
+def number(key, value):
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if key.endswith(("seconds", "tokens")) else f"{100 * value:.1f} %"
+
+
+def evaluation_tables(record):
+    """Markdown of what eval.py wrote: signatures, then the rest, a column per checkpoint and set."""
+    columns = {f"{Path(path).name or path} {name}" if len(record["results"]) > 1 else name: metrics
+               for path, found in record["results"].items() for name, metrics in found.items()}
+    signatures = [[name, *(number(key, m[key]) for m in columns.values()), meaning]
+                  for key, (name, meaning) in SIGNATURES.items()]
+    rows = {}
+    for label, m in columns.items():
+        cells = {f"pass@{k}": value for k, value in m["pass_at_k"].items()} | {"maj@n": m["maj_at_n"]}
+        cells |= {f"accuracy of {family}": found["accuracy"] for family, found in m["families"].items()}
+        cells |= {f"code for {purpose}": share for purpose, share in m["purposes"].items()}
+        for name, value in cells.items():
+            rows.setdefault(name, {})[label] = value
+    rest = [[name, *(percent(row.get(label)) for label in columns)] for name, row in rows.items()]
+    tables = [markdown(["failure signature", *columns, "what it says"], signatures),
+              markdown(["%", *columns], rest)]
+    pairs = [[f"{a} -> {b}", name, *compare(first[name], second[name])]
+             for (a, first), (b, second) in itertools.combinations(record["results"].items(), 2)
+             for name in first]
+    if pairs:
+        tables.append(markdown(["pair", "set", "difference of avg@n %", "95 % interval", "problems"], pairs))
+    return "\n\n".join(tables)
+
+
+def paired_gain(first, second):
+    """(mean, low, high, problems) of second - first in avg@n over the problems that both sampled, as they
+    met the same noise; the interval is the bootstrap's 2.5 to 97.5 % over problems. None without any."""
+    counts = [zip(m["per_problem"]["responses"], m["per_problem"]["correct"]) for m in (first, second)]
+    gains = [c2 / n2 - c1 / n1 for (n1, c1), (n2, c2) in zip(*counts) if n1 and n2]
+    if not gains:
+        return None
+    return float(np.mean(gains)), *np.percentile(bootstrap(gains), [2.5, 97.5]).tolist(), len(gains)
+
+
+def compare(first, second):
+    """The cells of `paired_gain`."""
+    found = paired_gain(first, second)
+    if not found:
+        return ["-", "-", "0"]
+    gain, low, high, n = found
+    return [f"{100 * gain:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", str(n)]
+
+
+def main(paths):
+    if Path(paths[0]).is_dir():
+        return print(runs_tables(paths))
+    for path in paths:
+        try:
+            record = json.loads(Path(path).read_text())
+            print(evaluation_tables(record))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: neither a run's folder nor an OUTPUT of eval.py ({error})") from None
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
