@@ -78,8 +78,8 @@ from tqdm import tqdm
 
 from data import (SPLITS, TRIVIAL, embedded_rows, encode_prompt, extract_answer, load_problems,
                   load_template)
-from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, ToolCall, Trajectory, generate, load_config,
-                     load_model, load_tokenizer)
+from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, ToolCall, Trajectory, choose_dtype, generate,
+                     load_config, load_model, load_tokenizer)
 from sandbox import Sandbox, UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -685,7 +685,8 @@ def add_format_arguments(parser):
     """The flags of prompts, precision and tool calls, shared by all three scripts."""
     add = parser.add_argument_group("prompts, precision, tool calls").add_argument
     add("--prompt_template", default="plain", help="plain, retool, or a file with {question}")
-    add("--dtype", choices=DTYPES, default="fp32", help="of computation; master weights and sums: fp32")
+    add("--dtype", type=choose_dtype, choices=DTYPES, default="fp32", metavar="{fp32,bf16,auto}",
+        help="of computation; auto: measured; master weights and sums: fp32")
     add("--max_interpreter_tokens", type=at_least(1), default=128, help="per call, head + tail")
     add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
     add("--sandbox_timeout", type=in_range(0.0, above=True), default=0.5, help="seconds per snippet")

@@ -823,6 +823,7 @@ def choose_run_folder(args, rank):
 
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
+    deadline = time.monotonic() + 60 * (args.minutes or math.inf)
     run = choose_run_folder(args, rank)
     # Before the warm start: a bad file should not be found minutes later.
     check_mesh(args.replicas, world)
@@ -849,7 +850,7 @@ async def main(rank, world, device):
 
     # A checkpoint has all weights; of model/ only the configuration is needed.
     model_path = str(folder) if checkpoint else (
-        args.model or str(await sft.warm_start(args, rank, world, device)))
+        args.model or str(await sft.warm_start(args, rank, world, device, deadline=deadline)))
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, rank, world, device, weights=not checkpoint)
     prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens,
@@ -874,13 +875,14 @@ async def main(rank, world, device):
         if args.resume:
             print(f"{run.path}: goes on after step {start['step']}")
     run.open(start["bytes"])
-    await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin)
+    await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline)
 
 
-async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin):
-    """From the step that `start` records on; begin: perf_counter() of the script's start."""
+async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline):
+    """From the step that `start` records on; begin: perf_counter() of the script's start; deadline: of
+    time.monotonic(); then a checkpoint is made and the run ends."""
     args, rank, world = trainer.args, trainer.rank, trainer.world
-    started, begin = begin, begin - start["seconds"]  # of the runs that this one continues
+    begin -= start["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
         found = {}
@@ -914,13 +916,13 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 tqdm.write(step_line(done, args.steps, metrics))
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 await evaluate_all(f"step {done}")
-            is_over = args.minutes and all_sum(time.perf_counter() - started > 60 * args.minutes, trainer.device)
+            is_over = all_sum(rank == 0 and time.monotonic() > deadline, trainer.device) > 0
             if done % args.save_every == 0 or done == args.steps or is_over:
                 clock = time.perf_counter()
                 trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
                 seconds_checkpoint = time.perf_counter() - clock
             if is_over and done < args.steps:
-                return rank or print(f"--minutes {args.minutes:g} are over after step {done}: {GOES_ON[0]}")
+                return rank or print(f"--minutes are over after step {done}: {GOES_ON[0]}")
         await evaluate_all("after")
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})

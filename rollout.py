@@ -50,9 +50,11 @@ if sys.version_info < (3, 11):
 import huggingface_hub  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.benchmark import Timer  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,  # noqa: E402
                           AutoTokenizer)
@@ -352,13 +354,27 @@ def first_line(error):
     return str(error).strip().splitlines()[0]
 
 
+@functools.cache
+def choose_dtype(name):
+    """The name; for "auto" bf16 if that is clearly faster here: many CPUs only emulate it."""
+    if name != "auto":
+        return name
+    ones = torch.ones(256, 512, device="cuda" if torch.cuda.is_available() else "cpu")
+    timers = [Timer("x.mm(x.T)", globals={"x": ones.to(dtype)}, num_threads=torch.get_num_threads())
+              for dtype in DTYPES.values()]
+    seconds = [min(timer.timeit(1).mean for _ in range(5)) for timer in timers]
+    if dist.is_initialized():
+        dist.broadcast_object_list(seconds)  # all ranks follow the first
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--dtype auto: products in bf16 are {seconds[0] / seconds[1]:.2f} times as fast as in fp32")
+    return "bf16" if seconds[0] > 1.5 * seconds[1] else "fp32"
+
+
 def check_path(path):
     """UserError, with what to do, unless it is a checkpoint folder or a hub id."""
     folder = Path(path)
     if folder.suffix == ".gguf" or folder.is_file():
-        raise UserError(f"{path}: a checkpoint is a folder or a hub id; a GGUF file is converted by "
-                        "transformers: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), "
-                        "then save_pretrained of model and tokenizer")
+        raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
     if (folder / "metrics.jsonl").exists() and (folder / "checkpoint").is_dir():
         raise UserError(f"{path} is a run's folder; its model is {folder / 'checkpoint'}")
     if folder.is_dir() and not (folder / "config.json").exists():

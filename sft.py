@@ -28,11 +28,13 @@ global number, so that it does not depend on packing, micro-batches or ranks.
 import argparse
 import ast
 import asyncio
+import builtins
 import contextlib
 import fcntl
 import hashlib
 import itertools
 import json
+import keyword
 import math
 import os
 import random
@@ -59,7 +61,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
                   extract_answer, field_names, load_problems, load_template, question_words, read_row,
                   read_rows, tool_call)
-from eval import (Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, brackets_and_parts,
+from eval import (GOES_ON, Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, brackets_and_parts,
                   check_mesh, code_purpose, computes, describe_error, find_checkpoint, given, in_range,
                   is_equivalent, is_same_expression, make_sandbox, need_values, one_spelling, run_script,
                   save_checkpoint, shard, sharding_settings, sync_weights, training_state, zero_moments)
@@ -283,6 +285,56 @@ def calculator(solution, answer):
     return f"{text}\n<answer>\\boxed{{{answer}}}</answer>" if CODE_OPEN in text else None
 
 
+# No part of a variable's name; and numbers that a solution may use although no question says them.
+FILLERS = set("""and are because but can each for from gets had has have her him his its she that the
+their them then there they this thus was were which will with would you""".split())
+COMMON = {*range(13), 24, 30, 52, 60, 100, 365, 1000}
+
+
+def variable_name(line, step, taken):
+    """A name for the result of an annotation in this line: two words from before its calculation
+    and two from after it, with a number if the Counter `taken` has it."""
+    parts = re.split(r"[\d,.;:(]", re.sub("<<.*?>>", "", line[:step.start()]))
+    before = [text for text in parts[:-1 if "=" in step["equals"] else None] if not set(text) & set("+-*/")]
+    after = re.match(r"[\d,.]*([^\d,.;:=(<]*)", line[step.end():])[1]
+    *before, after = ([word for word in re.findall("[a-z]{3,}", text.lower()) if word not in FILLERS]
+                      for text in [*before, after])
+    name = "_".join(dict.fromkeys([[], *filter(None, before)][-1][-2:] + after[:2])) or "result"
+    taken[name] += 1
+    return f"{name}_{taken[name]}" if taken[name] > 1 else name
+
+
+def program(solution, answer, question):
+    """Turn the annotations into one script with a variable for each: an operand that equals an
+    earlier result is that variable. None where the script would not be the whole calculation: if
+    the answer is no result, another result is never used, or an operand is found nowhere or in
+    two places (results, question)."""
+    code, variables, used, unclear = [], {}, set(), False  # variables: result -> names
+    given, taken = set(numbers(question)), Counter(dir(builtins) + keyword.kwlist)
+
+    def operand(match):
+        nonlocal unclear
+        [value], literal = numbers(match[0]), match[0]
+        sources = variables.get(value, []) + [literal] * (value in given)
+        if not sources and (value < 1 or {value, 100 * value} & (given | COMMON)):
+            sources = [literal]
+        used.add(value)
+        unclear |= len(sources) != 1
+        return sources[0] if sources else literal
+
+    for line in solution.splitlines():
+        for step in ANNOTATION.finditer(line):
+            expression = NUMBER_IN_TEXT.sub(operand, step["sum"].strip())
+            code.append(f"{variable_name(line, step, taken)} = {expression}")
+            for value in numbers(step["result"])[:1]:
+                variables.setdefault(value, []).append(code[-1].split()[0])
+    final = next(iter(numbers(answer)), None)
+    if unclear or final not in variables or set(variables) - used - {final}:
+        return None
+    script = tool_call("\n".join([*code, f"print({variables[final][-1]})"]), answer)
+    return f"Let me compute this.\n{script}The answer is {answer}.\n<answer>\\boxed{{{answer}}}</answer>"
+
+
 REWRITE_PROMPT = f"""Rewrite the solution below so that it uses a Python interpreter where that
 helps. Keep the line of thought, also attempts that failed and how that was noticed. Replace each
 calculation, enumeration or check that a program does better by a snippet and the output that you
@@ -342,7 +394,7 @@ def local_model(args):
 
 def make_rewriter(args):
     """rewrite(records of rows) -> a candidate, or None, for each."""
-    if args.rewriter != "calculator":
+    if args.rewriter in ("local", "api"):
         if not args.model:
             raise UserError(f"--rewriter {args.rewriter} needs --model")
         complete = (local_model if args.rewriter == "local" else api_model)(args)
@@ -350,6 +402,8 @@ def make_rewriter(args):
     async def rewrite(records):
         if args.rewriter == "calculator":
             return [calculator(record["solution"], record["own"]) for record in records]
+        if args.rewriter == "program":
+            return [program(record["solution"], record["own"], record["question"]) for record in records]
         prompts = [REWRITE_PROMPT.replace("{solution}", record["solution"])
                    .replace("{question}", record["question"]) for record in records]
         return await complete(prompts, [args.seed + record["row"] for record in records])
@@ -514,31 +568,12 @@ def write_traces(records, path):
             "purposes, guessed from syntax and words": purposes}, examples
 
 
-def show_traces(args):
-    """`sft.py show`: print traces, or a run's rollouts.jsonl, with code, output and answer in
-    colour."""
-    colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
-    paint = {"code": "\033[36m", "interpreter": "\033[33m", "answer": "\033[1;32m"}
-    first = next((row for _, row in read_rows(args.file)), {})
-    rows = [row for _, row in read_rows(args.file)] if "tool_statuses" in first else load_traces(args.file, 1)
-    wanted = [row for row in rows if (args.step is None or row.get("step") == args.step)
-              and not (args.wrong and row.get("correct", True))
-              and (not args.status or args.status in row.get("tool_statuses", []))]
-    for row in wanted[:args.n]:
-        text = row["response"]
-        if colour:
-            text = re.sub(r"(?s)<(code|interpreter|answer)>.*?</\1>",
-                          lambda block: f"{paint[block[1]]}{block[0]}\033[0m", text)
-        verdict = f" (correct: {row['correct']}, reference {row['answer']})" if "correct" in row else ""
-        print(f"{'=' * 100}\n{row.get('question') or row['prompt']}\n{'-' * 100}\n{text}{verdict}")
-
-
 def add_curate_arguments(parser):
     add = parser.add_argument
     add("--input", required=True, help="JSONL or parquet file, or a Hugging Face hub id")
     add("--output", required=True, help="JSONL of traces; the report lies beside it")
-    add("--rewriter", choices=("calculator", "local", "api"), default="calculator",
-        help="of solutions; rows that are traces already are only checked")
+    add("--rewriter", choices=("calculator", "program", "local", "api"), default="calculator",
+        help="a snippet per calculation, one script, or a model's; traces are only checked")
     add("--limit", type=at_least(0), default=0, help="first rows only; 0: all")
     add("--seed", type=int, default=0, help="of the model's sampling")
     add("--split", default="train", help="of a hub data set")
@@ -673,10 +708,11 @@ def orthogonalise(x):
 
 
 def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, seed, token_budget, rank, world,
-          device, file, checkpoints, save_every):
+          device, file, checkpoints, save_every, deadline):
     """Train the sharded policy on a list of Example, from the newest checkpoint in the folder
     `checkpoints` if there is one; a line of metrics goes to `file` every tenth step. Returns
-    the final metrics, on held_out and on as many examples."""
+    the final metrics, on held_out and on as many examples. deadline: of time.monotonic(); then
+    the process ends with a checkpoint."""
     of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
     of_adamw = [p for p in policy.parameters() if p not in of_muon]
     adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -711,10 +747,15 @@ def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, se
             file.write(json.dumps({
                 "step": step, "loss": loss, "grad_norm": norm,
                 "tokens_per_second": tokens / (time.perf_counter() - begin)}) + "\n")
-        if (step + 1) % save_every == 0 and step + 1 < steps:
+        stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
+        if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
             file.flush()
             save_checkpoint(checkpoints, training_state("policy", policy, *optimizers),
                             {"step": step + 1, "bytes": os.fstat(file.fileno()).st_size}, 1, rank)
+            if stops:
+                if rank == 0:
+                    print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
+                sys.exit(0)
     seen, unseen = (batch_loss(policy, batch, token_budget, rank, world, device)
                     for batch in (examples[:len(held_out)], held_out))
     return {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
@@ -757,10 +798,10 @@ async def cold_start_traces(args):
     return json.loads(path.read_text())
 
 
-async def warm_start(args, rank, world, device, traces_file=""):
+async def warm_start(args, rank, world, device, traces_file="", deadline=math.inf):
     """The folder of the warm-started checkpoint for these arguments, made now or reused. One
-    that was interrupted goes on where its last checkpoint was, with the same metrics as one
-    that was not."""
+    that was interrupted, or met the deadline (see `train`), goes on where its last checkpoint
+    was, with the same metrics as one that was not."""
     rows = load_traces(traces_file) if traces_file else None
     found = [None]
     if rank == 0:  # one rank looks, for another run may be about to finish the same folder
@@ -791,7 +832,7 @@ async def warm_start(args, rank, world, device, traces_file=""):
             file.writelines(json.dumps(trace) + "\n" for trace in kept)
         shared = [(kept, held_out)]
     dist.broadcast_object_list(shared)
-    metrics = train_on_traces(*shared[0], args, partial, rank, world, device)
+    metrics = train_on_traces(*shared[0], args, partial, rank, world, device, deadline)
     if rank == 0:
         print("warm start: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         (partial / "arguments.json").write_text(json.dumps(vars(args) | {"versions": versions()}, indent=1))
@@ -802,7 +843,7 @@ async def warm_start(args, rank, world, device, traces_file=""):
     return folder
 
 
-def train_on_traces(traces, held_out, args, folder, rank, world, device):
+def train_on_traces(traces, held_out, args, folder, rank, world, device, deadline):
     """The warm start itself: the trained checkpoint and its metrics.jsonl go into `folder`.
     Returns the final metrics."""
     config, tokenizer = starting_point(args.model)
@@ -819,7 +860,7 @@ def train_on_traces(traces, held_out, args, folder, rank, world, device):
     with open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a") as file:
         metrics = train(policy, examples, fresh, args.sft_steps, args.sft_batch_size, args.sft_lr,
                         args.sft_muon_lr, args.sft_warmup, args.sft_seed, args.token_budget, rank, world,
-                        device, file, folder / "checkpoints", args.sft_save_every)
+                        device, file, folder / "checkpoints", args.sft_save_every, deadline)
         file.write(json.dumps(metrics) + "\n")
     sync_weights(policy, plain)
     if rank == 0:
@@ -864,12 +905,15 @@ def check_warm_start(parser, args):
 
 
 async def main(rank, world, device):
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add_warm_start_arguments(parser)
     add_trainer_arguments(parser)
     add_format_arguments(parser)
     parser.add_argument("--traces", default="",
                         help="JSONL, parquet or hub id of verified traces; empty: the embedded ones")
+    parser.add_argument("--minutes", type=in_range(0.0), default=0.0,
+                        help="stop with a checkpoint after so many; the same command goes on; 0: no limit")
     args = parser.parse_args()
     if args.model:
         need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
@@ -880,7 +924,7 @@ async def main(rank, world, device):
     starting_point(args.model)  # a bad checkpoint is found out before the curation
     if rank == 0:
         print(json.dumps(vars(args)))
-    folder = await warm_start(args, rank, world, device, args.traces)
+    folder = await warm_start(args, rank, world, device, args.traces, begin + 60 * (args.minutes or math.inf))
     if rank == 0:
         print(f"checkpoint: {folder}")
 
@@ -892,18 +936,14 @@ def main_curation():
     commands = parser.add_subparsers(dest="command", required=True)
     add_curate_arguments(commands.add_parser("curate", help="real data -> verified traces",
                                              formatter_class=argparse.ArgumentDefaultsHelpFormatter))
-    shown = commands.add_parser("show", help="print traces or rollouts in colour")
-    shown.add_argument("file", help="JSONL of traces, or a run's rollouts.jsonl")
+    shown = commands.add_parser("show", help="print traces")
+    shown.add_argument("file", help="JSONL of traces")
     shown.add_argument("--n", type=at_least(0), default=10, help="how many")
-    shown.add_argument("--step", type=int, default=None, help="of rollouts.jsonl: only this step's")
-    shown.add_argument("--wrong", action="store_true", help="of rollouts.jsonl: only wrong responses")
-    shown.add_argument("--status", default="", help="of rollouts.jsonl: only with such a snippet, e.g. error")
-    shown.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                       help="auto: on a terminal")
     args = parser.parse_args()
-    if args.command == "show":
-        return show_traces(args)
-    asyncio.run(curate_file(args))
+    if args.command == "curate":
+        return asyncio.run(curate_file(args))
+    for trace in load_traces(args.file, 1)[:args.n]:
+        print(f"{'=' * 100}\n{trace['question']}\n{'-' * 100}\n{trace['response']}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -24,7 +25,8 @@ import sft
 from data import load_problems, read_row
 from rollout import encode_response, encode_text, split_segments
 from sandbox import Sandbox, SandboxResult, UserError
-from sft import Rejected, calculator, check_format, contamination_keys, load_traces, verified_traces
+from sft import (Rejected, calculator, check_format, contamination_keys, load_traces, program,
+                 verified_traces)
 
 TESTS = Path(__file__).parent
 ANSWER = r"<answer>\boxed{4}</answer>"
@@ -251,11 +253,55 @@ def test_what_is_no_calculation_is_not_turned_into_code(solution):
     assert calculator(solution, "4") is None
 
 
+def test_annotations_become_one_script_whose_variables_carry_the_results():
+    """Guards against a result that is copied as a number, and names that do not come from the sentence."""
+    solution = ("Ann sold 48/2 = $<<48/2=24>>24 of fruit, 3 times a day.\nBob's day = $24 + 6 = <<24+6=30>>30.0.\n"
+                "They have <<24+30=54>>54 dollars; 54*(1/2) = $<<54*(1/2)=27>>27 is left.")
+    assert program(solution, "27", "She had $48, he $6.") == (
+        "Let me compute this.\n" + fenced("ann_sold_fruit = 48/2\nbob_day = ann_sold_fruit+6\n"
+        "dollars = ann_sold_fruit+bob_day\ndollars_left = dollars*(1/2)\nprint(dollars_left)", "27")
+        + r"The answer is 27." "\n" r"<answer>\boxed{27}</answer>")
+
+
+@pytest.mark.parametrize("solution, question", [
+    ("<<5*20=100>>, <<100-40=60>>, <<60-5=55>>", "5 boxes of 20, 100 in all; 40 and 5 are sold"),  # 100: which?
+    ("<<9*20=180>>, <<90*2=180>>, <<180-125=55>>", "9 20 90 2 125"),  # which 180?
+    ("<<5*20=100>>, <<60-5=55>>", "5 20 60"),  # 100 leads nowhere
+    ("<<80-25=55>>", "80 pens"),  # 25 comes from nowhere
+    ("<<80-20=60>>, so 60 - 5 = 55", "80 20"), ("<<55=55>>", "55"), ("No calculation.", "55"),
+])
+def test_a_script_that_is_not_the_whole_calculation_is_none(solution, question):
+    """Guards against a number that stands for another, and programs with a step done by head."""
+    assert program(solution, "55", question) is None
+
+
+def test_programs_compute_what_their_annotations_say():
+    """Guards against an operand that becomes the wrong variable, and names that Python does not take or that
+    hide print."""
+    rng, kept = random.Random(0), 0
+    words = ["print", "class", "None", "sum", "pens", "of", "red", "Ünder", "x", "int"]
+    for _ in range(300):
+        given, known, lines = [str(rng.randint(2, 40)) for _ in range(4)], [], []
+        for _ in range(rng.randint(1, 5)):
+            a, b = rng.choice(known or given), rng.choice(given)
+            expression = f"{a}{rng.choice('+-*' if int(a) > int(b) else '+*')}{b}"
+            known.append(str(eval(expression)))
+            before, after = (" ".join(rng.choices(words, k=rng.randint(0, 3))) for _ in range(2))
+            lines.append(f"{before} {expression} = <<{expression}={known[-1]}>>{known[-1]} {after}.")
+        response = program("\n".join(lines), known[-1], " ".join(given))
+        if response:
+            [code] = sft.take_apart(response)[1]
+            assert execute(code).output.strip() == known[-1], (code, lines)
+            kept += len(lines) > 1
+            assert all(result not in code for result in {*known[:-1]} if int(result) > 400)
+    assert kept > 30
+
+
 def test_odd_rows_do_not_stall_the_run():
     """Guards against patterns that go back and forth over spaces and brackets."""
     begin = time.monotonic()
     for line in ("So" + " " * 20_000 + "it is 2*3 = <<2*3=6>>6.", "((" * 20_000 + "2*3=<<2*3=6>>."):
-        assert "print(2*3)" in calculator(line, "6")
+        assert "print(2*3)" in calculator(line, "6") and " = 2*3\n" in program(line, "6", "2 3")
     assert calculator("<<" + "(" * 20_000 + "1" * 20_000 + ")" * 20_000, "6") is None
     long = {"messages": [{"content": "x " * 500_000}, {"content": ANSWER}]}
     assert read_row(long)["answer"] == "4"
@@ -537,7 +583,8 @@ def test_contamination_does_not_depend_on_numbers_case_or_spacing():
 # The run
 
 
-def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_path, trusted, capsys):
+def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_path, trusted, capsys,
+                                                                            monkeypatch):
     """Guards against an order that depends on timing, another chat format, and traces that do not pass a
     second time."""
     source = write(tmp_path / "gsm.jsonl", GSM8K)
@@ -555,9 +602,10 @@ def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_
     curate("--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
     assert [r["messages"] for r in read(tmp_path / "again.jsonl")] == [r["messages"] for r in rows]
     capsys.readouterr()
-    sft.show_traces(SimpleNamespace(file=f"{tmp_path}/a.jsonl", n=1, color="always", step=None, wrong=False, status=""))
+    monkeypatch.setattr(sys, "argv", ["sft.py", "show", f"{tmp_path}/a.jsonl", "--n", "1"])
+    sft.main_curation()
     shown = capsys.readouterr().out
-    assert "\033[36m<code>" in shown and re.sub(r"\033\[[\d;]*m", "", shown).count(traces[0]["response"]) == 1
+    assert shown.count(traces[0]["response"]) == 1 and traces[1]["response"] not in shown
     with pytest.raises(UserError, match="there already"):
         curate("--input", tmp_path / "gsm.jsonl", "--output", tmp_path / "a.jsonl")
 

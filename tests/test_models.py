@@ -133,7 +133,7 @@ def test_dropout_stays_off_where_activations_are_checkpointed():
 
 
 @pytest.mark.parametrize("name, line", [
-    ("run", "is a run's folder; its model is"), ("model.gguf", "a GGUF file is converted by"),
+    ("run", "is a run's folder; its model is"), ("model.gguf", "how to convert a GGUF file"),
     ("empty", "no config.json in there"), ("./nowhere", "no such folder, and not a hub id"),
     ("nowhere", "no such folder, and not a hub id")])
 def test_what_is_no_checkpoint_is_refused_with_what_to_do(tmp_path, monkeypatch, name, line):

@@ -590,18 +590,6 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch)
         ppo.RunFolder(tmp_path, 0).finish(SimpleNamespace(save_pretrained=full), tokenizer)
 
 
-def test_rollouts_are_shown_by_step_and_verdict(runs):
-    """Guards against a viewer that reads its own format alone."""
-    file = str(runs[0] / "first" / "rollouts.jsonl")
-    wanted = dict(file=file, n=99, color="never", step=1, wrong=True, status="")
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        sft.show_traces(SimpleNamespace(**wanted))
-    rows = [json.loads(line) for line in open(file)]
-    expected = sum(row["step"] == 1 and not row["correct"] for row in rows)
-    assert out.getvalue().count("(correct: False, reference") == expected > 0
-
-
 def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
     """Guards against a warm start on texts without tags or answers."""
     file = tmp_path / "traces.jsonl"
@@ -740,6 +728,17 @@ def test_an_interrupted_warm_start_goes_on_with_the_same_metrics(runs, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert metrics_of(finished(warm)) == metrics_of(finished(folder / "warm"))
     assert not list(warm.glob("*.partial")) and not (finished(warm) / "checkpoints").exists()
+
+
+def test_a_warm_start_in_slices_of_minutes_equals_one_in_a_piece(runs, tmp_path):
+    """Guards against a stop that leaves no checkpoint, an error code for it, and steps lost or done twice."""
+    flags = [*SFT, "--warm_start_dir", str(tmp_path)]
+    for step in (1, 2, 3):
+        result = run_here(*flags, "--minutes", "1e-9", script=sft)
+        assert result.returncode == 0 and f"over after step {step} of the warm start" in result.stdout
+        assert not (tmp_path / "checkpoint").exists() and "checkpoint: " not in result.stdout
+    run_here(*flags, "--minutes", "1e-9", script=sft)  # the last step needs no checkpoint
+    assert metrics_of(finished(tmp_path)) == metrics_of(finished(runs[0] / "warm"))
 
 
 def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monkeypatch):

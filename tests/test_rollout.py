@@ -3,6 +3,7 @@ import asyncio
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -782,3 +783,19 @@ def test_no_snippet_outlives_its_rollout(model, tokenizer, rejoin_ticks, how):
             await asyncio.sleep(0)
         assert sandbox.cancelled == 3 and asyncio.all_tasks() == {asyncio.current_task()}
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("fp32, bf16, chosen", [(1.0, 0.4, "bf16"), (1.0, 0.9, "fp32"), (1.0, 5.0, "fp32")])
+def test_dtype_auto_is_bf16_only_where_rank_0_measures_that_it_is_clearly_faster(monkeypatch, fp32, bf16, chosen):
+    """Guards against an emulated bf16 that takes hours, and ranks that compute in different precisions."""
+    seconds = {torch.float32: fp32, torch.bfloat16: bf16}
+
+    def timer(code, globals, num_threads):
+        return SimpleNamespace(timeit=lambda n: SimpleNamespace(mean=seconds[globals["x"].dtype]))
+    monkeypatch.setattr(rollout, "Timer", timer)
+    assert rollout.choose_dtype.__wrapped__("auto") == chosen
+    assert [rollout.choose_dtype(name) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    monkeypatch.setattr(rollout.dist, "is_initialized", lambda: True)  # as rank 1
+    monkeypatch.setattr(rollout.dist, "broadcast_object_list", lambda found: found.__setitem__(slice(2), [fp32, bf16]))
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
+    assert rollout.choose_dtype.__wrapped__("auto") == chosen
