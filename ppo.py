@@ -302,32 +302,30 @@ class Trainer:
         # Tensor parallelism would begin here, with a copy split over a node's GPUs for
         # `generate` and `sync_weights`.
         self.sampler = load_model(model_path, device, args.dtype, weights)
-        lm = load_model(model_path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
-        self.actor = shard(Policy(lm), lm, **sharding_settings(args))
-        self.modules, self.critic = {"actor": self.actor}, None
-        self.actor_start = 0  # the first step in which the actor learns
+
+        def sharded(kind, path):
+            lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
+            return shard(kind(lm), lm, **sharding_settings(args))
+
+        self.modules = {"actor": sharded(Policy, model_path)}
         if args.advantage == "gae":
-            lm = load_model(args.critic_model or model_path, "cpu", weights=weights)
-            self.critic = self.modules["critic"] = shard(Critic(lm), lm, **sharding_settings(args))
-            self.actor_start = args.critic_warmup
+            self.modules["critic"] = sharded(Critic, args.critic_model or model_path)
         adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=args.adam_eps, fused=True,
                                   weight_decay=args.weight_decay)
         self.optimizers = {name: adamw(module.parameters()) for name, module in self.modules.items()}
         for optimizer in self.optimizers.values():
             zero_moments(optimizer)
-        self.reference = None
         if args.kl_coef:
-            lm = load_model(model_path, "cpu", weights=weights)
-            self.reference = shard(Policy(lm).requires_grad_(False), lm, **sharding_settings(args))
+            self.modules["reference"] = sharded(Policy, model_path).requires_grad_(False)
+        self.actor, self.critic, self.reference = map(self.modules.get, ("actor", "critic", "reference"))
+        self.actor_start = args.critic_warmup if self.critic else 0  # the first step in which it learns
 
     def state(self):
         """All that a step changes, and the reference, as tensors by name. No random state: prompts,
         noise, minibatches and learning rates are functions of seed and step."""
         state = {}
         for name, module in self.modules.items():
-            state |= training_state(name, module, self.optimizers[name])
-        if self.reference:
-            state |= training_state("reference", self.reference)
+            state |= training_state(name, module, *filter(None, [self.optimizers.get(name)]))
         if self.args.sync_every > 1:  # the sampler is not the actor
             state |= {f"sampler.{name}": p.detach() for name, p in self.sampler.named_parameters()}
         return state
@@ -410,7 +408,7 @@ class Trainer:
     def update(self, examples, step):
         """One epoch of clipped updates over shuffled minibatches; returns token means."""
         sums, norms, counted = Counter(), {}, 0.0
-        learning = [name for name in self.modules if name == "critic" or step >= self.actor_start]
+        learning = [name for name in self.optimizers if name == "critic" or step >= self.actor_start]
         lr_factors = self.set_learning_rates(step)
         for number, minibatch in enumerate(self.minibatches(examples, step)):
             total = sum(e.loss_mask.sum().item() for e in minibatch)  # every rank has all examples
