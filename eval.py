@@ -10,27 +10,27 @@ The keys of metrics.jsonl. Of responses, without those in which the sandbox itse
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed a snippet
   code_lines          executed per response, no blanks or comments; code_lines_per_snippet
-  pass_last_correct   of correct responses with code, the share whose last snippet ran without
-                      error; pass_last_incorrect; snippets_ok_per_response: all that did
+  pass_last_correct   share whose last snippet ran without error, of correct responses with
+                      code; pass_last_incorrect of incorrect ones
   timing_first        start of the first snippet / response length; timing_mean of all snippets
   self_correction     P(the next snippet runs | the previous one failed)
   corrected_share     correct responses with at least one failed snippet
   truncated           share that ended by a limit instead of EOS (never correct)
-  snippets_per_response, sandbox_outcomes (snippets by status), sandbox_errors_dropped (the
-  responses left out); X_count: what X is a share of
-Of collapse, mean log-probability by the sampler: logprob_code_open, logprob_code_close and
-  logprob_answer (of <code>, </code>, <answer>), logprob_eos, logprob_after_interpreter (the next
-  8 tokens); snippets_refused: those that ended in a PermissionError
+  snippets_per_response, sandbox_outcomes (snippets by status; ok: the paper's correct codes),
+  sandbox_errors_dropped (responses); X_count: what X is a share of
+Of collapse, the sampler's mean log-probability: logprob_code_open, logprob_code_close,
+  logprob_answer (of <code>, </code>, <answer>), logprob_eos, logprob_after_interpreter (8
+  tokens); snippets_refused (ended in a PermissionError)
 Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts too long),
   accuracy_error (standard error, bootstrap over problems), sampling_error (within problems),
-  pass_at_k (unbiased), maj_at_n (vote by normalised text, ties to the first; no answer, no
+  pass_at_k (unbiased), maj_at_n (vote by normalised text, ties to the first; without answer, no
   vote), per_problem, families (accuracy, code_ratio, count), purposes (shares of snippets),
-  code_ratio_trivial (families that need no tool), code_ratio_needed (others)
-Failure signatures: unneeded_code_seconds, unneeded_code_tokens (mean cost of code in trivial
-  families); of responses with code repeated_snippets (one syntax tree twice) and
-  uncorrected_failures (the last snippet failed); void_turns (share whose last turn has neither
-  snippet nor answer); literal_prints (snippets that compute nothing); ood_drop (from eval.py's
-  first set)
+  code_ratio_trivial (families that need no tool), code_ratio_needed (others), ood_drop (from
+  eval.py's first set)
+Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in trivial families, per
+  response with code), repeated_snippets (one syntax tree twice), uncorrected_failures (the last
+  snippet failed; both of responses with code), literal_prints (snippets that compute nothing),
+  void_turns (responses whose last turn has neither snippet nor answer)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
   response was left to train on), reward (mean sum over a response), entropy of the policy
   approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl (with
@@ -281,12 +281,6 @@ def stated_answer(trajectory, tokenizer):
     return extract_answer("\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments))
 
 
-async def is_correct(trajectory, tokenizer, reference, sandbox):
-    """Whether the answer that a response states, which this sets, is the reference."""
-    trajectory.answer = stated_answer(trajectory, tokenizer)
-    return await is_equivalent(trajectory.answer, reference, sandbox)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Metrics and evaluation
 
@@ -312,8 +306,6 @@ def computes(code):
 def code_purpose(code, before):
     """What a snippet is for, guessed from its syntax tree and the words before it, where the paper
     asks an LLM: right for 32 of 50 that were labelled by hand (tests/purposes.jsonl)."""
-    if not syntax_tree(code):
-        return "unreadable"
     nodes = list(ast.walk(ast.parse(code)))
     imported = {getattr(node, "module", "") for node in nodes}
     imported |= {alias.name.split(".")[0] for node in nodes
@@ -352,7 +344,6 @@ def rollout_metrics(trajectories):
         "response_tokens": mean([len(t.response_ids) for t in kept]),
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
-        "snippets_ok_per_response": mean([sum(c.status == "ok" for c in t.tool_calls) for t in kept]),
         "code_lines": mean([sum(code_lines(c.code) for c in t.tool_calls) for t in kept]),
         "code_lines_per_snippet": mean([code_lines(c.code) for c in calls]),
         "pass_last_correct": mean(last_ok[True]), "pass_last_correct_count": len(last_ok[True]),
@@ -380,10 +371,8 @@ def collapse_metrics(trajectories, pieces):
         for match in re.finditer("(?<=0)1{1,8}", "".join(map(str, t.loss_mask))):
             found["after_interpreter"] += t.logprobs[slice(*match.span())]
         found["eos"] += t.logprobs[-1:] if t.finish_reason == "eos" else []
-    refused = [call for t in kept for call in t.tool_calls
-               if re.search(r"(?m)^PermissionError.*\s*\Z", call.output)]
-    return {f"logprob_{name}": mean(values) for name, values in found.items()} | {
-        "snippets_refused": len(refused)}
+    refused = [c for t in kept for c in t.tool_calls if re.search(r"(?m)^PermissionError.*\s*\Z", c.output)]
+    return {"snippets_refused": len(refused)} | {f"logprob_{k}": mean(v) for k, v in found.items()}
 
 
 def failure_signatures(kept, trivial, tokenizer):
@@ -395,7 +384,7 @@ def failure_signatures(kept, trivial, tokenizer):
                          for a, b in zip(edges[::2], edges[1::2])]
         snippets += [(c.code, text) for c, text in zip(t.tool_calls, before)]
         void.append(last != "" and t.finish_reason != "max_calls" and extract_answer(last) is None)
-    purposes = Counter(code_purpose(*snippet) for snippet in snippets)
+    purposes = Counter(code_purpose(*s) if syntax_tree(s[0]) else "unreadable" for s in snippets)
     with_code, unneeded = ([t for t in found if t.tool_calls] for found in (kept, trivial))
     distinct = [len({syntax_tree(c.code) or c.code for c in t.tool_calls}) for t in with_code]
     forced = [t.loss_mask.count(0) + sum(c.end - c.start for c in t.tool_calls) for t in unneeded]
@@ -438,9 +427,9 @@ def problem_metrics(votes):
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
                      keys=None, **settings):
     """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories,
-    prompt-major, with `correct` set. The noise is keyed by keys or the prompt's global index: the
-    number of ranks changes only rounding. settings go to `generate`. Each response is judged by
-    one rank: under math-verify's time limit two might disagree.
+    prompt-major, with `correct` set. keys (default: the prompts' indices) become prompt_index and
+    key the noise: the number of ranks changes only rounding. settings go to `generate`. Each
+    response is judged by one rank: under math-verify's time limit two might disagree.
     """
     mine, keys = range(rank, len(prompts), world), keys or range(len(prompts))
     with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
@@ -449,11 +438,11 @@ async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, d
                                       n_samples=n_samples, prompt_keys=[keys[i] for i in mine],
                                       progress=bar.update, **settings)
     for t in trajectories:
-        t.prompt_index = mine[t.prompt_index]
-    verdicts = await asyncio.gather(*[is_correct(t, tokenizer, answers[t.prompt_index], sandbox)
+        t.answer = stated_answer(t, tokenizer)
+    verdicts = await asyncio.gather(*[is_equivalent(t.answer, answers[mine[t.prompt_index]], sandbox)
                                       for t in trajectories])
     for t, verdict in zip(trajectories, verdicts):
-        t.correct = verdict
+        t.prompt_index, t.correct = keys[mine[t.prompt_index]], verdict
     gathered = [None] * world
     dist.all_gather_object(gathered, trajectories)
     return sorted((t for part in gathered for t in part), key=lambda t: (t.prompt_index, t.sample_index))
@@ -472,8 +461,6 @@ async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, d
     trajectories = await (sample or sample_all)(
         model, tokenizer, [prompts[i] for i in fits], [problems[i]["answer"] for i in fits], sandbox,
         rank, world, desc, step=-1, keys=fits, **settings)
-    for t in trajectories:
-        t.prompt_index = fits[t.prompt_index]
     kept = [t for t in trajectories if t.finish_reason != "sandbox_error"]
     if not kept:
         raise UserError(f"{desc}: the sandbox failed in every response")
@@ -865,8 +852,7 @@ def save_checkpoint(folder, state, record, keep, rank):
 
 
 def find_checkpoint(folder, rank):
-    """The newest undamaged checkpoint, (path, record), the same on all ranks; (None, None) if
-    there is none."""
+    """(path, record) of the newest undamaged checkpoint, the same on all ranks, or (None, None)."""
     found = [newest_checkpoint(folder) if rank == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
@@ -910,9 +896,8 @@ async def sample_new(journal, chunk, decisive, model, tokenizer, prompts, answer
             journal.write(f"\n{json.dumps({recipe: done[0][recipe]})}\n")  # ends a torn line first
             journal.flush()
         for row in done[0][recipe]:
-            calls = [ToolCall(**call) for call in row["tool_calls"]]
-            index = part.start + row["prompt_index"]
-            trajectories.append(Trajectory(**row | {"tool_calls": calls, "prompt_index": index}))
+            row["tool_calls"] = [ToolCall(**call) for call in row["tool_calls"]]
+            trajectories.append(Trajectory(**row))
     return trajectories
 
 
@@ -947,9 +932,8 @@ async def main(rank, world, device):
     writes = args.output and rank == 0
     journal, responses = (open(args.output + ending if writes else os.devnull, mode)
                           for ending, mode in ((".journal", "a+"), (".responses.jsonl", "w")))
-    if not args.output:
-        GOES_ON[0] = "nothing is kept without --output"
     results = {path: {} for path in tokenizers}
+    GOES_ON[0] = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
         if rank == 0:
             print(sandbox.report)

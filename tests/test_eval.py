@@ -1,4 +1,5 @@
-r"""Is an answer judged as a careful person would? Run: python -m pytest tests/test_eval.py
+r"""Is an answer judged as a careful person would, and are metrics what they are called?
+Run: python -m pytest tests/test_eval.py
 
 The labels of the table were decided by mathematics and by what a careful human grader would say,
 before code was run on them. A row of SAME is a group whose members all mean what the first one
@@ -9,7 +10,11 @@ more than a right one that is not.
     python tests/test_eval.py       # the whole table: disagreements, precision, recall, pairs/s
 """
 import asyncio
+import contextlib
+import functools
 import itertools
+import json
+import math
 import os
 import random
 import re
@@ -17,17 +22,25 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import eval as evaluation  # noqa: E402
+from conftest import StubSandbox  # noqa: E402
 from data import boxed, extract_answer  # noqa: E402
-from eval import exact_value, is_correct, is_equivalent, one_spelling, without_unit  # noqa: E402
+from eval import (code_purpose, collapse_metrics, exact_value, failure_signatures, is_equivalent,  # noqa: E402
+                  majority, one_spelling, problem_metrics, stated_answer, without_unit)
+from rollout import Pieces, ToolCall, Trajectory, encode_interpreter, encode_text  # noqa: E402
+from runs.results import compare, paired_gain  # noqa: E402
+from sandbox import Sandbox, UserError  # noqa: E402
 from sft import parses  # noqa: E402
-from rollout import ToolCall, Trajectory, encode_text  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # -------------------------------------------------------------------------------------------
 # The table
@@ -514,7 +527,7 @@ def test_boxed_reads_a_text_once():
 
 
 def is_right(trajectory, tokenizer):
-    return asyncio.run(is_correct(trajectory, tokenizer, "5", DeafJudge()))
+    return asyncio.run(is_equivalent(stated_answer(trajectory, tokenizer), "5", DeafJudge()))
 
 
 def test_a_boxed_answer_inside_an_executed_snippet_is_no_answer(tokenizer):
@@ -565,6 +578,310 @@ FORCED = ("forced", "\n<interpreter>\n\\boxed{5}\n</interpreter>")
 def test_only_the_policy_s_own_finished_answer_counts(tokenizer, parts, reason, right):
     """Guards against the reward hacks: print the answer, fake an interpreter block, ramble on."""
     assert is_right(trajectory(tokenizer, parts, reason), tokenizer) is right
+
+
+# -------------------------------------------------------------------------------------------
+# Metrics of problems
+
+
+def right_of(n, c):
+    """Votes of a problem with c right ones among n."""
+    return [("5", i < c) for i in range(n)]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_equals_the_share_of_all_subsets_with_a_right_response(n):
+    """Guards against 1 - (1 - c/n)^k, which is biased, and against k beyond n."""
+    for c in range(n + 1):
+        found = problem_metrics([right_of(n, c)])["pass_at_k"]
+        assert list(found) == [str(k) for k in sorted({1, 2, 4, n}) if k <= n]
+        for k, value in found.items():
+            subsets = list(itertools.combinations(range(n), int(k)))
+            assert value == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_leaves_out_problems_with_fewer_than_k_responses():
+    """Guards against comb(n, k) = 0 after a sandbox error, and against counting such a problem as failed."""
+    found = problem_metrics([right_of(4, 1), right_of(3, 3), []])
+    assert found["pass_at_k"] == {"1": pytest.approx(0.625), "2": pytest.approx(0.75), "4": 1.0}
+    assert found["per_problem"] == {"responses": (4, 3, 0), "correct": (1, 3, 0), "majority_correct": (0, 1, 0)}
+
+
+@pytest.mark.parametrize("votes, right", [
+    ([("5", True), ("6", False), ("6", False)], False),
+    ([("5", True), ("6", False)], True), ([("6", False), ("5", True)], False),  # ties: the first
+    ([(None, False), (None, False), (None, False), ("5", True)], True),  # silence has no vote
+    ([(None, False)], False), ([], False)])
+def test_the_majority_is_of_answers_and_ties_go_to_the_first(votes, right):
+    """Guards against responses without an answer that outvote the rest, and ties that depend on a hash."""
+    assert majority(votes) is right
+
+
+def test_both_errors_equal_their_formulas_and_a_simulation():
+    """Guards against one error that is taken for the other: 30 problems with 32 samples each are not 960."""
+    rng = np.random.default_rng(1)
+    p, n = rng.random(40), 8
+    draw = lambda: [right_of(n, c) for c in rng.binomial(n, p)]  # noqa: E731
+    votes = draw()
+    rates = np.array([sum(right for _, right in v) / n for v in votes])
+    found = problem_metrics(votes)
+    assert found["accuracy_error"] == pytest.approx(rates.std() / math.sqrt(40), rel=0.06)
+    assert found["sampling_error"] == pytest.approx(math.sqrt((rates * (1 - rates) / (n - 1)).sum()) / 40)
+    again = [np.mean([right for v in draw() for _, right in v]) for _ in range(300)]  # same problems, other noise
+    assert found["sampling_error"] == pytest.approx(np.std(again), rel=0.25)
+    assert problem_metrics([right_of(1, 1), right_of(1, 0)])["sampling_error"] is None
+
+
+def counts(n, correct):
+    return {"per_problem": {"responses": [n] * len(correct), "correct": correct}}
+
+
+def test_the_paired_interval_is_the_analytic_one_and_ignores_how_hard_problems_are():
+    """Guards against two intervals side by side: a gain of one in ten on every problem is certain, although
+    the problems differ from 0 to 90 %."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 10, 200).tolist()
+    gain, low, high, problems = paired_gain(counts(10, first), counts(10, [c + 1 for c in first]))
+    assert gain == pytest.approx(0.1) and low == pytest.approx(0.1) == high and problems == 200
+    second = [int(c) for c in rng.integers(0, 11, 200)]
+    differences = (np.array(second) - first) / 10
+    gain, low, high, _ = paired_gain(counts(10, first), counts(10, second))
+    half = 1.96 * differences.std() / math.sqrt(200)
+    assert gain == pytest.approx(differences.mean())
+    assert (low, high) == (pytest.approx(gain - half, abs=0.15 * half), pytest.approx(gain + half, abs=0.15 * half))
+    skipped = {"per_problem": {"responses": [10, 0], "correct": [5, 0]}}
+    assert paired_gain(skipped, counts(10, [6, 9]))[::3] == (pytest.approx(0.1), 1)
+    assert compare(counts(0, [0]), counts(0, [0])) == ["-", "-", "0"]
+
+
+# -------------------------------------------------------------------------------------------
+# Metrics of text
+
+
+def response(tokenizer, *parts, reason="eos"):
+    """Parts are sampled texts, or (code, status, output) of a snippet that ran."""
+    t = Trajectory(0, 0, [5], finish_reason=reason)
+    for part in parts:
+        if isinstance(part, str):
+            t.response_ids += encode_text(tokenizer, part)
+            t.loss_mask += [1] * (len(t.response_ids) - len(t.loss_mask))
+            continue
+        code, status, output = part
+        start = len(t.response_ids)
+        t.response_ids += encode_text(tokenizer, f"<code>\n```python\n{code}\n```\n</code>")
+        t.tool_calls.append(ToolCall(code, output, status, start, len(t.response_ids), 0.5))
+        t.loss_mask += [1] * (len(t.response_ids) - start)
+        t.response_ids += encode_interpreter(tokenizer, output, 99)
+        t.loss_mask += [0] * (len(t.response_ids) - len(t.loss_mask))
+    if reason == "eos":
+        t.response_ids, t.loss_mask = t.response_ids + [tokenizer.eos_token_id], t.loss_mask + [1]
+    t.logprobs = [-float(i + 1) * sampled for i, sampled in enumerate(t.loss_mask)]
+    return t
+
+
+TWO = ("print(1 + 1)", "ok", "2\n")
+FAILED = ("print(1 / 0)", "error", "ZeroDivisionError: division by zero\n")
+BOX = "\n<answer>\\boxed{2}</answer>"
+
+
+@pytest.mark.parametrize("parts, reason, signatures", [
+    ((BOX,), "eos", {"void_turns": 0, "repeated_snippets": None, "literal_prints": None}),
+    (("It is two.",), "eos", {"void_turns": 1}), (("It is",), "length", {"void_turns": 1}),
+    ((TWO, BOX), "eos", {"void_turns": 0, "uncorrected_failures": 0, "repeated_snippets": 0, "literal_prints": 0}),
+    ((BOX, TWO), "eos", {"void_turns": 1}),  # the last turn is EOS alone
+    ((TWO,), "length", {"void_turns": 0}),  # no turn came after the output
+    ((TWO, "<code>print(3)</code>"), "max_calls", {"void_turns": 0}),  # a snippet, though refused
+    ((TWO, "\n<code>\\boxed{2}"), "eos", {"void_turns": 1}),  # no answer that counts
+    ((TWO, "Again.", ("print( 1+1 ) # two", "ok", "2\n"), BOX), "eos", {"repeated_snippets": 1}),
+    ((TWO, ("print(2 + 1)", "ok", "3\n"), BOX), "eos", {"repeated_snippets": 0}),
+    ((("print(1", "error", "x"), ("print(1 ", "error", "x"), BOX), "eos", {"repeated_snippets": 0, "literal_prints": None}),
+    ((FAILED, TWO, BOX), "eos", {"uncorrected_failures": 0}), ((TWO, FAILED, BOX), "eos", {"uncorrected_failures": 1}),
+    ((("print(2)", "ok", "2\n"), TWO, BOX), "eos", {"literal_prints": 0.5}),
+])
+def test_failure_signatures_are_what_they_are_called(tokenizer, parts, reason, signatures):
+    """Guards against signatures that fire on right behaviour: an output that meets the limit is no void turn, a
+    corrected failure is corrected."""
+    found = failure_signatures([response(tokenizer, *parts, reason=reason)], [], tokenizer)
+    assert {name: found[name] for name in signatures} == signatures
+    assert found["unneeded_code_seconds"] is None
+
+
+def test_unneeded_code_costs_its_snippets_and_outputs(tokenizer):
+    """Guards against a cost that leaves the interpreter's tokens out or counts responses without code."""
+    plain, short, long = (response(tokenizer, *parts) for parts in ((BOX,), (TWO, BOX), ("Hm.", TWO, FAILED, BOX)))
+    found = failure_signatures([plain, short, long], [plain, short, long], tokenizer)
+    texts = [len(encode_text(tokenizer, text)) + 1 for text in (BOX, "Hm." + BOX)]
+    assert found["unneeded_code_seconds"] == pytest.approx((0.5 + 1.0) / 2)
+    assert found["unneeded_code_tokens"] == pytest.approx(
+        (len(short.response_ids) - texts[0] + len(long.response_ids) - texts[1]) / 2, abs=1)
+
+
+def test_hostile_snippets_do_not_stop_the_metrics(tokenizer):
+    """Guards against a policy whose code crashes the parser in the trainer's process."""
+    codes = ["-" * 50_000 + "1", "1" + "+1" * 50_000, "(" * 300, "x\0y", "\ud800", "a" + ".b" * 2000, "if 1:"]
+    t = response(tokenizer, BOX)
+    t.tool_calls = [ToolCall(code, "", "error", 0, 0, 0.0) for code in codes]
+    found = failure_signatures([t], [], tokenizer)
+    assert found["purposes"] == {"unreadable": 1.0} and found["literal_prints"] is None
+
+
+def test_purposes_agree_with_the_labels_by_hand_as_often_as_the_results_say():
+    """Guards against a heuristic that is quoted as if it were a judge. The labels were made before it ran."""
+    rows = [json.loads(line) for line in open(ROOT / "tests" / "purposes.jsonl")]
+    agreed = sum(code_purpose(row["code"], row["before"]) == row["purpose"] for row in rows)
+    said = re.search(r"agrees with (\d+) of (\d+) labels", (ROOT / "results" / "README.md").read_text())
+    assert said and (agreed, len(rows)) == tuple(map(int, said.groups()))
+    assert f"{agreed} of {len(rows)}" in code_purpose.__doc__
+
+
+def slow_collapse(t, pieces):
+    """The definition of four log-probabilities, a character at a time."""
+    text, tokens = "", []
+    for i, (token, sampled) in enumerate(zip(t.response_ids, t.loss_mask)):
+        piece = pieces[token] if sampled else "\n#"
+        text, tokens = text + piece, tokens + [i] * len(piece)
+    found = {}
+    for name, tag in (("code_open", "<code>"), ("code_close", "</code>"), ("answer", "<answer>")):
+        values = []
+        for at in range(len(text)):
+            if text[at:at + len(tag)] == tag:
+                values += [t.logprobs[i] for i in dict.fromkeys(tokens[at:at + len(tag)])]
+        found[name] = sum(values) / len(values) if values else None
+    after, count = [], 9
+    for i, sampled in enumerate(t.loss_mask):
+        count = count + 1 if sampled else 0
+        if 1 <= count <= 8:
+            after.append(t.logprobs[i])
+    return found | {"after_interpreter": sum(after) / len(after) if after else None,
+                    "eos": t.logprobs[-1] if t.finish_reason == "eos" else None}
+
+
+@pytest.mark.parametrize("parts, reason", [
+    (("Let me see.\n", TWO, "So it is two, as everybody knows.", BOX), "eos"),
+    ((TWO, "No.", FAILED, TWO, BOX), "eos"), (("<co", TWO), "length"), (("<answer><answer>",), "length"), ((), "eos")])
+def test_the_collapse_monitor_equals_its_definition_by_characters(tokenizer, parts, reason):
+    """Guards against tags that are looked up as one token, forced text that is averaged in, and the tenth token
+    after an output."""
+    t, pieces = response(tokenizer, *parts, reason=reason), Pieces(tokenizer)
+    dropped = response(tokenizer, TWO, reason="sandbox_error")
+    found = collapse_metrics([t, dropped], pieces)
+    for name, value in slow_collapse(t, pieces).items():
+        assert found[f"logprob_{name}"] == (value if value is None else pytest.approx(value)), name
+
+
+def test_tokens_that_run_past_a_tag_count_and_forced_text_never_makes_one():
+    """Guards against `</code>` that ends inside a token, and against a tag spelled across an output."""
+    pieces = {1: "x<", 2: "code", 3: ">y", 4: "</code>\n", 5: "<"}
+    t = Trajectory(0, 0, [9], [1, 2, 3, 4, 1, 2, 3], [1, 1, 1, 1, 1, 0, 1], [-1.0, -2, -3, -4, -5, 0, -7],
+                   finish_reason="length")
+    found = collapse_metrics([t], pieces)
+    assert found["logprob_code_open"] == -2 and found["logprob_code_close"] == -4
+    assert found["logprob_after_interpreter"] == -7 and found["logprob_eos"] is None is found["logprob_answer"]
+
+
+def test_what_the_sandbox_refuses_is_counted_and_what_a_snippet_prints_is_not(judged, tokenizer):
+    """Guards against a count that the layers' real messages never reach."""
+    codes = ["open('/etc/passwd')", "import os\nos.listdir('/root')", "import socket\nsocket.socket()",
+             "print('PermissionError: no')\nprint(1)", "print(1 / 0)", "print('PermissionError')\n1 / 0"]
+
+    async def outputs():
+        return [await judged.sandbox.run(code) for code in codes]
+    results = judged.wait(outputs())
+    for result, refused in zip(results, (1, 1, 1, 0, 0, 0)):
+        t = response(tokenizer, ("", result.status, result.output), BOX)
+        assert collapse_metrics([t], Pieces(tokenizer))["snippets_refused"] == refused, result.output
+
+
+# -------------------------------------------------------------------------------------------
+# An evaluation as a whole
+
+
+PROBLEMS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "family": "addition" if i % 2 else "sums"}
+            for i in range(1, 7)]
+
+
+def evaluated(model, tokenizer, problems=PROBLEMS, sample=None, limit=99, **settings):
+    """`evaluate` in a process group of one, with a sandbox that answers 4."""
+    settings = dict(n_samples=3, max_response_tokens=24, seed=3) | settings
+    with evaluation.distributed():
+        return asyncio.run(evaluation.evaluate(model, tokenizer, problems, "{question}", StubSandbox(), 0, 1, "",
+                                               limit, sample, **settings))
+
+
+def test_votes_are_normalised_and_metrics_stand_under_their_problem(tokenizer):
+    r"""Guards against \frac12 and \frac{1}{2} as two votes, and counts that shift where a prompt was skipped."""
+    problems = [{"question": "?" * 300, "answer": "9", "family": "addition"},
+                {"question": "a", "answer": r"\frac{1}{2}", "family": "addition"},
+                {"question": "b", "answer": "7", "family": "sums"}]
+
+    async def sample(model, tokenizer, prompts, answers, *common, keys, **settings):
+        texts = {1: ["7", "7", r"\frac12", r"\dfrac{1}{2}", r"\frac{1}{2}"], 2: ["7", "8", "9", "9", ""]}
+        found = []
+        for key in keys:
+            for j, text in enumerate(texts[key]):
+                t = response(tokenizer, f"\\boxed{{{text}}}" if text else "?")
+                t.prompt_index, t.sample_index = key, j
+                t.answer = stated_answer(t, tokenizer)
+                t.correct = await is_equivalent(t.answer, problems[key]["answer"], DeafJudge())
+                found.append(t)
+        return found
+
+    metrics, _ = evaluated(None, tokenizer, problems, sample)
+    assert metrics["per_problem"] == {"responses": (0, 5, 5), "correct": (0, 3, 1), "majority_correct": (0, 1, 0)}
+    assert metrics["maj_at_n"] == 0.5 and metrics["skipped_long"] == 1 and metrics["accuracy"] == 0.4
+    assert {name: found["accuracy"] for name, found in metrics["families"].items()} == {"addition": 0.6, "sums": 0.2}
+
+
+def test_a_skipped_prompt_does_not_change_the_noise_of_the_others(model, tokenizer):
+    """Guards against checkpoints that are compared on other noise because their tokenizers skip other prompts."""
+    long = [{"question": "?" * 300, "answer": "9", "family": "sums"}]
+    _, all_of_them = evaluated(model, tokenizer)
+    _, behind = evaluated(model, tokenizer, PROBLEMS[:2] + long + PROBLEMS[3:])
+    kept = [t.response_ids for t in all_of_them if t.prompt_index != 2]
+    assert [t.response_ids for t in behind] == kept and {t.prompt_index for t in behind} == {0, 1, 3, 4, 5}
+
+
+def journaled(path, decisive="weights", chunk=2):
+    return functools.partial(evaluation.sample_new, open(path, "a+"), chunk, decisive)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_metrics_bit_for_bit(model, tokenizer, tmp_path, monkeypatch):
+    """Guards against problems that are sampled again, or differently, after a kill; a torn line; and responses of
+    other weights or settings that are taken over."""
+    sampled, real = [], evaluation.sample_all
+
+    async def counted(*arguments, keys, **settings):
+        if len(sampled) == stop:
+            raise KeyboardInterrupt
+        sampled.append(keys)
+        return await real(*arguments, keys=keys, **settings)
+
+    monkeypatch.setattr(evaluation, "sample_all", counted)
+    stop, path = -1, tmp_path / "journal"
+    whole = evaluated(model, tokenizer, sample=journaled(tmp_path / "other"))
+    assert sampled == [[0, 1], [2, 3], [4, 5]]
+    sampled, stop = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(model, tokenizer, sample=journaled(path))
+    with open(path, "a") as file:
+        file.write(path.read_text().splitlines()[-1][:99])  # the line that a kill tore
+    sampled, stop = [], -1
+    resumed = evaluated(model, tokenizer, sample=journaled(path))
+    assert sampled == [[4, 5]]
+    timeless = lambda m: {k: v for k, v in m.items() if "seconds" not in k}  # noqa: E731
+    assert timeless(resumed[0]) == timeless(whole[0])
+    assert [asdict(t) for t in resumed[1]] == [asdict(t) for t in whole[1]]
+    assert any(t.tool_calls for t in whole[1]) or all(t.response_ids for t in whole[1])
+    sampled = []
+    evaluated(model, tokenizer, sample=journaled(path))
+    assert sampled == []  # finished: nothing is left to sample
+    for change, settings in (("other weights", {}), ("weights", {"top_p": 0.5})):
+        sampled = []
+        evaluated(model, tokenizer, sample=journaled(path, change), **settings)
+        assert len(sampled) == 3
+    sampled = []
+    evaluated(model, tokenizer, PROBLEMS[:5] + [PROBLEMS[5] | {"answer": "1"}], sample=journaled(path))
+    assert sampled == [[4, 5]]
 
 
 # -------------------------------------------------------------------------------------------

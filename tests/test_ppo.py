@@ -537,22 +537,36 @@ def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, ar
     assert plain.generate(ids[None], max_new_tokens=3, do_sample=False).shape[1] > 8
 
 
-def test_eval_script_runs_on_the_checkpoint_and_on_a_file(runs, tmp_path):
-    """The paper's kind of evaluation file, end to end."""
+def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
+    """The paper's kind of evaluation file, end to end, on one rank and on two: the same counts. The same command
+    once more samples nothing, and runs/results.py shows what OUTPUT holds."""
     problems = tmp_path / "aime.jsonl"
     problems.write_text(
         '{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
-    result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
-                    "--limit", "3", "--samples", "2", "--max_response_tokens", "40", "--output",
-                    str(tmp_path / "out.json"), script=evaluation)
+    models = [str(runs[0] / "first" / "checkpoint"), str(finished(runs[0] / "warm"))]
+    flags = ["--model", *models, "--problems", f"test,{problems}", "--limit", "3", "--samples", "2",
+             "--max_response_tokens", "40", "--output", str(tmp_path / "out.json")]
+    result = run_here(*flags, script=evaluation)
     assert result.returncode == 2 and "give --max_prompt_tokens (paper: 2048)" in result.stderr
-    result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--problems", f"{problems},test",
-                    "--limit", "3", "--samples", "2", "--max_response_tokens", "40", "--output",
-                    str(tmp_path / "out.json"), "--max_prompt_tokens", "99", script=evaluation)
+    result = run_here(*flags, "--max_prompt_tokens", "99", script=evaluation)
     assert result.returncode == 0, result.stderr[-3000:]
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert results[str(problems)]["problems"] == 2 and results["test"]["problems"] == 3
-    assert len((tmp_path / "out.json.responses.jsonl").read_text().splitlines()) == 10
+    record = json.loads((tmp_path / "out.json").read_text())
+    metrics = record["results"][models[0]]
+    assert metrics[str(problems)]["problems"] == 2 and metrics["test"]["problems"] == 3
+    assert set().union(*metrics.values()) <= set(re.findall(r"\w+", evaluation.__doc__)) | {
+        f"{name}_count" for name in metrics["test"]}
+    assert len((tmp_path / "out.json.responses.jsonl").read_text().splitlines()) == 20
+    journal = (tmp_path / "out.json.journal").read_bytes()
+    again = run_here(*flags, "--max_prompt_tokens", "99", script=evaluation)
+    assert again.stdout.splitlines()[1:] == result.stdout.splitlines()[1:]
+    assert (tmp_path / "out.json.journal").read_bytes() == journal
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
+    flags[-1] = str(tmp_path / "two.json")
+    run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
+    two = json.loads((tmp_path / "two.json").read_text())["results"][models[0]]
+    assert [two[name]["per_problem"] for name in two] == [metrics[name]["per_problem"] for name in two]
+    tables = module_in_runs("results").evaluation_tables(record)
+    assert tables.count(" -> ") == 2 and all(name in tables for name in ("void_turns", "pass@2", "ood_drop"))
 
 
 def test_runs_of_different_settings_are_never_averaged_and_torn_files_are_named(runs, tmp_path):
