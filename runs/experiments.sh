@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The runs behind results/RESULTS.md, most important ones first: two processes of one thread side by side. A run that is there
+# is not made again, one that was cut short goes on: the same command finishes the list.
+#   bash runs/experiments.sh            # SEEDS="31" and OUT=... may be set
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 OUT=${OUT:-results/experiments}
+
+one() {  # NAME SEED FLAGS...
+  local folder="out/experiments/$1-$2"
+  [ -e "$OUT/$1-$2/metrics.jsonl" ] && return
+  if [ -d "$folder/checkpoints" ]; then
+    python ppo.py --resume "$folder" > "$folder.log" 2>&1 || return
+  else
+    rm -rf "$folder" && mkdir -p out/experiments
+    python ppo.py --run_dir "$folder" --seed "$2" --sft_seed "$2" "${@:3}" > "$folder.log" 2>&1 || return
+  fi
+  mkdir -p "$OUT/$1-$2" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/$1-$2/"
+}
+export -f one
+
+list() {
+  local seeds=${SEEDS:-31 32 33}
+  for seed in $seeds; do echo "retool $seed"; done  # three warm starts, which the others reuse
+  for seed in $seeds; do echo "text $seed --tools off --code_share 0"; done
+  for seed in $seeds; do
+    for kind in none hidden; do echo "feedback-$kind $seed --feedback $kind"; done
+    for price in 0.1 0.3 0.6; do echo "cost-$price $seed --reward cost --reward_scale $price"; done
+    for kind in executable bonus steps; do echo "reward-$kind $seed --reward $kind --reward_scale 0.3"; done
+  done
+  local first=${seeds%% *} group="--samples_per_prompt 8 --prompts_per_step 32"
+  echo "grpo $first --advantage grpo $group"
+  echo "rloo $first --advantage rloo $group"
+  echo "mask-off $first --mask_interpreter off"
+  echo "task-text $first --task text"
+  echo "kl-0.1 $first --kl_coef 0.1"
+  echo "kl-0.01 $first --kl_coef 0.01"
+  echo "entropy-0.01 $first --entropy_coef 0.01"
+  echo "sync-4 $first --sync_every 4"
+  echo "sync-4-weighted $first --sync_every 4 --importance token"
+  echo "sync-16 $first --sync_every 16"
+  echo "sync-16-weighted $first --sync_every 16 --importance token"
+  echo "no-critic-warmup $first --critic_warmup 0"
+  echo "lam-0.95 $first --lam_actor 0.95"
+  echo "lam-adaptive $first --lam_actor adaptive"
+  echo "turns $first --gae_unit turn"
+  echo "clip-0.2 $first --clip_high 0.2"
+  echo "no-whiten-floor $first --whiten_floor 1e-6"
+  echo "drop-void $first --drop_void"
+  echo "code-0.25 $first --code_share 0.25"
+  echo "code-0.1 $first --code_share 0.1"
+  echo "code-0.75 $first --code_share 0.75"
+  echo "sft-mask-off $first --sft_mask_interpreter off"
+  echo "mask-failed-off $first --mask_failed off"
+  echo "traces-500 $first --sft_traces 500"
+  echo "traces-2000 $first --sft_traces 2000"
+}
+list | xargs -P 2 -L 1 bash -c 'one "$@"' bash
+bash runs/results.sh
