@@ -12,13 +12,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import bootstrap, markdown, percent  # noqa: E402
+from eval import NOT_A_SETTING, bootstrap, markdown, percent  # noqa: E402
 from sandbox import UserError  # noqa: E402
-
-# Arguments that may differ between runs of one mean: seeds, places, what only changes speed.
-NOT_A_SETTING = {"seed", "sft_seed", "run_dir", "warm_start_dir", "resume", "export", "plan", "save_every",
-                 "keep_checkpoints", "save_rollouts", "sandbox_workers"}
-
 
 def runs_tables(runs):
     """`runs_table` of each group of runs with the same arguments, under a line of what
