@@ -4,6 +4,7 @@
     python eval.py --model DIR --problems aime24.jsonl --samples 32 --top_p 0.7 ...   # as the paper
     torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
     python eval.py --runs out/ppo/seed1 out/ppo/seed2 ...      # mean and range over PPO runs
+    python eval.py --report out/ppo/seed1 ... --output report.html   # a page of curves, rollouts
 
 The keys of metrics.jsonl. Of responses, without those in which the sandbox itself failed:
   accuracy            share of responses that are correct (avg@n)
@@ -477,6 +478,37 @@ def runs_table(runs):
                      for label, found in values.items()])
 
 
+def report_page(runs):
+    """The text of runs/report.html with the files of these run folders in it. Runs that differ
+    only in seeds share a group; unfinished ones, or without rollouts.jsonl, are shown too."""
+    names = [os.path.basename(os.path.abspath(run)) for run in runs]
+    data, groups = [], []
+    for run, name in zip(runs, names):
+        rows = {"metrics": [], "rollouts": []}
+        path = f"{run}/arguments.json"
+        try:
+            arguments = json.load(open(path))["arguments"]
+            for kind in rows:
+                path = f"{run}/{kind}.jsonl"
+                if kind == "metrics" or os.path.exists(path):
+                    # What follows the last newline is still being written; JSON has no NaN.
+                    lines = open(path).read().split("\n")[:-1]
+                    rows[kind] = [json.loads(line, parse_constant=lambda _: None) for line in lines]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--report {path}: {error}") from None
+        settings = {key: value for key, value in arguments.items() if key not in NOT_A_SETTING}
+        if settings not in groups:
+            groups.append(settings)
+        seeds = {key: arguments.get(key) for key in ("seed", "sft_seed")}
+        data.append(rows | {"name": name if names.count(name) == 1 else run,
+                            "group": groups.index(settings), "arguments": settings | seeds})
+    text = json.dumps(data, separators=(",", ":"))  # ASCII: U+2028 and lone surrogates are escaped
+    for character in "<>&":  # nothing may end the script element or start a comment
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    template = open(f"{os.path.dirname(__file__)}/runs/report.html", encoding="utf-8").read()
+    return template.replace("__DATA__", text)
+
+
 def describe_trajectory(t, tokenizer, problem):
     """A trajectory as a JSON row for people; problem: the row that it answers."""
     return {"prompt": tokenizer.decode(t.prompt_ids), "response": tokenizer.decode(t.response_ids),
@@ -849,18 +881,21 @@ def parse_arguments():
     add = parser.add_argument
     add("--model", default="", help="checkpoint folder or hub id")
     add("--runs", nargs="+", default=[], help="only summarise these finished run folders of ppo.py")
+    add("--report", nargs="+", default=[], help="only make a page of these run folders: --output")
     add("--problems", default="test,ood_large,ood_families", help="JSONL files or embedded splits")
     add("--limit", type=at_least(1), default=256, help="problems per embedded split")
     add("--samples", type=at_least(1), default=4, help="samples per problem; paper 32")
     add("--temperature", type=in_range(0.0), default=1.0, help="0 is greedy; paper 1.0")
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="of the sampling noise and of the embedded problems")
-    add("--output", default="", help="JSON file for metrics; responses go beside it as JSONL")
+    add("--output", default="", help="JSON file for metrics (responses: JSONL beside it); the page")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
-    if bool(args.model) == bool(args.runs):
-        parser.error("give either --model or --runs")
+    if sum(map(bool, (args.model, args.runs, args.report))) != 1:
+        parser.error("give one of --model, --runs and --report")
+    if args.report and not args.output:
+        parser.error("--report needs --output")
     if set(args.problems.split(",")) - set(SPLITS):
         need_values(parser, given(None), ["max_prompt_tokens", "max_response_tokens"])
     return args
@@ -870,6 +905,10 @@ async def main(rank, world, device):
     args = parse_arguments()
     if args.runs:
         return print(runs_tables(args.runs))
+    if args.report:
+        page = report_page(args.report)
+        with open(args.output if rank == 0 else os.devnull, "w", encoding="utf-8") as file:
+            return file.write(page)
     template = load_template(args.prompt_template)
     sets = {name: embedded_rows(name, args.limit, args.seed) if name in SPLITS else load_problems(name)
             for name in args.problems.split(",")}
