@@ -9,6 +9,7 @@ what it is told. Which question is asked where:
     test_data.py      are problems right, endless, and apart? is every layout understood?
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
     test_curate.py    is every trace true, and does a curation survive bad rows and kills?
+    test_report.py    does the report page show what the run folders say, whatever a model has printed?
     test_ppo.py       are GAE and losses the equations? do the scripts run, resume, and refuse bad input?
 
 bench_*.py are run by hand: they hold the slow twins and print the speed of both. preloaded.py is what the
