@@ -116,8 +116,8 @@ def test_a_run_that_is_still_writing_is_shown_and_a_damaged_one_is_one_line(tmp_
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--report", "x"], "--report needs --output"), (["--report", "x", "--runs", "y"], "give one of"),
-    ([], "give one of")])
+    (["--report", "x"], "--report needs --output"), (["--report", "x", "--model", "y"], "give either"),
+    ([], "give either")])
 def test_contradicting_flags_are_one_line(flags, message, monkeypatch, capsys):
     """Guards against a report that goes nowhere, or a second task that is silently left out."""
     monkeypatch.setattr("sys.argv", ["eval.py", *flags])
