@@ -46,7 +46,7 @@ from data import embedded_problem, embedded_rows, encode_prompt, load_problems, 
 from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments,
                   add_trainer_arguments, all_sum, at_least, check_mesh, check_positions,
                   collapse_metrics, describe_trajectory, evaluate, evaluation_table, find_checkpoint,
-                  given, in_range, make_sandbox, mean, need_values, percent, rollout_metrics,
+                  given, in_range, make_sandbox, mean, need_values, percent, report_page, rollout_metrics,
                   rollout_settings, run_script, sample_all, save_checkpoint, shard, sharding_settings,
                   sync_weights, training_state, zero_moments)
 from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
@@ -729,7 +729,7 @@ class RunFolder:
     """What a run leaves behind. Every rank has one, rank 0 alone writes.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
-    old or the new one: arguments.json. Written at the end: table.md, checkpoint/.
+    old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.
     """
 
     def __init__(self, path, rank):
@@ -803,6 +803,7 @@ class RunFolder:
             raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
                             "last checkpoint is there; --resume writes this again") from None
         tokenizer.save_pretrained(self.path / "checkpoint")
+        (self.path / "report.html").write_text(report_page([self.path]), encoding="utf-8")
         if self.results:
             table = evaluation_table(self.results)
             (self.path / "table.md").write_text(table + "\n")

@@ -308,7 +308,7 @@ def test_run_folder_holds_everything_a_reader_needs(runs):
     assert {key.removesuffix("_count") for key in keys} - defined == set()
     assert [row["step"] for row in rows if "step" in row] == [0, 1]
     assert sum("evaluation" in row for row in rows) == 6
-    assert (run / "table.md").read_text().count("\n") == 8
+    assert (run / "table.md").read_text().count("\n") == 8 and "ReTool" in (run / "report.html").read_text()
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert {"step", "prompt", "response", "correct", "answer", "family", "finish_reason", "tool_statuses"} <= rollout.keys()
 
