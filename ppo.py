@@ -595,7 +595,7 @@ def parse_arguments(argv=None):
     add("--eval_every", type=at_least(0), default=0, help="steps; 0: only before and after training")
     add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
     add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
-    add("--steps", type=at_least(1), default=20, help="PPO steps; paper 400")
+    add("--steps", type=at_least(1), default=24, help="PPO steps; paper 400")
     add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
         help="gae: by a critic; the others by the group of a prompt's samples, and no critic is built")
     add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
