@@ -25,7 +25,7 @@ Of collapse, the sampler's mean log-probability: logprob_code_open, logprob_code
 Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts too long),
   accuracy_error (standard error, bootstrap over problems), sampling_error (within problems),
   pass_at_k (unbiased), maj_at_n (vote by normalised text, ties to the first; without answer, no
-  vote), per_problem, families (accuracy, code_ratio, count), purposes (shares of snippets),
+  vote), per_problem (n, right ones), families (accuracy, code_ratio, count), purposes (shares of snippets),
   code_ratio_trivial (families that need no tool), code_ratio_needed (others), ood_drop (from
   eval.py's first set)
 Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in trivial families, per
@@ -413,16 +413,15 @@ def majority(votes):
 
 def problem_metrics(votes):
     """pass@k, maj@n and both errors; votes: of each problem, as for `majority`."""
-    n, c, right = zip(*[(len(v), sum(right for _, right in v), int(majority(v))) for v in votes])
-    pairs = [pair for pair in zip(n, c) if pair[0]]
-    variances = [c / n * (1 - c / n) / (n - 1) for n, c in pairs if n > 1]
+    counts = [(len(v), sum(right for _, right in v)) for v in votes]  # (n, c)
+    sampled, most = [pair for pair in counts if pair[0]], max(counts)[0]
+    variances = [c / n * (1 - c / n) / (n - 1) for n, c in sampled if n > 1]
     return {
-        "accuracy_error": float(bootstrap([c / n for n, c in pairs]).std()),
+        "accuracy_error": float(bootstrap([c / n for n, c in sampled]).std()),
         "sampling_error": math.sqrt(sum(variances)) / len(variances) if variances else None,
-        "pass_at_k": {str(k): mean([1 - math.comb(n - c, k) / math.comb(n, k) for n, c in pairs if n >= k])
-                      for k in sorted({max(n)} | {2**i for i in range(max(n).bit_length())})},
-        "maj_at_n": sum(right) / len(pairs),
-        "per_problem": {"responses": n, "correct": c, "majority_correct": right}}
+        "pass_at_k": {str(k): mean([1 - math.comb(n - c, k) / math.comb(n, k) for n, c in sampled if n >= k])
+                      for k in sorted({most} | {2**i for i in range(most.bit_length())})},
+        "maj_at_n": mean([majority(v) for v in votes if v]), "per_problem": counts}
 
 
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,

@@ -1,4 +1,4 @@
-"""What did finished runs of ppo.py reach, and what did eval.py find? Tables, nothing is computed twice.
+"""What did finished runs of ppo.py reach, and what did eval.py find? Tables.
 
     python runs/results.py RUN [RUN ...]    # mean and range per group of runs with the same arguments
     python runs/results.py OUTPUT           # of eval.py: pass@k, families, purposes of code, failure
@@ -65,8 +65,7 @@ def runs_table(runs):
                      for label, found in values.items()])
 
 
-# Failure signatures: key of the metrics, what it is a share of and what it tells. Where the text ends in a
-# unit, the number is no share.
+# Failure signatures: key of the metrics -> (name, how to read the number)
 SIGNATURES = {
     "code_ratio_trivial": ("unneeded_code", "of responses to trivial problems run code: nothing needed it"),
     "unneeded_code_seconds": ("... its cost", "seconds of sandbox in each of them"),
@@ -86,7 +85,7 @@ def number(key, value):
 
 def evaluation_tables(record):
     """Markdown of what eval.py wrote: signatures, then the rest, a column per checkpoint and set."""
-    columns = {f"{Path(path).name or path} {name}" if len(record["results"]) > 1 else name: metrics
+    columns = {f"{path} {name}" if len(record["results"]) > 1 else name: metrics
                for path, found in record["results"].items() for name, metrics in found.items()}
     signatures = [[name, *(number(key, m[key]) for m in columns.values()), meaning]
                   for key, (name, meaning) in SIGNATURES.items()]
@@ -111,8 +110,8 @@ def evaluation_tables(record):
 def paired_gain(first, second):
     """(mean, low, high, problems) of second - first in avg@n over the problems that both sampled, as they
     met the same noise; the interval is the bootstrap's 2.5 to 97.5 % over problems. None without any."""
-    counts = [zip(m["per_problem"]["responses"], m["per_problem"]["correct"]) for m in (first, second)]
-    gains = [c2 / n2 - c1 / n1 for (n1, c1), (n2, c2) in zip(*counts) if n1 and n2]
+    pairs = zip(first["per_problem"], second["per_problem"])
+    gains = [c2 / n2 - c1 / n1 for (n1, c1), (n2, c2) in pairs if n1 and n2]
     if not gains:
         return None
     return float(np.mean(gains)), *np.percentile(bootstrap(gains), [2.5, 97.5]).tolist(), len(gains)
@@ -128,7 +127,7 @@ def compare(first, second):
 
 
 def main(paths):
-    if Path(paths[0]).is_dir():
+    if not Path(paths[0]).is_file():
         return print(runs_tables(paths))
     for path in paths:
         try:

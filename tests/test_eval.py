@@ -586,7 +586,7 @@ def test_only_the_policy_s_own_finished_answer_counts(tokenizer, parts, reason, 
 
 def right_of(n, c):
     """Votes of a problem with c right ones among n."""
-    return [("5", i < c) for i in range(n)]
+    return [("5", True)] * c + [("6", False)] * (n - c)
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -604,7 +604,7 @@ def test_pass_at_k_leaves_out_problems_with_fewer_than_k_responses():
     """Guards against comb(n, k) = 0 after a sandbox error, and against counting such a problem as failed."""
     found = problem_metrics([right_of(4, 1), right_of(3, 3), []])
     assert found["pass_at_k"] == {"1": pytest.approx(0.625), "2": pytest.approx(0.75), "4": 1.0}
-    assert found["per_problem"] == {"responses": (4, 3, 0), "correct": (1, 3, 0), "majority_correct": (0, 1, 0)}
+    assert found["per_problem"] == [(4, 1), (3, 3), (0, 0)] and found["maj_at_n"] == 0.5
 
 
 @pytest.mark.parametrize("votes, right", [
@@ -633,7 +633,7 @@ def test_both_errors_equal_their_formulas_and_a_simulation():
 
 
 def counts(n, correct):
-    return {"per_problem": {"responses": [n] * len(correct), "correct": correct}}
+    return {"per_problem": [[n, c] for c in correct]}
 
 
 def test_the_paired_interval_is_the_analytic_one_and_ignores_how_hard_problems_are():
@@ -649,7 +649,7 @@ def test_the_paired_interval_is_the_analytic_one_and_ignores_how_hard_problems_a
     half = 1.96 * differences.std() / math.sqrt(200)
     assert gain == pytest.approx(differences.mean())
     assert (low, high) == (pytest.approx(gain - half, abs=0.15 * half), pytest.approx(gain + half, abs=0.15 * half))
-    skipped = {"per_problem": {"responses": [10, 0], "correct": [5, 0]}}
+    skipped = {"per_problem": [[10, 5], [0, 0]]}
     assert paired_gain(skipped, counts(10, [6, 9]))[::3] == (pytest.approx(0.1), 1)
     assert compare(counts(0, [0]), counts(0, [0])) == ["-", "-", "0"]
 
@@ -827,7 +827,7 @@ def test_votes_are_normalised_and_metrics_stand_under_their_problem(tokenizer):
         return found
 
     metrics, _ = evaluated(None, tokenizer, problems, sample)
-    assert metrics["per_problem"] == {"responses": (0, 5, 5), "correct": (0, 3, 1), "majority_correct": (0, 1, 0)}
+    assert metrics["per_problem"] == [(0, 0), (5, 3), (5, 1)]
     assert metrics["maj_at_n"] == 0.5 and metrics["skipped_long"] == 1 and metrics["accuracy"] == 0.4
     assert {name: found["accuracy"] for name, found in metrics["families"].items()} == {"addition": 0.6, "sums": 0.2}
 
