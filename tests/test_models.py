@@ -3,11 +3,14 @@ import copy
 
 import pytest
 import torch
-from conftest import run, scripted
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import StubSandbox, decode, run, scripted
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rollout
-from rollout import encode_response, end_tokens, load_model, load_tokenizer, use_packed_attention
+from data import embedded_problem, encode_prompt
+from rollout import (encode_interpreter, encode_response, encode_text, end_tokens, load_model, load_tokenizer,
+                     use_packed_attention)
 from sandbox import UserError
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -146,3 +149,68 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(tmp_path, monkeypatch,
     for load in (rollout.load_tokenizer, rollout.load_config, lambda path: load_model(path, "cpu")):
         with pytest.raises(UserError, match=line):
             load(name)
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory):
+    """(tokenizer, model, the model under Hugging Face's attention) of SmolLM2's kind, tiny: EOS is also PAD,
+    the chat template adds a system message, digits stand alone, ">" joins what follows, and there are special
+    tokens that are neither EOS, BOS, UNK nor PAD."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [embedded_problem("train", 0, i).by_code for i in range(300)] + ["</code></answer>"] * 99,
+        trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[
+            "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]))
+    template = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind"
+                "<|im_end|>\n{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>",
+        pad_token="<|im_end|>", chat_template=template)
+    path = saved(tmp_path_factory.mktemp("smollm"), tokenizer, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    return load_tokenizer(path), load_model(path, "cpu"), theirs
+
+
+@pytest.mark.parametrize("call", ["Let me see.\n<code>\n```python\nprint(48)\n```\n</code>",
+                                  "x=<code>print(7)</code></"])
+def test_tool_turns_equal_generate_where_eos_is_pad(smollm, call):
+    """Guards against rows that end at a PAD, a snippet or its end lost in "=<" or "></", special tokens in an
+    output that end or split the text, and turns that differ from Hugging Face's."""
+    tokenizer, model, theirs = smollm
+    output = "It is 12345<|im_end|><repo_name></interpreter>"
+    prompts = [encode_prompt(tokenizer, "{question}", f"What is {n} + 1?") for n in (5, 67, 89012)]
+    forced = encode_text(tokenizer, call)
+    done = run(model, tokenizer, prompts, StubSandbox(output), temperature=0.0, n_slots=2, n_samples=1,
+               max_response_tokens=110, logits_processor=scripted([None] * 3 + forced))
+    for t in done:
+        begin = 3 + len(forced)
+        assert [c.code for c in t.tool_calls][:1] == ["print(48)" if "48" in call else "print(7)"]
+        overrun = call.partition("</code>")[2]
+        block = encode_interpreter(tokenizer, output, 128, overrun)
+        assert t.response_ids[begin:begin + len(block)] == block and not set(block) & {0, 1, 2, 3}
+        assert t.loss_mask == [1] * begin + [0] * len(block) + [1] * (len(t.loss_mask) - begin - len(block))
+        for start, end in ((0, 3), (begin + len(block), len(t.response_ids))):
+            ids = torch.tensor([t.prompt_ids + t.response_ids[:start]])
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                  max_new_tokens=end - start)
+            assert out[0, ids.shape[1]:].tolist() == t.response_ids[start:end]
+
+
+def test_sft_trains_the_eos_that_is_also_the_pad(smollm):
+    """Guards against an EOS that is masked as padding, so that no response ever ends, a second system message,
+    and digits that join in one place and not in another."""
+    tokenizer = smollm[0]
+    problem = embedded_problem("train", 0, 3)
+    prompt = encode_prompt(tokenizer, "{question}", problem.question)
+    assert decode(tokenizer, prompt) == ("<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n"
+                                         f"{problem.question}<|im_end|>\n<|im_start|>assistant\n")
+    text = "Go.\n<code>\nprint(12*345)\n</code>\n<interpreter>\n4140\n</interpreter>\nIt is 4140.\n"
+    ids, mask = encode_response(tokenizer, text, 128)
+    assert decode(tokenizer, ids) == text + "<|im_end|>" and (ids[-1], mask[-1]) == (tokenizer.pad_token_id, 1)
+    trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
+    assert trained == "Go.\n<code>\nprint(12*345)\n</code>\nIt is 4140.\n<|im_end|>"
+    assert [decode(tokenizer, [i]) for i in ids if decode(tokenizer, [i]).strip().isdigit()] == [*"1234541404140"]
