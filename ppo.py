@@ -154,8 +154,8 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
     Returns (sum, metrics), also sums: approx_kl of r - 1 - log r; clip_fraction of tokens
     without gradient.
     """
-    # Masked here, not at the end: exp could overflow, and inf * 0 is nan.
-    log_ratio = (logprobs - old_logprobs) * loss_mask
+    # Masked here, not at the end: exp could overflow, and inf * 0 is nan, as nan * 0 is.
+    log_ratio = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -173,24 +173,25 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
 def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
     """min(pi_old / pi_sampler, most) of sampled tokens, else 1: corrects for a sampler that is not
     the policy of the update (truncated importance sampling, by token)."""
-    return ((old_logprobs - sampler_logprobs) * sampled).exp().clamp(max=most)
+    return torch.where(sampled.bool(), old_logprobs - sampler_logprobs, 0.0).exp().clamp(max=most)
 
 
 def reference_kl(logprobs, reference_logprobs, loss_mask):
     """KL(policy || reference) by the k3 estimate r - 1 - log r with r = pi_reference / pi, never
     negative, summed over trainable tokens (joschu.net/blog/kl-approx.html)."""
-    log_ratio = (reference_logprobs - logprobs) * loss_mask
+    log_ratio = torch.where(loss_mask.bool(), reference_logprobs - logprobs, 0.0)
     return (log_ratio.exp() - 1 - log_ratio).sum()
 
 
 def value_loss(values, old_values, returns, loss_mask, value_clip):
     """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within value_clip of the old value,
     summed over trainable tokens. Returns (sum, metrics), also sums."""
+    values, old_values, returns = (torch.where(loss_mask.bool(), x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
-    loss = 0.5 * (torch.maximum(plain_error, clipped_error) * loss_mask).sum()
+    loss = 0.5 * torch.maximum(plain_error, clipped_error).sum()
     with torch.no_grad():
-        metrics = {"value_clip_fraction": ((clipped_error > plain_error) * loss_mask).sum()}
+        metrics = {"value_clip_fraction": (clipped_error > plain_error).sum()}
     return loss, metrics
 
 

@@ -65,8 +65,9 @@ MASKS = {"none masked": [1, 1, 1, 1, 1, 1, 1, 1],
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 1.0), (1.0, 0.8), (0.95, 0.7), (0.5, 0.0),
                                         (0.0, 0.5)])
 def test_gae_equals_deleting_masked_tokens_then_textbook_then_scattering_back(gamma, lam):
-    """Guards against tool tokens as steps (decays lambda), bootstrapping from their values, and losing a
-    reward before a tail."""
+    """Guards against tool tokens as steps (decays lambda), bootstrapping from their values, and losing a reward
+    before a tail: radixark/miles#1827, verl-project/verl#2337; and against a reward-to-go that starts anew at every
+    observation, so that what led to the call gets nothing: verl-project/verl#6376, #7278."""
     torch.manual_seed(0)
     mask = torch.tensor(list(MASKS.values()), dtype=torch.float64)
     rewards, values = torch.randn(2, *mask.shape, dtype=torch.float64)
@@ -165,13 +166,27 @@ def test_policy_gradient_at_ratio_one_is_reinforce():
     assert torch.allclose(logprobs.grad, -advantages * mask, atol=1e-6)
 
 
-def test_losses_ignore_masked_tokens_even_when_they_overflow():
-    """Guards against inf * 0: forced text may have become arbitrarily likely or unlikely."""
-    new = torch.tensor([0.0, 500.0, -0.1], requires_grad=True)
-    loss, metrics = policy_loss(new, torch.zeros(3), torch.ones(3), torch.tensor([1.0, 0.0, 1.0]), 0.2, 0.28)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(new.grad).all() and new.grad[1] == 0
-    assert all(torch.isfinite(value) for value in metrics.values())
+@pytest.mark.parametrize("junk", [500.0, math.inf, math.nan])
+def test_losses_and_gradients_ignore_what_stands_in_masked_places(junk):
+    """Guards against 0 * nan and 0 * inf: padding and forced text may hold anything. OpenRLHF/OpenRLHF#1240 (loss),
+    THUDM/slime#1370 (KL over tool text)."""
+    mask, zeros = torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3)
+    for loss in (lambda x: policy_loss(x, zeros, mask, mask, 0.2, 0.28)[0],
+                 lambda x: policy_loss(zeros, x.detach(), mask, mask, 0.2, 0.28, 3.0)[0] + 0 * x[0],
+                 lambda x: ppo.reference_kl(x, zeros, mask), lambda x: value_loss(x, zeros, zeros, mask, 0.5)[0],
+                 lambda x: ppo.importance_weights(x, zeros, mask).sum()):
+        x = torch.tensor([0.0, junk, -0.1], requires_grad=True)
+        loss(x).backward()
+        assert torch.isfinite(loss(x)) and torch.isfinite(x.grad[mask.bool()]).all() and x.grad[1] == 0
+
+
+def test_the_temperature_of_rollouts_leaves_the_critics_values_alone(trainer_and_examples, monkeypatch):
+    """Guards against values divided by the sampling temperature: THUDM/slime#1928."""
+    trainer, examples = trainer_and_examples
+    values, logprobs = examples[-1].values.clone(), examples[-1].logprobs.clone()
+    monkeypatch.setattr(trainer.args, "temperature", 0.5)
+    trainer.score(examples)
+    assert torch.equal(examples[-1].values, values) and not torch.equal(examples[-1].logprobs, logprobs)
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped():
