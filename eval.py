@@ -25,9 +25,9 @@ Of collapse, the sampler's mean log-probability: logprob_code_open, logprob_code
 Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts too long),
   accuracy_error (standard error, bootstrap over problems), sampling_error (within problems),
   pass_at_k (unbiased), maj_at_n (vote by normalised text, ties to the first; without answer, no
-  vote), per_problem (n, right ones), families (accuracy, code_ratio, count), purposes (shares of snippets),
-  code_ratio_trivial (families that need no tool), code_ratio_needed (others), ood_drop (from
-  eval.py's first set)
+  vote), per_problem (n, right ones), families (accuracy, code_ratio, count), purposes (shares of
+  snippets), code_ratio_trivial (unneeded code: families that need no tool), code_ratio_needed
+  (others), ood_drop (from eval.py's first set)
 Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in trivial families, per
   response with code), repeated_snippets (one syntax tree twice), uncorrected_failures (the last
   snippet failed; both of responses with code), literal_prints (snippets that compute nothing),
@@ -338,8 +338,8 @@ def rollout_metrics(trajectories):
     calls = [call for t in kept for call in t.tool_calls]
     after_failure = [b.status == "ok" for t in kept for a, b in zip(t.tool_calls, t.tool_calls[1:])
                      if a.status != "ok"]
-    last_ok = {verdict: [t.tool_calls[-1].status == "ok" for t in with_code if t.correct == verdict]
-               for verdict in (True, False)}
+    right, wrong = ([t.tool_calls[-1].status == "ok" for t in with_code if t.correct == verdict]
+                    for verdict in (True, False))
     return {
         "accuracy": mean([t.correct for t in kept]), "code_ratio": code_ratio(kept),
         "response_tokens": mean([len(t.response_ids) for t in kept]),
@@ -347,8 +347,8 @@ def rollout_metrics(trajectories):
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
         "code_lines": mean([sum(code_lines(c.code) for c in t.tool_calls) for t in kept]),
         "code_lines_per_snippet": mean([code_lines(c.code) for c in calls]),
-        "pass_last_correct": mean(last_ok[True]), "pass_last_correct_count": len(last_ok[True]),
-        "pass_last_incorrect": mean(last_ok[False]), "pass_last_incorrect_count": len(last_ok[False]),
+        "pass_last_correct": mean(right), "pass_last_correct_count": len(right),
+        "pass_last_incorrect": mean(wrong), "pass_last_incorrect_count": len(wrong),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
         "timing_mean": mean([c.start / len(t.response_ids) for t in with_code for c in t.tool_calls]),
         "self_correction": mean(after_failure), "self_correction_count": len(after_failure),
@@ -427,10 +427,9 @@ def problem_metrics(votes):
 async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
                      keys=None, **settings):
     """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories,
-    prompt-major, with `correct` set. keys (default: the prompts' indices) become prompt_index and
-    key the noise: the number of ranks changes only rounding. settings go to `generate`. Each
-    response is judged by one rank: under math-verify's time limit two might disagree.
-    """
+    prompt-major, with `correct` set. keys (default: indices) become prompt_index and key the
+    noise: the number of ranks changes only rounding. settings go to `generate`. Each response is
+    judged by one rank: under math-verify's time limit two might disagree."""
     mine, keys = range(rank, len(prompts), world), keys or range(len(prompts))
     with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
               mininterval=1.0) as bar:

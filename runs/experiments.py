@@ -44,7 +44,7 @@ def paired(runs, base, label="test after"):
     gains = []
     for seed in sorted(runs.keys() & base.keys()):
         counts = [run[seed]["evaluations"][label]["per_problem"] for run in (runs, base)]
-        counts = [zip(*c.values()) if isinstance(c, dict) else c for c in counts]  # an earlier layout
+        counts = [zip(c["responses"], c["correct"]) if isinstance(c, dict) else c for c in counts]  # an earlier layout
         gains.append([c2 / n2 - c1 / n1 if n1 and n2 else np.nan for (n2, c2), (n1, c1) in zip(*counts)])
     if not gains or runs is base:
         return "-"

@@ -67,12 +67,12 @@ def runs_table(runs):
 
 # Failure signatures: key of the metrics -> (name, how to read the number)
 SIGNATURES = {
-    "code_ratio_trivial": ("unneeded_code", "of responses to trivial problems run code: nothing needed it"),
+    "code_ratio_trivial": ("unneeded_code", "of responses to trivial problems run code that nothing needs"),
     "unneeded_code_seconds": ("... its cost", "seconds of sandbox in each of them"),
     "unneeded_code_tokens": ("... its cost", "tokens of snippets and interpreter in each of them"),
-    "repeated_snippets": ("repeated_snippets", "of responses with code run one syntax tree twice: no progress"),
+    "repeated_snippets": ("repeated_snippets", "of responses with code run a syntax tree twice: stuck"),
     "uncorrected_failures": ("uncorrected_failures", "of responses with code end on a snippet that failed"),
-    "void_turns": ("void_turns", "of responses end in a turn with neither snippet nor answer: decay begins so"),
+    "void_turns": ("void_turns", "of responses end in a turn without snippet or answer: decay begins so"),
     "literal_prints": ("literal_prints", "of snippets print what stands in them: code as decoration"),
     "ood_drop": ("ood_drop", "points of accuracy from the first set to this one")}
 

@@ -10,7 +10,6 @@ more than a right one that is not.
     python tests/test_eval.py       # the whole table: disagreements, precision, recall, pairs/s
 """
 import asyncio
-import contextlib
 import functools
 import itertools
 import json
@@ -31,13 +30,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
-from conftest import StubSandbox  # noqa: E402
+from conftest import StubSandbox, scripted  # noqa: E402
 from data import boxed, extract_answer  # noqa: E402
-from eval import (code_purpose, collapse_metrics, exact_value, failure_signatures, is_equivalent,  # noqa: E402
-                  majority, one_spelling, problem_metrics, stated_answer, without_unit)
+from eval import (code_purpose, collapse_metrics, exact_value, failure_signatures,  # noqa: E402
+                  is_equivalent, majority, one_spelling, problem_metrics, stated_answer, without_unit)
 from rollout import Pieces, ToolCall, Trajectory, encode_interpreter, encode_text  # noqa: E402
 from runs.results import compare, paired_gain  # noqa: E402
-from sandbox import Sandbox, UserError  # noqa: E402
+from sandbox import Sandbox  # noqa: E402
 from sft import parses  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -627,7 +626,8 @@ def test_both_errors_equal_their_formulas_and_a_simulation():
     found = problem_metrics(votes)
     assert found["accuracy_error"] == pytest.approx(rates.std() / math.sqrt(40), rel=0.06)
     assert found["sampling_error"] == pytest.approx(math.sqrt((rates * (1 - rates) / (n - 1)).sum()) / 40)
-    again = [np.mean([right for v in draw() for _, right in v]) for _ in range(300)]  # same problems, other noise
+    # the same problems, other noise
+    again = [np.mean([right for v in draw() for _, right in v]) for _ in range(300)]
     assert found["sampling_error"] == pytest.approx(np.std(again), rel=0.25)
     assert problem_metrics([right_of(1, 1), right_of(1, 0)])["sampling_error"] is None
 
@@ -648,7 +648,7 @@ def test_the_paired_interval_is_the_analytic_one_and_ignores_how_hard_problems_a
     gain, low, high, _ = paired_gain(counts(10, first), counts(10, second))
     half = 1.96 * differences.std() / math.sqrt(200)
     assert gain == pytest.approx(differences.mean())
-    assert (low, high) == (pytest.approx(gain - half, abs=0.15 * half), pytest.approx(gain + half, abs=0.15 * half))
+    assert [low, high] == pytest.approx([gain - half, gain + half], abs=0.15 * half)
     skipped = {"per_problem": [[10, 5], [0, 0]]}
     assert paired_gain(skipped, counts(10, [6, 9]))[::3] == (pytest.approx(0.1), 1)
     assert compare(counts(0, [0]), counts(0, [0])) == ["-", "-", "0"]
@@ -687,20 +687,23 @@ BOX = "\n<answer>\\boxed{2}</answer>"
 @pytest.mark.parametrize("parts, reason, signatures", [
     ((BOX,), "eos", {"void_turns": 0, "repeated_snippets": None, "literal_prints": None}),
     (("It is two.",), "eos", {"void_turns": 1}), (("It is",), "length", {"void_turns": 1}),
-    ((TWO, BOX), "eos", {"void_turns": 0, "uncorrected_failures": 0, "repeated_snippets": 0, "literal_prints": 0}),
+    ((TWO, BOX), "eos", {"void_turns": 0, "uncorrected_failures": 0, "repeated_snippets": 0}),
+    ((TWO, BOX), "eos", {"literal_prints": 0}),
     ((BOX, TWO), "eos", {"void_turns": 1}),  # the last turn is EOS alone
     ((TWO,), "length", {"void_turns": 0}),  # no turn came after the output
     ((TWO, "<code>print(3)</code>"), "max_calls", {"void_turns": 0}),  # a snippet, though refused
     ((TWO, "\n<code>\\boxed{2}"), "eos", {"void_turns": 1}),  # no answer that counts
     ((TWO, "Again.", ("print( 1+1 ) # two", "ok", "2\n"), BOX), "eos", {"repeated_snippets": 1}),
     ((TWO, ("print(2 + 1)", "ok", "3\n"), BOX), "eos", {"repeated_snippets": 0}),
-    ((("print(1", "error", "x"), ("print(1 ", "error", "x"), BOX), "eos", {"repeated_snippets": 0, "literal_prints": None}),
-    ((FAILED, TWO, BOX), "eos", {"uncorrected_failures": 0}), ((TWO, FAILED, BOX), "eos", {"uncorrected_failures": 1}),
+    ((("print(1", "error", "x"), ("print(1 ", "error", "x"), BOX), "eos",
+      {"repeated_snippets": 0, "literal_prints": None}),
+    ((FAILED, TWO, BOX), "eos", {"uncorrected_failures": 0}),
+    ((TWO, FAILED, BOX), "eos", {"uncorrected_failures": 1}),
     ((("print(2)", "ok", "2\n"), TWO, BOX), "eos", {"literal_prints": 0.5}),
 ])
 def test_failure_signatures_are_what_they_are_called(tokenizer, parts, reason, signatures):
-    """Guards against signatures that fire on right behaviour: an output that meets the limit is no void turn, a
-    corrected failure is corrected."""
+    """Guards against signatures that fire on right behaviour: an output that meets the limit is no void
+    turn, a corrected failure is corrected."""
     found = failure_signatures([response(tokenizer, *parts, reason=reason)], [], tokenizer)
     assert {name: found[name] for name in signatures} == signatures
     assert found["unneeded_code_seconds"] is None
@@ -708,7 +711,8 @@ def test_failure_signatures_are_what_they_are_called(tokenizer, parts, reason, s
 
 def test_unneeded_code_costs_its_snippets_and_outputs(tokenizer):
     """Guards against a cost that leaves the interpreter's tokens out or counts responses without code."""
-    plain, short, long = (response(tokenizer, *parts) for parts in ((BOX,), (TWO, BOX), ("Hm.", TWO, FAILED, BOX)))
+    plain, short, long = (response(tokenizer, *parts)
+                          for parts in ((BOX,), (TWO, BOX), ("Hm.", TWO, FAILED, BOX)))
     found = failure_signatures([plain, short, long], [plain, short, long], tokenizer)
     texts = [len(encode_text(tokenizer, text)) + 1 for text in (BOX, "Hm." + BOX)]
     assert found["unneeded_code_seconds"] == pytest.approx((0.5 + 1.0) / 2)
@@ -758,10 +762,11 @@ def slow_collapse(t, pieces):
 
 @pytest.mark.parametrize("parts, reason", [
     (("Let me see.\n", TWO, "So it is two, as everybody knows.", BOX), "eos"),
-    ((TWO, "No.", FAILED, TWO, BOX), "eos"), (("<co", TWO), "length"), (("<answer><answer>",), "length"), ((), "eos")])
+    ((TWO, "No.", FAILED, TWO, BOX), "eos"), (("<co", TWO), "length"),
+    (("<answer><answer>",), "length"), ((), "eos")])
 def test_the_collapse_monitor_equals_its_definition_by_characters(tokenizer, parts, reason):
-    """Guards against tags that are looked up as one token, forced text that is averaged in, and the tenth token
-    after an output."""
+    """Guards against tags that are looked up as one token, forced text that is averaged in, and the ninth
+    token after an output."""
     t, pieces = response(tokenizer, *parts, reason=reason), Pieces(tokenizer)
     dropped = response(tokenizer, TWO, reason="sandbox_error")
     found = collapse_metrics([t, dropped], pieces)
@@ -776,7 +781,8 @@ def test_tokens_that_run_past_a_tag_count_and_forced_text_never_makes_one():
                    finish_reason="length")
     found = collapse_metrics([t], pieces)
     assert found["logprob_code_open"] == -2 and found["logprob_code_close"] == -4
-    assert found["logprob_after_interpreter"] == -7 and found["logprob_eos"] is None is found["logprob_answer"]
+    assert found["logprob_after_interpreter"] == -7
+    assert found["logprob_eos"] is None is found["logprob_answer"]
 
 
 def test_what_the_sandbox_refuses_is_counted_and_what_a_snippet_prints_is_not(judged, tokenizer):
@@ -796,20 +802,20 @@ def test_what_the_sandbox_refuses_is_counted_and_what_a_snippet_prints_is_not(ju
 # An evaluation as a whole
 
 
-PROBLEMS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "family": "addition" if i % 2 else "sums"}
+PROBLEMS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "family": "addition"}
             for i in range(1, 7)]
 
 
 def evaluated(model, tokenizer, problems=PROBLEMS, sample=None, limit=99, **settings):
     """`evaluate` in a process group of one, with a sandbox that answers 4."""
-    settings = dict(n_samples=3, max_response_tokens=24, seed=3) | settings
+    settings = dict(n_samples=3, max_response_tokens=60, seed=3) | settings
     with evaluation.distributed():
-        return asyncio.run(evaluation.evaluate(model, tokenizer, problems, "{question}", StubSandbox(), 0, 1, "",
-                                               limit, sample, **settings))
+        return asyncio.run(evaluation.evaluate(model, tokenizer, problems, "{question}", StubSandbox(), 0, 1,
+                                               "", limit, sample, **settings))
 
 
 def test_votes_are_normalised_and_metrics_stand_under_their_problem(tokenizer):
-    r"""Guards against \frac12 and \frac{1}{2} as two votes, and counts that shift where a prompt was skipped."""
+    r"""Guards against \frac12 and \frac{1}{2} as two votes, and counts that shift behind a skipped prompt."""
     problems = [{"question": "?" * 300, "answer": "9", "family": "addition"},
                 {"question": "a", "answer": r"\frac{1}{2}", "family": "addition"},
                 {"question": "b", "answer": "7", "family": "sums"}]
@@ -829,11 +835,12 @@ def test_votes_are_normalised_and_metrics_stand_under_their_problem(tokenizer):
     metrics, _ = evaluated(None, tokenizer, problems, sample)
     assert metrics["per_problem"] == [(0, 0), (5, 3), (5, 1)]
     assert metrics["maj_at_n"] == 0.5 and metrics["skipped_long"] == 1 and metrics["accuracy"] == 0.4
-    assert {name: found["accuracy"] for name, found in metrics["families"].items()} == {"addition": 0.6, "sums": 0.2}
+    accuracies = {name: found["accuracy"] for name, found in metrics["families"].items()}
+    assert accuracies == {"addition": 0.6, "sums": 0.2}
 
 
 def test_a_skipped_prompt_does_not_change_the_noise_of_the_others(model, tokenizer):
-    """Guards against checkpoints that are compared on other noise because their tokenizers skip other prompts."""
+    """Guards against checkpoints compared on other noise because their tokenizers skip other prompts."""
     long = [{"question": "?" * 300, "answer": "9", "family": "sums"}]
     _, all_of_them = evaluated(model, tokenizer)
     _, behind = evaluated(model, tokenizer, PROBLEMS[:2] + long + PROBLEMS[3:])
@@ -845,9 +852,10 @@ def journaled(path, decisive="weights", chunk=2):
     return functools.partial(evaluation.sample_new, open(path, "a+"), chunk, decisive)
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_metrics_bit_for_bit(model, tokenizer, tmp_path, monkeypatch):
-    """Guards against problems that are sampled again, or differently, after a kill; a torn line; and responses of
-    other weights or settings that are taken over."""
+def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one_bit_for_bit(model, tokenizer, tmp_path,
+                                                                            monkeypatch):
+    """Guards against problems that are sampled again, or differently, after a kill; a torn line; and
+    responses of other weights or settings that are taken over."""
     sampled, real = [], evaluation.sample_all
 
     async def counted(*arguments, keys, **settings):
@@ -856,6 +864,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_metrics_bit_for_bit(model
         sampled.append(keys)
         return await real(*arguments, keys=keys, **settings)
 
+    code = encode_text(tokenizer, "<code>\nprint(4)\n</code>")  # then the model is free
+    monkeypatch.setattr(evaluation, "generate",
+                        functools.partial(evaluation.generate, logits_processor=scripted(code)))
     monkeypatch.setattr(evaluation, "sample_all", counted)
     stop, path = -1, tmp_path / "journal"
     whole = evaluated(model, tokenizer, sample=journaled(tmp_path / "other"))
@@ -871,7 +882,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_metrics_bit_for_bit(model
     timeless = lambda m: {k: v for k, v in m.items() if "seconds" not in k}  # noqa: E731
     assert timeless(resumed[0]) == timeless(whole[0])
     assert [asdict(t) for t in resumed[1]] == [asdict(t) for t in whole[1]]
-    assert any(t.tool_calls for t in whole[1]) or all(t.response_ids for t in whole[1])
+    assert all(t.tool_calls[0].output == "4\n" for t in resumed[1])
     sampled = []
     evaluated(model, tokenizer, sample=journaled(path))
     assert sampled == []  # finished: nothing is left to sample

@@ -553,8 +553,8 @@ def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, ar
 
 
 def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
-    """The paper's kind of evaluation file, end to end, on one rank and on two: the same counts. The same command
-    once more samples nothing, and runs/results.py shows what OUTPUT holds."""
+    """The paper's kind of evaluation file, end to end, on one rank and on two: the same counts. The same
+    command once more samples nothing, and runs/results.py shows what OUTPUT holds."""
     problems = tmp_path / "aime.jsonl"
     problems.write_text(
         '{"input": "What is 2 + 2?", "output": "4"}\n{"input": "What is 3^2?", "output": 9}\n')
