@@ -8,6 +8,8 @@ what it is told. Which question is asked where:
     test_train.py     are log-probabilities, loss and gradient those of the plain model, however packed?
     test_data.py      are problems right, endless, and apart? is every layout understood?
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
+    test_experiments.py  is results/RESULTS.md what the committed outputs say?
+    test_ablations.py  is every flag the arithmetic it is called?
     test_curate.py    is every trace true, and does a curation survive bad rows and kills?
     test_report.py    does the report page show what the run folders say, whatever a model has printed?
     test_ppo.py       are GAE and losses the equations? do the scripts run, resume, and refuse bad input?
