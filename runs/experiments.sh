@@ -55,5 +55,5 @@ list() {
   echo "traces-500 $first --sft_traces 500"
   echo "traces-2000 $first --sft_traces 2000"
 }
-list | xargs -P 2 -L 1 bash -c 'one "$@"' bash
+list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
 bash runs/results.sh
