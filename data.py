@@ -160,37 +160,24 @@ def read_row(row, layouts=LAYOUTS):
     return None
 
 
-def read_jsonl(path, keep_bad=False):
-    """Yields (place, row) of non-blank lines. Of a line that is not JSON, a UserError names
-    the place, or with keep_bad the row is None."""
+def read_jsonl(path):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
             except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                if number == 1 and line.lstrip()[:1] == b"[":
-                    raise UserError(f"{path}: a JSON array; needed is JSONL, one row per line "
-                                    "(jq -c '.[]' FILE)") from None
-                if not keep_bad:
-                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
-                row = None
-            yield f"{path}:{number}", row
+                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, one row per "
+                                "line") from None
 
 
-def read_rows(source, split="train", config=None, keep_bad=False):
-    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id; UserError, with
-    what to do, if that fails."""
-    is_file, ending = Path(source).is_file(), Path(source).suffix
-    if not is_file and (ending in (".parquet", ".csv", ".gz") or ending.startswith(".json")
-                        or source.count("/") != 1):
+def read_rows(source, split="train", config=None):
+    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
+    is_file, is_parquet = Path(source).is_file(), source.endswith(".parquet")
+    if not is_file and (is_parquet or source.endswith(".jsonl") or source.count("/") != 1):
         raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
-    if ending in (".csv", ".tsv", ".gz", ".zip", ".zst"):
-        raise UserError(f"{source}: needed is JSONL, one row per line (unpack it, or convert it: "
-                        "pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True))")
-    if is_file and ending != ".parquet":
-        yield from read_jsonl(source, keep_bad)
+    if is_file and not is_parquet:
+        yield from read_jsonl(source)
         return
     try:
         import datasets

@@ -50,7 +50,7 @@ def execute(code):
 class Trusted(StubSandbox):
     """In place of the sandbox where no snippet is hostile."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, args):
         super().__init__(execute, delay=lambda code: Trusted.seconds)
 
     seconds = 0.0
@@ -64,7 +64,7 @@ class Trusted(StubSandbox):
 
 @pytest.fixture
 def trusted(monkeypatch):
-    monkeypatch.setattr(sft, "Sandbox", Trusted)
+    monkeypatch.setattr(sft, "make_sandbox", Trusted)
 
 
 def write(path, rows):
@@ -406,14 +406,14 @@ FAULTS = [
 def test_planted_faults_are_rejected_and_real_output_is_written_in():
     """Guards against invented interpreter text, a wrong count per reason, and failures that SFT would not
     mask."""
-    problems, ticks = [problem(i, "4.0") for i in range(len(FAULTS))], []
+    problems = [problem(i, "4.0") for i in range(len(FAULTS))]
 
     async def main():
         async with Sandbox(workers=2, timeout=3.0) as sandbox:
             candidates = [response for _, response, _ in FAULTS]
-            return await verified_traces(problems, candidates, sandbox, ticks.append)
+            return await verified_traces(problems, candidates, sandbox)
     traces, counts = asyncio.run(main())
-    assert counts == Counter(reason for reason, _, _ in FAULTS) and sum(ticks) == len(FAULTS)
+    assert counts == Counter(reason for reason, _, _ in FAULTS)
     kept = [(f"q{i}", failed) for i, (reason, _, failed) in enumerate(FAULTS) if reason == "kept"]
     assert [(t["question"], t["failed_calls"]) for t in traces] == kept
     printed = [outputs(t) for t in traces]
@@ -529,16 +529,15 @@ PLANTED = [
     ("filter: not well-formed", GOOD, " "),
     ("filter: not well-formed", GOOD.replace("Two", "\ud800")),
     ("filter: no solution", ""),
-    ("filter: not JSON", None),
 ]
 
 
-def test_planted_rows_are_each_rejected_for_their_reason(tmp_path, capsys):
+def test_planted_rows_are_each_rejected_for_their_reason(tmp_path):
     """Guards against a fault that slips through, is counted under another name, or stops the run."""
     rows = []
     for i, (_, response, *rest) in enumerate(PLANTED):
         question = rest[0] if rest and rest[0] else f"What is {'xyz'[i % 3] * (i + 1)} of pears and figs?"
-        rows.append("{torn\n" if response is None else trace(question, response, *rest[1:]))
+        rows.append(trace(question, response, *rest[1:]))
     bad = write(tmp_path / "evaluation.jsonl", [{"question": EVALUATION, "answer": "4"}])
     report = curate("--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
                     "--decontaminate", bad, "--sandbox_timeout", "1", "--max_tokens", "2000")
@@ -546,7 +545,6 @@ def test_planted_rows_are_each_rejected_for_their_reason(tmp_path, capsys):
     for reason, examples in report["examples"].items():
         assert len(examples) <= 3 and all(PLANTED[e["row"] - 1][0] == reason for e in examples)
         assert reason[:3] != "con" or all(e["detail"][0] == "evaluation.jsonl:1" for e in examples)
-    assert f"{tmp_path}/in.jsonl:{len(rows)}: not JSON" in capsys.readouterr().err
     traces = load_traces(tmp_path / "out.jsonl")
     assert [t["failed_calls"] for t in traces] == [[], [0], [0]]
     assert "ZeroDivisionError: division by zero" in traces[1]["response"]  # what really came back
@@ -596,7 +594,7 @@ def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_
     assert len(rows) == len(GSM8K) and all("*user question:*" in r["messages"][0]["content"] for r in rows)
     for i, (source_row, row, t) in enumerate(zip(GSM8K, rows, traces), 1):
         assert (t["question"], t["response"]) == (source_row["question"], row["messages"][1]["content"])
-        assert row["place"] == f"gsm.jsonl:{i}" and len(row["purposes"]) == 2 and "<<" not in t["response"]
+        assert row["place"] == f"gsm.jsonl:{i}" and "<<" not in t["response"]
     assert outputs(traces[0])[0] == "2.0"  # the sandbox's 4/2, not the annotation's 2
     # what comes out goes in again, and all of it is verified anew
     curate("--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
@@ -615,23 +613,23 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, trusted
     that were done with other arguments, and half a file under the final name."""
     mended = write(tmp_path / "mended.jsonl", GSM8K)
     curate("--input", mended, "--output", tmp_path / "whole.jsonl")
-    source = write(tmp_path / "gsm.jsonl", [*GSM8K[:3], "{torn\n", *GSM8K[4:]])
+    source = write(tmp_path / "gsm.jsonl", [*GSM8K[:3], {"question": "?"}, *GSM8K[4:]])
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.journal"
     command = ["--input", source, "--output", out, "--in_flight", 4]
     slow = ("import sys; sys.path.insert(0, sys.argv[1]); import test_curate as t\n"
-            "t.sft.Sandbox, t.Trusted.seconds = t.Trusted, 0.05; t.curate(*sys.argv[2:])")
+            "t.sft.make_sandbox, t.Trusted.seconds = t.Trusted, 0.05; t.curate(*sys.argv[2:])")
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, [TESTS, *command])],
                                stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
     with open(journal, "a") as file:
-        file.write('{"row": 59, "rea')  # as if it had been torn
-    finished = journal.read_text().count('"trace"')
+        file.write('{"0123": [{"row": 59, "rea')  # as if it had been torn
+    finished = journal.read_text().count('"trace"') - 3  # the first chunk is no longer the same
     assert 0 < finished < len(GSM8K)
     source.write_bytes(mended.read_bytes())
     judged, make_trace, interrupt_at = [], sft.make_trace, 60
