@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import sympy
@@ -137,8 +137,8 @@ def marked_answer(text):
 
 
 def read_row(row, layouts=LAYOUTS):
-    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer":
-    the reference; "own": the solution's answer, None if missing; "solution": "" if missing."""
+    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "own": the
+    solution's answer, None if missing; "solution": "" if missing."""
     for layout in layouts:
         at_question, at_answer, at_solution = layout
         question, answer, solution = (dig(row, path) for path in layout)
@@ -173,17 +173,17 @@ def read_jsonl(path):
 
 def read_rows(source, split="train", config=None):
     """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
-    is_file, is_parquet = Path(source).is_file(), source.endswith(".parquet")
-    if not is_file and (is_parquet or source.endswith(".jsonl") or source.count("/") != 1):
+    is_file, ending = Path(source).is_file(), Path(source).suffix
+    if not is_file and (ending in (".jsonl", ".parquet") or str(source).count("/") != 1):
         raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
-    if is_file and not is_parquet:
+    if is_file and ending != ".parquet":
         yield from read_jsonl(source)
         return
     try:
         import datasets
         if not is_file:
             need_hub()
-        where = dict(path="parquet", data_files=source) if is_file else dict(path=source, name=config)
+        where = dict(path="parquet", data_files=str(source)) if is_file else dict(path=source, name=config)
         rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
@@ -197,7 +197,7 @@ def load_problems(source):
     """A file or hub id -> [{"question", "answer", "family"}]; UserError names the place of a
     row without these."""
     problems = []
-    for place, row in read_rows(str(source)):
+    for place, row in read_rows(source):
         found = read_row(row)
         if not found or not found["question"] or not found["answer"]:
             raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with "
@@ -337,15 +337,15 @@ def common_multiple(draw):
     return (a, b), text, f"from math import lcm\nprint(lcm({a},{b}))", answer
 
 
-def digit_sum(draw):
+def digit_sum(draw, sign="*"):
     """What is the digit sum of {0} * {1}?
     Multiply {0} by {1} and add up the digits of the result.
     Find the sum of the digits of the product of {0} and {1}."""
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    digits = str(a * b)
+    digits = str(a * b if sign == "*" else a + b)
     answer = sum(map(int, digits))
-    text = f"{a}*{b} = {digits}\n{'+'.join(digits)} = {answer}"
-    return (a, b), text, f"print(sum(map(int,str({a}*{b}))))", answer
+    text = f"{a}{sign}{b} = {digits}\n{'+'.join(digits)} = {answer}"
+    return (a, b), text, f"print(sum(map(int,str({a}{sign}{b}))))", answer
 
 
 def divisor_count(draw):
@@ -478,11 +478,7 @@ def sum_of_digit_sums(draw):
     """What is the digit sum of {0} + {1}?
     Add {0} and {1} and add up the digits of the result.
     Find the sum of the digits of the sum of {0} and {1}."""
-    a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    digits = str(a + b)
-    answer = sum(map(int, digits))
-    text = f"{a}+{b} = {digits}\n{'+'.join(digits)} = {answer}"
-    return (a, b), text, f"print(sum(map(int,str({a}+{b}))))", answer
+    return digit_sum(draw, "+")
 
 
 # The same for --task text: words, lists, dates and tables instead of numbers.
@@ -600,14 +596,8 @@ SPLITS = tuple(prefix + split for prefix in ("", "text_")  # of --task numbers, 
                for split in ("train", "test", "ood_large", "ood_families"))
 
 
-@dataclass
-class Problem:
-    family: str
-    operands: tuple
-    question: str
-    answer: str
-    by_hand: str  # D_init
-    by_code: str  # not yet verified
+# by_hand: D_init; by_code: not yet verified
+Problem = namedtuple("Problem", "family operands question answer by_hand by_code")
 
 
 def embedded_problem(split, seed, index):
@@ -672,10 +662,9 @@ CHAT_TEMPLATE = (
 
 @functools.cache  # takes seconds
 def embedded_tokenizer(vocabulary=896, documents=3000):
-    """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as
-    for the big tokenizers. Digits in pairs would halve the steps after which operands are
-    copied right (measured), but transformers gives every qwen2 checkpoint Qwen's
-    pre-tokenisation, digits one by one, when it loads one."""
+    """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as for
+    the big tokenizers. Digits in pairs would halve the steps after which operands are copied right
+    (measured), but of a qwen2 checkpoint transformers loads Qwen's splitting, one by one."""
     tokenizer = Tokenizer(models.BPE())
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -702,15 +691,11 @@ def main():
     add("--n", type=int, default=2, help="problems to print")
     add("--seed", type=int, default=0, help="of the embedded problems")
     args = parser.parse_args()
-    if args.file:
-        problems = load_problems(args.file)
-        print(f"{args.file}: {len(problems)} problems; the first {args.n}:")
-        for problem in problems[:args.n]:
-            print(f"\n{problem['question']}\n-> {problem['answer']}")
-        return
-    for problem in (embedded_problem("train", args.seed, index) for index in range(args.n)):
-        print(f"{problem.family} {problem.operands}\n{problem.question}\n--- by hand\n{problem.by_hand}\n"
-              f"--- with code, not yet run\n{problem.by_code}\n")
+    problems = load_problems(args.file) if args.file else [
+        embedded_problem("train", args.seed, index)._asdict() for index in range(args.n)]
+    print(f"{len(problems)} problems\n")
+    for problem in problems[:args.n]:
+        print("".join(f"{name}: {value}\n" for name, value in problem.items()))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def same_output(quoted, result):
 
 async def check_trace(candidate, reference, sandbox):
     """Check format, execution and answer: (response with the real outputs, indices of failed
-    snippets, SandboxResults). RuntimeError if the sandbox itself fails."""
+    snippets, SandboxResults). An empty interpreter block is filled, any other must agree with the
+    run. RuntimeError if the sandbox itself fails."""
     check_format(candidate)
     texts, codes, quotes = take_apart(candidate)
     results = [await sandbox.run(code, seed=0) for code in codes]
@@ -165,13 +166,14 @@ async def check_trace(candidate, reference, sandbox):
     return response, [i for i, result in enumerate(results) if result.status != "ok"], results
 
 
-async def verified_traces(problems, candidates, sandbox):
-    """Check one candidate per problem, all at the same time: (traces as `load_traces` reads
-    them, in order, and a Counter of "kept" and of the reasons to reject).
+async def embedded_traces(n, code_share, seed, sandbox, split="train"):
+    """Traces of n embedded problems as `load_traces` reads them, in order, about the share
+    `code_share` solved with code, the rest by hand; and a Counter of "kept" and of the reasons to
+    reject."""
+    rng = random.Random(seed + 1)
+    problems = [embedded_problem(split, seed, i) for i in range(n)]
+    candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
 
-    problems: objects with .question, .answer and .family. candidates: responses; an empty
-    interpreter block is filled, any other must agree with the run.
-    """
     async def verify(problem, candidate):
         try:
             response, failed, _ = await check_trace(candidate, problem.answer, sandbox)
@@ -182,18 +184,9 @@ async def verified_traces(problems, candidates, sandbox):
         return "kept", {"question": problem.question, "answer": problem.answer,
                         "family": problem.family, "response": response, "failed_calls": failed}
 
-    with tqdm(total=len(problems), desc="curation", mininterval=1.0) as bar:
+    with tqdm(total=n, desc="curation", mininterval=1.0) as bar:
         outcomes = await asyncio.gather(*map(verify, problems, candidates))
     return [trace for _, trace in outcomes if trace], Counter(reason for reason, _ in outcomes)
-
-
-async def embedded_traces(n, code_share, seed, sandbox, split="train"):
-    """`verified_traces` of n embedded problems; about the share `code_share` is solved with code,
-    the rest by hand."""
-    problems = [embedded_problem(split, seed, i) for i in range(n)]
-    rng = random.Random(seed + 1)
-    candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
-    return await verified_traces(problems, candidates, sandbox)
 
 
 NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug|instead|again|"
@@ -216,8 +209,7 @@ def check_quality(candidate, results, reference):
         raise Rejected("quality: no snippet")
     for i, (code, result) in enumerate(zip(codes, results)):
         if result.status != "ok":
-            # To go on as if nothing had happened must not be taught: the writer quotes the
-            # error or mentions it right after, and a later snippet runs.
+            # Taught is only: to quote or mention the error right after, and a later one that runs.
             noticed = quotes[i].strip() or NOTICED.search(texts[i + 1])
             corrected = any(later.status == "ok" for later in results[i:])
             if result.status not in ("error", "timeout") or not noticed or not corrected:
@@ -515,20 +507,18 @@ async def curate_file(args):
 
 def summarise(records):
     """(traces, but no question twice; counts; three examples of each reason)."""
-    reasons, examples, first_rows, traces = Counter(), {}, {}, []
+    first_rows = {}
     for record in records:
         if record["reason"] == "kept":
             first = first_rows.setdefault(" ".join(question_words(record["question"])), record)
             if first is not record:
                 record |= {"reason": "duplicate: same question", "detail": [first["place"]]}
-        reasons[record["reason"]] += 1
-        if record["reason"] == "kept":
-            traces.append(record["trace"])
-        elif reasons[record["reason"]] <= 3:
-            examples.setdefault(record["reason"], []).append(record)
+    reasons = Counter(record["reason"] for record in records)
+    examples = {reason: [record for record in records if record["reason"] == reason][:3]
+                for reason in reasons if reason != "kept"}
+    traces = [record["trace"] for record in records if record["reason"] == "kept"]
     snippets = sum(trace["messages"][1]["content"].count(CODE_OPEN) for trace in traces)
-    return traces, {"rows": len(records), "kept": len(traces),
-                    "kept_share": len(traces) / max(1, len(records)),
+    return traces, {"rows": len(records), "kept": len(traces), "kept_share": len(traces) / max(1, len(records)),
                     "reasons": dict(sorted(reasons.items())),
                     "snippets_per_trace": snippets / max(1, len(traces))}, examples
 
@@ -586,15 +576,13 @@ def split_name(task, split):
 
 
 def starting_point(path):
-    """(configuration, tokenizer) of a checkpoint, or of the embedded model if the path is
-    empty."""
+    """(configuration, tokenizer) of a checkpoint; of the embedded model if the path is empty."""
     tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
     return load_config(path, tokenizer) if path else embedded_config(tokenizer), tokenizer
 
 
 def starting_model(path, config, seed):
-    """A checkpoint's model, or the embedded one with random weights, in host memory and
-    fp32."""
+    """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
     if path:
         return load_model(path, "cpu")
     torch.manual_seed(seed)
@@ -694,7 +682,6 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
     if rank == 0:
         file.truncate(size)
     order = itertools.islice(batches(len(examples), recipe.sft_batch_size, recipe.sft_seed), start, None)
-    tokens, begin = 0, time.perf_counter()
     bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
     for step in bar:
         batch = [examples[i] for i in next(order)]
@@ -707,12 +694,9 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        tokens += sum(len(e) for e in batch)
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
-            file.write(json.dumps({
-                "step": step, "loss": loss, "grad_norm": norm,
-                "tokens_per_second": tokens / (time.perf_counter() - begin)}) + "\n")
+            file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
         stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
         if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
@@ -838,24 +822,20 @@ def add_warm_start_arguments(parser):
     add("--model", default="",
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
     add("--task", choices=tuple(TASKS), default="numbers", help="what the embedded problems are about")
-    add("--sft_traces", type=at_least(1), default=6000,
-        help="cold-start problems of the embedded default; paper: 2,000 traces released")
+    add("--sft_traces", type=at_least(1), default=6000, help="embedded ones; paper: 2,000 released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.55,
-        help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
+        help="share of them solved with code; paper's policy starts at 0.18")
     add("--sft_steps", type=at_least(1), default=1100, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
-    add("--sft_lr", type=in_range(0.0), default=5e-3,
-        help="peak learning rate of AdamW, which falls to zero; paper 1e-6 (32B)")
+    add("--sft_lr", type=in_range(0.0), default=5e-3, help="AdamW's peak; falls to 0; paper 1e-6 (32B)")
     add("--sft_muon_lr", type=in_range(0.0), default=0.04,
         help="of Muon, which trains the layers' matrices; 0: AdamW trains all, as the paper's")
     add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
     add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn to write results too")
     add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets too")
-    add("--sft_save_every", type=at_least(1), default=300,
-        help="steps between checkpoints; the same command goes on from the last")
-    add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
-    add("--warm_start_dir", default="out/warm_start",
-        help="finished warm starts are kept here under a hash and reused")
+    add("--sft_save_every", type=at_least(1), default=300, help="steps between checkpoints")
+    add("--sft_seed", type=int, default=0, help="of traces, order and initial weights")
+    add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
 
 
 def check_warm_start(parser, args):

@@ -769,7 +769,7 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
 def test_the_other_scripts_run(monkeypatch, capsys):
     """One real run of what has no run above: each prints what its docstring promises."""
     small = ["--rows", "2", "--check_rows", "2", "--batch_sizes", "2"]
-    for script, flags, line in ((bench_rollout, small, '"ratio"'), (data, ["--n", "1"], "not yet run")):
+    for script, flags, line in ((bench_rollout, small, '"ratio"'), (data, ["--n", "1"], "by_code: ")):
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
         script.main()
         assert line in capsys.readouterr().out
