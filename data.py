@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import sympy
@@ -137,8 +137,8 @@ def marked_answer(text):
 
 
 def read_row(row, layouts=LAYOUTS):
-    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "answer":
-    the reference; "own": the solution's answer, None if missing; "solution": "" if missing."""
+    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "own": the
+    solution's answer, None if missing; "solution": "" if missing."""
     for layout in layouts:
         at_question, at_answer, at_solution = layout
         question, answer, solution = (dig(row, path) for path in layout)
@@ -160,43 +160,30 @@ def read_row(row, layouts=LAYOUTS):
     return None
 
 
-def read_jsonl(path, keep_bad=False):
-    """Yields (place, row) of non-blank lines. Of a line that is not JSON, a UserError names
-    the place, or with keep_bad the row is None."""
+def read_jsonl(path):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
             except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                if number == 1 and line.lstrip()[:1] == b"[":
-                    raise UserError(f"{path}: a JSON array; needed is JSONL, one row per line "
-                                    "(jq -c '.[]' FILE)") from None
-                if not keep_bad:
-                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
-                row = None
-            yield f"{path}:{number}", row
+                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, one row per "
+                                "line") from None
 
 
-def read_rows(source, split="train", config=None, keep_bad=False):
-    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id; UserError, with
-    what to do, if that fails."""
+def read_rows(source, split="train", config=None):
+    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
     is_file, ending = Path(source).is_file(), Path(source).suffix
-    if not is_file and (ending in (".parquet", ".csv", ".gz") or ending.startswith(".json")
-                        or source.count("/") != 1):
+    if not is_file and (ending in (".jsonl", ".parquet") or str(source).count("/") != 1):
         raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
-    if ending in (".csv", ".tsv", ".gz", ".zip", ".zst"):
-        raise UserError(f"{source}: needed is JSONL, one row per line (unpack it, or convert it: "
-                        "pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True))")
     if is_file and ending != ".parquet":
-        yield from read_jsonl(source, keep_bad)
+        yield from read_jsonl(source)
         return
     try:
         import datasets
         if not is_file:
             need_hub()
-        where = dict(path="parquet", data_files=source) if is_file else dict(path=source, name=config)
+        where = dict(path="parquet", data_files=str(source)) if is_file else dict(path=source, name=config)
         rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
@@ -210,7 +197,7 @@ def load_problems(source):
     """A file or hub id -> [{"question", "answer", "family"}]; UserError names the place of a
     row without these."""
     problems = []
-    for place, row in read_rows(str(source)):
+    for place, row in read_rows(source):
         found = read_row(row)
         if not found or not found["question"] or not found["answer"]:
             raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with "
@@ -241,13 +228,13 @@ def contamination_keys(question):
 
 
 # ---------------------------------------------------------------------------------------------
-# The embedded problems. A family is a function of draw(low, high) that returns
+# The embedded problems. A family is a function of draw(low, high). Its docstring holds the
+# phrasings, one a line; {0}, {1}, ... are the operands. It returns
 #   operands   what makes the problem that problem
-#   phrasings  ways to ask; {0}, {1}, ... are the operands
 #   by_hand    the solution as a person would write it, without the answer line
-#   by_code    the same by Python: prose and tool_call(snippet, what it should print), the latter
-#              left out where the natural script may fail
-#   answer     an integer
+#   by_code    a script that prints the answer; or prose and tool_call(snippet, what it should
+#              print), the latter left out where the natural script may fail
+#   answer     an integer or a word
 
 
 def tool_call(code, output=""):
@@ -266,62 +253,55 @@ def euclid(a, b):
 def square_and_multiply(a, b, m):
     power, exponent, result, lines = a % m, 1, 1, []
     while exponent <= b:
+        lines.append(f"{exponent}: {power}")
         if b & exponent:
             product = result * power
-            lines.append(f"{exponent}: {power}, {result}*{power} = {product} = {product % m}")
+            lines[-1] += f", {result}*{power} = {product} = {product % m}"
             result = product % m
-        else:
-            lines.append(f"{exponent}: {power}")
         power, exponent = power * power % m, exponent * 2
     return "\n".join(lines), result
 
 
-def factorise(n):
-    factors = sympy.factorint(n)
-    product = "*".join(f"{p}^{e}" if e > 1 else f"{p}" for p, e in factors.items())
-    return product, math.prod(e + 1 for e in factors.values())
-
-
 def addition(draw):
+    """What is {0} + {1}?
+    Ann has {0} coins and Ben has {1}. How many do they have together?
+    A shelf holds {0} books and {1} more arrive. How many books are there now?"""
     a, b = draw(10, 499), draw(10, 499)
-    phrasings = ["What is {0} + {1}?", "Ann has {0} coins and Ben has {1}. How many do they have together?",
-                 "A shelf holds {0} books and {1} more arrive. How many books are there now?"]
-    return (a, b), phrasings, f"{a} + {b} = {a + b}.", tool_call(f"print({a}+{b})", a + b), a + b
+    return (a, b), f"{a} + {b} = {a + b}.", f"print({a}+{b})", a + b
 
 
 def larger(draw):
+    """Which is larger, {0} or {1}?
+    Of the numbers {0} and {1}, give the greater one.
+    Two towns have {0} and {1} inhabitants. How many live in the larger town?"""
     a, b = draw(10, 49999), draw(10, 49999)
-    phrasings = ["Which is larger, {0} or {1}?", "Of the numbers {0} and {1}, give the greater one.",
-                 "Two towns have {0} and {1} inhabitants. How many live in the larger town?"]
-    answer = max(a, b)
-    text = f"The larger one is {answer}."
-    return (a, b), phrasings, text, tool_call(f"print(max({a},{b}))", answer), answer
+    return (a, b), f"The larger one is {max(a, b)}.", f"print(max({a},{b}))", max(a, b)
 
 
 def last_digit(draw):
+    """What is the last digit of {0}?
+    Give the units digit of {0}.
+    Which digit does {0} end in?"""
     n = draw(100, 2999999)
-    phrasings = ["What is the last digit of {0}?", "Give the units digit of {0}.",
-                 "Which digit does {0} end in?"]
-    return (n,), phrasings, f"It ends in {n % 10}.", tool_call(f"print({n}%10)", n % 10), n % 10
+    return (n,), f"It ends in {n % 10}.", f"print({n}%10)", n % 10
 
 
 def power_remainder(draw):
+    """Find the remainder when {0}^{1} is divided by {2}.
+    What is {0} to the power {1} modulo {2}?
+    Divide {0}^{1} by {2}. What remains?"""
     a, b, m = draw(3, 999), draw(3, 15), draw(11, 999)
-    phrasings = ["Find the remainder when {0}^{1} is divided by {2}.",
-                 "What is {0} to the power {1} modulo {2}?", "Divide {0}^{1} by {2}. What remains?"]
     steps, answer = square_and_multiply(a, b, m)
-    text = f"Square repeatedly modulo {m}.\n{steps}"
-    return (a, b, m), phrasings, text, tool_call(f"print(pow({a},{b},{m}))", answer), answer
+    return (a, b, m), f"Square repeatedly modulo {m}.\n{steps}", f"print(pow({a},{b},{m}))", answer
 
 
 def count_pairs(draw):
+    """How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?
+    Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.
+    Two dice have {0} sides each, numbered from 1. For how many rolls is the sum divisible by {1}?"""
     n, m = draw(100, 999), draw(3, 5)
     if draw(0, 9) == 0:
         n = draw(6000, 9999)  # the natural loop takes a second
-    phrasings = ["How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
-                 "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
-                 "Two dice have {0} sides each, numbered from 1. "
-                 "For how many rolls is the sum divisible by {1}?"]
     counts = [(n - r) // m + (r > 0) for r in range(m)]
     answer = sum(counts[r] * counts[-r] for r in range(m))
     found = ", ".join(f"{count} times {r}" for r, count in enumerate(counts))
@@ -331,89 +311,90 @@ def count_pairs(draw):
     if n > 1200:
         code += "Too slow. Count the remainders.\n" + tool_call(
             f"n,m={n},{m}\nc=[(n-r)//m+(r>0) for r in range(m)]\nprint(sum(c[r]*c[-r] for r in range(m)))", answer)
-    return (n, m), phrasings, text, code, answer
+    return (n, m), text, code, answer
 
 
 def common_divisor(draw):
+    """Find the greatest common divisor of {0} and {1}.
+    What is gcd({0}, {1})?
+    Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. How long is a piece in cm?
+    """
     g = draw(2, 40)
     a, b = sorted((g * draw(5, 99), g * draw(5, 99)))
-    phrasings = ["Find the greatest common divisor of {0} and {1}.", "What is gcd({0}, {1})?",
-                 "Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
-                 "How long is a piece in cm?"]
     steps, answer = euclid(b, a)
-    code = tool_call(f"from math import gcd\nprint(gcd({a},{b}))", answer)
-    return (a, b), phrasings, f"By Euclid:\n{steps}", code, answer
+    return (a, b), f"By Euclid:\n{steps}", f"from math import gcd\nprint(gcd({a},{b}))", answer
 
 
 def common_multiple(draw):
+    """Find the least common multiple of {0} and {1}.
+    What is lcm({0}, {1})?
+    Two lights flash every {0} and every {1} seconds. After how many seconds do they flash together again?
+    """
     a, b = sorted((draw(12, 250), draw(12, 250)))
-    phrasings = ["Find the least common multiple of {0} and {1}.", "What is lcm({0}, {1})?",
-                 "Two lights flash every {0} and every {1} seconds. "
-                 "After how many seconds do they flash together again?"]
     steps, g = euclid(b, a)
     answer = a * b // g
     text = f"By Euclid:\n{steps}\nThe gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {answer}"
-    return (a, b), phrasings, text, tool_call(f"from math import lcm\nprint(lcm({a},{b}))", answer), answer
+    return (a, b), text, f"from math import lcm\nprint(lcm({a},{b}))", answer
 
 
-def digit_sum(draw):
+def digit_sum(draw, sign="*"):
+    """What is the digit sum of {0} * {1}?
+    Multiply {0} by {1} and add up the digits of the result.
+    Find the sum of the digits of the product of {0} and {1}."""
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    phrasings = ["What is the digit sum of {0} * {1}?",
-                 "Multiply {0} by {1} and add up the digits of the result.",
-                 "Find the sum of the digits of the product of {0} and {1}."]
-    digits = str(a * b)
+    digits = str(a * b if sign == "*" else a + b)
     answer = sum(map(int, digits))
-    text = f"{a}*{b} = {digits}\n{'+'.join(digits)} = {answer}"
-    return (a, b), phrasings, text, tool_call(f"print(sum(map(int,str({a}*{b}))))", answer), answer
+    text = f"{a}{sign}{b} = {digits}\n{'+'.join(digits)} = {answer}"
+    return (a, b), text, f"print(sum(map(int,str({a}{sign}{b}))))", answer
 
 
 def divisor_count(draw):
+    """How many positive divisors does {0} have?
+    Count the divisors of {0}.
+    In how many rows of equal length can {0} soldiers be arranged? Count every number of rows."""
     n = draw(100, 9999)
-    phrasings = ["How many positive divisors does {0} have?", "Count the divisors of {0}.",
-                 "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows."]
-    factors, answer = factorise(n)
-    text = f"{n} = {factors}\nAdd one to each exponent and multiply: {answer}"
-    code = tool_call(f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer)
-    return (n,), phrasings, text, code, answer
+    factors = sympy.factorint(n)
+    product = "*".join(f"{p}^{e}" if e > 1 else f"{p}" for p, e in factors.items())
+    answer = math.prod(e + 1 for e in factors.values())
+    text = f"{n} = {product}\nAdd one to each exponent and multiply: {answer}"
+    return (n,), text, f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer
 
 
 def prime_count(draw):
+    """How many primes are there from {0} to {1}?
+    Count the prime numbers between {0} and {1} inclusive.
+    How many of the integers {0}, ..., {1} are prime?"""
     a = draw(10, 900)
     b = a + draw(10, 60)
-    phrasings = ["How many primes are there from {0} to {1}?",
-                 "Count the prime numbers between {0} and {1} inclusive.",
-                 "How many of the integers {0}, ..., {1} are prime?"]
     primes = list(sympy.primerange(a, b + 1))
     listed = ", ".join(map(str, primes))
     text = f"The primes are {listed}.\nThat makes {len(primes)}." if primes else "There are none."
-    code = tool_call(f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))", len(primes))
-    return (a, b), phrasings, text, code, len(primes)
+    return (a, b), text, f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))", len(primes)
 
 
 def power_sum(draw):
+    """Compute the sum of n^{2} for n from {0} to {1}.
+    What is {0}^{2} + ... + {1}^{2}, over all integers between?
+    Add the powers n^{2} of all integers n with {0} <= n <= {1}."""
     a, k = draw(2, 99), 2 + draw(0, 9) % 2
     b = a + draw(5, 200)
-    phrasings = ["Compute the sum of n^{2} for n from {0} to {1}.",
-                 "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
-                 "Add the powers n^{2} of all integers n with {0} <= n <= {1}."]
     text, totals = "", [sum(n**k for n in range(end + 1)) for end in (b, a - 1)]
     for n, total in zip((b, a - 1), totals):
         formula = f"{n}*{n + 1}*{2 * n + 1}/6" if k == 2 else f"({n}*{n + 1}/2)^2"
         text += f"Up to {n}: {formula} = {total}\n"
     answer = totals[0] - totals[1]
     text += f"{totals[0]} - {totals[1]} = {answer}"
-    code = tool_call(f"print(sum(n**{k} for n in range({a},{b}+1)))", answer)
-    return (a, b, k), phrasings, text, code, answer
+    return (a, b, k), text, f"print(sum(n**{k} for n in range({a},{b}+1)))", answer
 
 
 def recurrence(draw):
+    """A sequence has u({0}) = {1} and u(n) = u(n-1) + n. Find u({2}).
+    Let u({0}) = {1} and let u(n) exceed u(n-1) by n. What is u({2})?
+    Start with u({0}) = {1}; step n adds n to the value before. Give u({2})."""
     a, first, steps = draw(2, 499), draw(10, 999), draw(20, 900)
     if draw(0, 9) % 3 == 0:
         steps = draw(1100, 1900)  # beyond Python's recursion limit
     n = first + steps
-    phrasings = ["A sequence has u({0}) = {1} and u(n) = u(n-1) + n. Find u({2}).",
-                 "Let u({0}) = {1} and let u(n) exceed u(n-1) by n. What is u({2})?",
-                 "Start with u({0}) = {1}; step n adds n to the value before. Give u({2})."]
     added = steps * (first + 1 + n) // 2
     answer = a + added
     text = f"{first + 1} + ... + {n} = {steps}*{first + 1 + n}/2 = {added}\n{a} + {added} = {answer}"
@@ -422,90 +403,82 @@ def recurrence(draw):
     if steps > 1000:
         code += "Too deep. Use a loop.\n" + tool_call(
             f"n,u={first},{a}\nwhile n<{n}:\n    n+=1\n    u+=n\nprint(u)", answer)
-    return (first, a, n), phrasings, text, code, answer
+    return (first, a, n), text, code, answer
 
 
 def inverse(draw):
+    """Find the inverse of {0} modulo {1}, or 0 if there is none.
+    Which x with 0 < x < {1} satisfies {0}*x = 1 modulo {1}? Answer 0 if no such x exists.
+    Give the multiplicative inverse of {0} mod {1} (0 if it does not exist)."""
     m, a = draw(20, 999), draw(3, 999)
     if draw(0, 1):  # about half have no inverse
         g = 2 + a % 5
         m, a = m - m % g + g, a - a % g + g
-    phrasings = ["Find the inverse of {0} modulo {1}, or 0 if there is none.",
-                 "Which x with 0 < x < {1} satisfies {0}*x = 1 modulo {1}? Answer 0 if no such x exists.",
-                 "Give the multiplicative inverse of {0} mod {1} (0 if it does not exist)."]
     # Extended Euclid: every remainder r is x*a modulo m.
     lines, r, x = [], (m, a % m), (0, 1)
     while r[1]:
         q = r[0] // r[1]
         lines.append(f"{r[0]} = {q}*{r[1]} + {r[0] % r[1]}, x = {x[0] - q * x[1]}")
         r, x = (r[1], r[0] % r[1]), (x[1], x[0] - q * x[1])
-    steps = "By Euclid:\n" + "\n".join(lines)
-    code = tool_call(f"print(pow({a},-1,{m}))")
+    text, code = "By Euclid:\n" + "\n".join(lines), tool_call(f"print(pow({a},-1,{m}))")
     if r[0] > 1:
-        text = f"{steps}\nThe gcd is {r[0]}, so there is none."
-        return (a, m), phrasings, text, code + "There is no inverse.\n", 0
-    text = f"{steps}\nThe gcd is 1, so the inverse is {x[0]}, that is {x[0] % m}."
-    return (a, m), phrasings, text, code, x[0] % m
+        return (a, m), f"{text}\nThe gcd is {r[0]}, so there is none.", f"{code}There is no inverse.\n", 0
+    return (a, m), f"{text}\nThe gcd is 1, so the inverse is {x[0]}, that is {x[0] % m}.", code, x[0] % m
 
 
 def digit_count(draw):
+    """How many digits does {0}^{1} have?
+    Find the number of decimal digits of {0} to the power {1}.
+    If {0}^{1} is written out, how many digits does it take?"""
     a, b = draw(3, 999), draw(20, 399)
-    phrasings = ["How many digits does {0}^{1} have?",
-                 "Find the number of decimal digits of {0} to the power {1}.",
-                 "If {0}^{1} is written out, how many digits does it take?"]
     answer = len(str(a**b))
     log = math.log10(a)
     text = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
     code = tool_call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
     if b * log > 308:
         code += "A float is too small. Use an integer.\n" + tool_call(f"print(len(str({a}**{b})))", answer)
-    return (a, b), phrasings, text, code, answer
+    return (a, b), text, code, answer
 
 
 def divisor_then_power(draw):
+    """Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.
+    Take g = gcd({0}, {1}). What is g^{2} modulo {3}?
+    The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"""
     g = draw(2, 40)
     a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(3, 15), draw(11, 4999)
-    phrasings = ["Let g be the greatest common divisor of {0} and {1}. "
-                 "Find the remainder of g^{2} divided by {3}.",
-                 "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
-                 "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"]
     steps, g = euclid(a, b)
     more, answer = square_and_multiply(g, k, m)
     code = (tool_call(f"from math import gcd\nprint(gcd({a},{b}))", g) + "Now the power.\n"
             + tool_call(f"print(pow({g},{k},{m}))", answer))
-    return (a, b, k, m), phrasings, f"By Euclid:\n{steps}\nModulo {m}:\n{more}", code, answer
+    return (a, b, k, m), f"By Euclid:\n{steps}\nModulo {m}:\n{more}", code, answer
 
 
 def prime_then_power(draw):
+    """Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.
+    Take the first prime p after {0}. What is p^{1} modulo {2}?
+    p is the next prime after {0}. Divide p^{1} by {2}. What remains?"""
     n, k, m = draw(20, 4999), draw(3, 15), draw(11, 4999)
-    phrasings = ["Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
-                 "Take the first prime p after {0}. What is p^{1} modulo {2}?",
-                 "p is the next prime after {0}. Divide p^{1} by {2}. What remains?"]
     p = sympy.nextprime(n)
     steps, answer = square_and_multiply(p, k, m)
     code = (tool_call(f"from sympy import nextprime\nprint(nextprime({n}))", p) + "Now the power.\n"
             + tool_call(f"print(pow({p},{k},{m}))", answer))
-    return (n, k, m), phrasings, f"The prime is {p}. Modulo {m}:\n{steps}", code, answer
+    return (n, k, m), f"The prime is {p}. Modulo {m}:\n{steps}", code, answer
 
 
 def product_remainder(draw):
+    """Find the remainder when {0} * {1} is divided by {2}.
+    What is {0} times {1} modulo {2}?
+    Multiply {0} by {1} and divide by {2}. What remains?"""
     a, b, m = draw(20, 999), draw(20, 999), draw(11, 99)
-    phrasings = ["Find the remainder when {0} * {1} is divided by {2}.", "What is {0} times {1} modulo {2}?",
-                 "Multiply {0} by {1} and divide by {2}. What remains?"]
     answer = a * b % m
-    text = f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}"
-    return (a, b, m), phrasings, text, tool_call(f"print({a}*{b}%{m})", answer), answer
+    return (a, b, m), f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}", f"print({a}*{b}%{m})", answer
 
 
 def sum_of_digit_sums(draw):
-    a, b = sorted((draw(101, 9999), draw(101, 9999)))
-    phrasings = ["What is the digit sum of {0} + {1}?",
-                 "Add {0} and {1} and add up the digits of the result.",
-                 "Find the sum of the digits of the sum of {0} and {1}."]
-    digits = str(a + b)
-    answer = sum(map(int, digits))
-    text = f"{a}+{b} = {digits}\n{'+'.join(digits)} = {answer}"
-    return (a, b), phrasings, text, tool_call(f"print(sum(map(int,str({a}+{b}))))", answer), answer
+    """What is the digit sum of {0} + {1}?
+    Add {0} and {1} and add up the digits of the result.
+    Find the sum of the digits of the sum of {0} and {1}."""
+    return digit_sum(draw, "+")
 
 
 # The same for --task text: words, lists, dates and tables instead of numbers.
@@ -518,91 +491,97 @@ def random_word(draw, low, high):
 
 
 def first_letter(draw):
+    """Which letter does {0} begin with?
+    Give the first letter of the word {0}."""
     word = random_word(draw, 4, 9)
-    phrasings = ["Which letter does {0} begin with?", "Give the first letter of the word {0}."]
-    return (word,), phrasings, f"It begins with {word[0]}.", tool_call(f'print("{word}"[0])', word[0]), word[0]
+    return (word,), f"It begins with {word[0]}.", f'print("{word}"[0])', word[0]
 
 
 def reversed_word(draw):
+    """Write the word {0} backwards.
+    What is {0} read from right to left?"""
     word = random_word(draw, 4, 9)
-    phrasings = ["Write the word {0} backwards.", "What is {0} read from right to left?"]
-    answer, spelled = word[::-1], ", ".join(word[::-1])
-    text = f"From the end: {spelled}. That is {answer}."
-    return (word,), phrasings, text, tool_call(f'print("{word}"[::-1])', answer), answer
+    answer = word[::-1]
+    text = f"From the end: {', '.join(answer)}. That is {answer}."
+    return (word,), text, f'print("{word}"[::-1])', answer
 
 
 def sorted_letters(draw):
+    """Sort the letters of {0} alphabetically.
+    Put the letters of the word {0} in order."""
     word = random_word(draw, 4, 9)
-    phrasings = ["Sort the letters of {0} alphabetically.", "Put the letters of the word {0} in order."]
     answer = "".join(sorted(word))
     text = f"In order: {', '.join(answer)}. That is {answer}."
-    return (word,), phrasings, text, tool_call(f'print("".join(sorted("{word}")))', answer), answer
+    return (word,), text, f'print("".join(sorted("{word}")))', answer
 
 
 def letter_count(draw):
+    """How often does the letter {1} occur in {0}?
+    Count the letter {1} in the word {0}."""
     word = random_word(draw, 6, 15)
     letter = word[draw(0, 5, False)]
-    phrasings = ["How often does the letter {1} occur in {0}?", "Count the letter {1} in the word {0}."]
-    answer, spelled = word.count(letter), ", ".join(word)
-    text = f"The letters are {spelled}. {letter} occurs {answer} times."
-    return (word, letter), phrasings, text, tool_call(f'print("{word}".count("{letter}"))', answer), answer
+    answer = word.count(letter)
+    text = f"The letters are {', '.join(word)}. {letter} occurs {answer} times."
+    return (word, letter), text, f'print("{word}".count("{letter}"))', answer
 
 
 def second_largest(draw):
+    """Which is the second largest entry of the list {0}?
+    Sort {0}. Which entry is the last but one?"""
     found = [draw(10, 999) for _ in range(draw(4, 7))]
-    phrasings = ["Which is the second largest entry of the list {0}?", "Sort {0}. Which entry is the last but one?"]
     listed, ordered = ", ".join(map(str, found)), sorted(found)
     text = f"In order: {', '.join(map(str, ordered))}. It is {ordered[-2]}."
-    return (listed,), phrasings, text, tool_call(f"print(sorted([{listed}])[-2])", ordered[-2]), ordered[-2]
+    return (listed,), text, f"print(sorted([{listed}])[-2])", ordered[-2]
 
 
 def weekday(draw):
+    """Which day of the week is {0}?
+    On what weekday does {0} fall?"""
     day = datetime.date(draw(1900, 2099), draw(1, 12, False), draw(1, 28, False))
     first = day.replace(day=1)
-    phrasings = ["Which day of the week is {0}?", "On what weekday does {0} fall?"]
     text = f"{first} is a {first:%A}, {day.day - 1} days earlier. So it is a {day:%A}."
-    code = tool_call(f'from datetime import date\nprint(f"{{date({day.year},{day.month},{day.day}):%A}}")', f"{day:%A}")
-    return (str(day),), phrasings, text, code, f"{day:%A}"
+    script = f'from datetime import date\nprint(f"{{date({day.year},{day.month},{day.day}):%A}}")'
+    return (str(day),), text, script, f"{day:%A}"
 
 
 def days_between(draw):
+    """How many days is it from {0} to {1}?
+    Count the days between {0} and {1}."""
     a = datetime.date(draw(1990, 2029, False), draw(1, 12, False), draw(1, 28, False))
     b = a + datetime.timedelta(draw(10, 199))
-    phrasings = ["How many days is it from {0} to {1}?", "Count the days between {0} and {1}."]
     answer, year = (b - a).days, datetime.date(a.year, 1, 1)
     text = f"They are day {(a - year).days + 1} and day {(b - year).days + 1} of {a.year}. That is {answer}."
     dates = [f"date({d.year},{d.month},{d.day})" for d in (b, a)]
-    code = tool_call(f"from datetime import date\nprint(({'-'.join(dates)}).days)", answer)
-    return (str(a), str(b)), phrasings, text, code, answer
+    return (str(a), str(b)), text, f"from datetime import date\nprint(({'-'.join(dates)}).days)", answer
 
 
 def table_total(draw):
+    """A bill lists (number at price): {0}. What is the total?
+    Add up this order: {0}."""
     rows = [(draw(2, 49), draw(2, 99)) for _ in range(draw(2, 4))]
     table = "; ".join(f"{n} at {price}" for n, price in rows)
-    phrasings = ["A bill lists (number at price): {0}. What is the total?", "Add up this order: {0}."]
-    parts = [n * price for n, price in rows]
-    text = "\n".join(f"{n}*{price} = {n * price}" for n, price in rows)
+    products, parts = [f"{n}*{price}" for n, price in rows], [n * price for n, price in rows]
+    text = "\n".join(f"{product} = {part}" for product, part in zip(products, parts))
     text += f"\n{' + '.join(map(str, parts))} = {sum(parts)}"
-    code = tool_call(f"print({'+'.join(f'{n}*{price}' for n, price in rows)})", sum(parts))
-    return (table,), phrasings, text, code, sum(parts)
+    return (table,), text, f"print({'+'.join(products)})", sum(parts)
 
 
 def vowel_count(draw):
+    """How many vowels (a, e, i, o, u) has the word {0}?
+    Count the letters a, e, i, o, u in {0}."""
     word = random_word(draw, 6, 15)
-    phrasings = ["How many vowels (a, e, i, o, u) has the word {0}?", "Count the letters a, e, i, o, u in {0}."]
     answer = sum(letter in "aeiou" for letter in word)
     text = f"The letters are {', '.join(word)}. {answer} are vowels."
-    return (word,), phrasings, text, tool_call(f'print(sum(c in "aeiou" for c in "{word}"))', answer), answer
+    return (word,), text, f'print(sum(c in "aeiou" for c in "{word}"))', answer
 
 
 def smallest_gap(draw):
+    """What is the smallest gap between neighbours in the list {0}?
+    By how much do the closest neighbours of {0} differ?"""
     found = sorted(draw(10, 999) for _ in range(draw(4, 7)))
     listed, gaps = ", ".join(map(str, found)), [b - a for a, b in zip(found, found[1:])]
-    phrasings = ["What is the smallest gap between neighbours in the list {0}?",
-                 "By how much do the closest neighbours of {0} differ?"]
     text = f"The gaps are {', '.join(map(str, gaps))}. The smallest is {min(gaps)}."
-    code = tool_call(f"a=[{listed}]\nprint(min(y-x for x,y in zip(a,a[1:])))", min(gaps))
-    return (listed,), phrasings, text, code, min(gaps)
+    return (listed,), text, f"a=[{listed}]\nprint(min(y-x for x,y in zip(a,a[1:])))", min(gaps)
 
 
 TRIVIAL = [addition, larger, last_digit, first_letter]  # no tool is needed
@@ -617,14 +596,8 @@ SPLITS = tuple(prefix + split for prefix in ("", "text_")  # of --task numbers, 
                for split in ("train", "test", "ood_large", "ood_families"))
 
 
-@dataclass
-class Problem:
-    family: str
-    operands: tuple
-    question: str
-    answer: str
-    by_hand: str  # D_init
-    by_code: str  # not yet verified
+# by_hand: D_init; by_code: not yet verified
+Problem = namedtuple("Problem", "family operands question answer by_hand by_code")
 
 
 def embedded_problem(split, seed, index):
@@ -648,14 +621,17 @@ def embedded_problem(split, seed, index):
 
     while True:
         family = rng.choice(held_out if split == "ood_families" else families)
-        operands, phrasings, by_hand, by_code, answer = family(draw)
+        operands, by_hand, by_code, answer = family(draw)
         # sorted: 3 + 5 and 5 + 3 are one problem
         is_test = zlib.crc32(f"{family.__name__}{sorted(operands)}".encode()) % 10 == 0
         if split in ("train", "test") and is_test != (split == "test"):
             continue
+        if CODE_OPEN not in by_code:
+            by_code = tool_call(by_code, answer)
         final = f"<answer>\\boxed{{{answer}}}</answer>"
-        return Problem(family.__name__, operands, rng.choice(phrasings).format(*operands), str(answer),
-                       f"{by_hand}\n{final}", f"Let me compute this.\n{by_code}{final}")
+        question = rng.choice(family.__doc__.strip().splitlines()).strip().format(*operands)
+        return Problem(family.__name__, operands, question, str(answer), f"{by_hand}\n{final}",
+                       f"Let me compute this.\n{by_code}{final}")
 
 
 def embedded_rows(split, n, seed=0):
@@ -686,10 +662,9 @@ CHAT_TEMPLATE = (
 
 @functools.cache  # takes seconds
 def embedded_tokenizer(vocabulary=896, documents=3000):
-    """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as
-    for the big tokenizers. Digits in pairs would halve the steps after which operands are
-    copied right (measured), but transformers gives every qwen2 checkpoint Qwen's
-    pre-tokenisation, digits one by one, when it loads one."""
+    """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as for
+    the big tokenizers. Digits in pairs would halve the steps after which operands are copied right
+    (measured), but of a qwen2 checkpoint transformers loads Qwen's splitting, one by one."""
     tokenizer = Tokenizer(models.BPE())
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -716,15 +691,11 @@ def main():
     add("--n", type=int, default=2, help="problems to print")
     add("--seed", type=int, default=0, help="of the embedded problems")
     args = parser.parse_args()
-    if args.file:
-        problems = load_problems(args.file)
-        print(f"{args.file}: {len(problems)} problems; the first {args.n}:")
-        for problem in problems[:args.n]:
-            print(f"\n{problem['question']}\n-> {problem['answer']}")
-        return
-    for problem in (embedded_problem("train", args.seed, index) for index in range(args.n)):
-        print(f"{problem.family} {problem.operands}\n{problem.question}\n--- by hand\n{problem.by_hand}\n"
-              f"--- with code, not yet run\n{problem.by_code}\n")
+    problems = load_problems(args.file) if args.file else [
+        embedded_problem("train", args.seed, index)._asdict() for index in range(args.n)]
+    print(f"{len(problems)} problems\n")
+    for problem in problems[:args.n]:
+        print("".join(f"{name}: {value}\n" for name, value in problem.items()))
 
 
 if __name__ == "__main__":

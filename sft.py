@@ -1,20 +1,13 @@
 """Where does the format come from? Cold-start traces, the warm start on them, and what both trainers share.
 
-`curate` takes rewritings of solutions, whoever wrote them, through the paper's two checks, and through two
-the paper lacks:
-
-    1. format verification   tags balanced and ordered, snippets parse, exactly one final answer
-    2. execution             every snippet runs in the sandbox; the interpreter text is what really came
-                             back, and a quoted result that differs from it rejects the trace (the paper
-                             lets an LLM invent these outputs)
-    3. answer verification   the final answer equals the reference
-    4. quality               (real data) snippets compute what they print, and the text uses it
-
-A snippet that failed stays in its trace, because the text after it corrects it, but the trace says so
-(`failed_calls`), and SFT masks it: the model learns to recover from errors, not to make them.
+`curate` takes rewritings of solutions, whoever wrote them, through the paper's two checks, of format and
+answer, and two more: every snippet is executed, its real output stands in the trace, and a quoted one that
+differs rejects it (the paper lets an LLM invent outputs); and, for real data, snippets must compute what
+they print, and the text use it.
 
 The warm start is a masked next-token loss on these traces. Differences from the paper: (1) the traces were
-executed, not only written; (2) snippets that failed are masked, like the interpreter text; (3) sequences are
+executed, not only written; (2) snippets that failed stay in their traces, whose text corrects them, but are
+masked like interpreter text: the model learns to recover from errors, not to make them; (3) sequences are
 packed to a token budget, and the loss of a step is the sum over its trainable tokens divided once by their
 global number, so that it does not depend on packing, micro-batches or ranks.
 
@@ -26,7 +19,6 @@ global number, so that it does not depend on packing, micro-batches or ranks.
     python sft.py show traces.jsonl
 """
 import argparse
-import ast
 import asyncio
 import builtins
 import contextlib
@@ -42,7 +34,6 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -62,39 +53,34 @@ from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, e
                   extract_answer, field_names, load_problems, load_template, question_words, read_row,
                   read_rows, tool_call)
 from eval import (GOES_ON, Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, brackets_and_parts,
-                  check_mesh, code_purpose, computes, describe_error, find_checkpoint, given, in_range,
+                  check_mesh, computes, describe_error, find_checkpoint, given, in_range,
                   is_equivalent, is_same_expression, make_sandbox, need_values, one_spelling, run_script,
-                  save_checkpoint, shard, sharding_settings, sync_weights, training_state, zero_moments)
+                  save_checkpoint, shard, sharding_settings, sync_weights, syntax_tree, training_state, zero_moments)
 from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
                      break_tags, collate, encode_response, encode_text, generate, load_config,
                      load_model, load_tokenizer, make_example, pack, split_segments, strip_fence)
-from sandbox import Sandbox, UserError
+from sandbox import UserError
 
 # ------------------------------------------------------------------------------------------------------------
-# Cold-start traces. Whoever wrote a candidate, it becomes a trace only if it passes the checks
-# of format, execution and answer, and for real data those of quality, in this order.
+# Cold-start traces: candidates that passed the checks of format, execution and answer, and for
+# real data those of quality, in this order.
 
 
 class Rejected(Exception):
     """Why a row becomes no trace: "stage: reason", and where it helps what was found."""
 
 
-def load_traces(source, least=2):
+def load_traces(source):
     """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}];
-    where the last is missing no snippet is masked. UserError names a row that is no trace, or
-    says that there are fewer than `least`."""
+    where the last is missing no snippet is masked."""
     traces = []
     for place, row in read_rows(source):
         found = read_row(row)
-        if not found or not found["solution"]:
-            raise UserError(f"{place}: a trace needs question and response, or messages")
-        response = found.pop("solution")
-        if found["own"] is None:
-            raise UserError(f"{place}: no \\boxed{{}} answer in the response: this is no trace "
+        if not found or found["own"] is None:
+            raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: this is no trace "
                             "(sft.py curate makes traces of problems and solutions)")
-        traces.append({"failed_calls": [], "family": Path(source).stem, "response": response} | found | row)
-    if len(traces) < least:
-        raise UserError(f"{source}: needs at least two traces, one is held out")
+        defaults = {"failed_calls": [], "family": Path(source).stem, "response": found.pop("solution")}
+        traces.append(defaults | found | row)
     return traces
 
 
@@ -118,11 +104,8 @@ def check_format(response):
     closed = [text.count(CODE_CLOSE) for text in texts]
     if INTERPRETER_OPEN in "".join(texts) or closed != [1] * len(codes) + [0]:
         raise Rejected("format: interpreter block missing or misplaced")
-    for code in codes:
-        try:
-            ast.parse(code)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two: nesting
-            raise Rejected("format: snippet does not parse") from None
+    if not all(map(syntax_tree, codes)):
+        raise Rejected("format: snippet does not parse")
     before, _, ending = response.rpartition("<answer>")
     final, earlier = boxed(ending), extract_answer(before)
     if ("<answer>" in before or not ending.endswith("</answer>") or ending.count(r"\boxed") != 1
@@ -130,8 +113,7 @@ def check_format(response):
         raise Rejected("format: no single final answer")
 
 
-# With thousands commas or without. The digits of a word (x1) or a version (1.2.3) are no
-# number.
+# With thousands commas or without. The digits of a word (x1) or a version (1.2.3) are none.
 NUMBER_IN_TEXT = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
 TOKEN = re.compile(rf"{NUMBER_IN_TEXT.pattern}|\w+|[^\w\s]")
 
@@ -166,8 +148,8 @@ def same_output(quoted, result):
 
 async def check_trace(candidate, reference, sandbox):
     """Check format, execution and answer: (response with the real outputs, indices of failed
-    snippets, SandboxResults). Raises Rejected, and RuntimeError if the sandbox itself
-    fails."""
+    snippets, SandboxResults). An empty interpreter block is filled, any other must agree with the
+    run. RuntimeError if the sandbox itself fails."""
     check_format(candidate)
     texts, codes, quotes = take_apart(candidate)
     results = [await sandbox.run(code, seed=0) for code in codes]
@@ -184,36 +166,27 @@ async def check_trace(candidate, reference, sandbox):
     return response, [i for i, result in enumerate(results) if result.status != "ok"], results
 
 
-async def verified_traces(problems, candidates, sandbox, progress=None):
-    """Check one candidate per problem, all at the same time: (traces as `load_traces` reads
-    them, in order, and a Counter of "kept" and of the reasons to reject).
+async def embedded_traces(n, code_share, seed, sandbox, split="train"):
+    """Traces of n embedded problems as `load_traces` reads them, in order, about the share
+    `code_share` solved with code, the rest by hand; and a Counter of "kept" and of the reasons to
+    reject."""
+    rng = random.Random(seed + 1)
+    problems = [embedded_problem(split, seed, i) for i in range(n)]
+    candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
 
-    problems: objects with .question, .answer and .family. candidates: responses; an empty
-    interpreter block is filled, any other must agree with the run. progress: called with 1.
-    """
     async def verify(problem, candidate):
-        reason, trace = "kept", None
         try:
             response, failed, _ = await check_trace(candidate, problem.answer, sandbox)
-            trace = {"question": problem.question, "answer": problem.answer,
-                     "family": problem.family, "response": response, "failed_calls": failed}
         except Rejected as rejected:
-            reason = str(rejected)
-        if progress:
-            progress(1)
-        return reason, trace
+            return str(rejected), None
+        finally:
+            bar.update()
+        return "kept", {"question": problem.question, "answer": problem.answer,
+                        "family": problem.family, "response": response, "failed_calls": failed}
 
-    outcomes = await asyncio.gather(*map(verify, problems, candidates))
+    with tqdm(total=n, desc="curation", mininterval=1.0) as bar:
+        outcomes = await asyncio.gather(*map(verify, problems, candidates))
     return [trace for _, trace in outcomes if trace], Counter(reason for reason, _ in outcomes)
-
-
-async def embedded_traces(n, code_share, seed, sandbox, split="train", progress=None):
-    """Traces of n embedded problems and their Counter, as from `verified_traces`; about the
-    share `code_share` is solved with code, the rest by hand."""
-    problems = [embedded_problem(split, seed, i) for i in range(n)]
-    rng = random.Random(seed + 1)
-    candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
-    return await verified_traces(problems, candidates, sandbox, progress)
 
 
 NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug|instead|again|"
@@ -236,8 +209,7 @@ def check_quality(candidate, results, reference):
         raise Rejected("quality: no snippet")
     for i, (code, result) in enumerate(zip(codes, results)):
         if result.status != "ok":
-            # To go on as if nothing had happened must not be taught: the writer quotes the
-            # error or mentions it right after, and a later snippet runs.
+            # Taught is only: to quote or mention the error right after, and a later one that runs.
             noticed = quotes[i].strip() or NOTICED.search(texts[i + 1])
             corrected = any(later.status == "ok" for later in results[i:])
             if result.status not in ("error", "timeout") or not noticed or not corrected:
@@ -260,11 +232,10 @@ ANNOTATION = re.compile(r"(?P<equals> ?=? ?)(?P<currency>[$€£¢]?)"
 
 
 def calculator(solution, answer):
-    """Turn the calculator annotations of GSM8K into snippets; None if there are none. No
-    result stands before its snippet: "Ann sold 48/2 = $<<48/2=24>>24 of fruit." becomes "Ann
-    sold 48/2 =", a snippet that prints 48/2, and "$24 of fruit."; of a line that names a
-    result first, "She sold 24, for 48/2 = <<48/2=24>>24", the snippets stand in front.
-    """
+    """Turn the calculator annotations of GSM8K into snippets; None if there are none. No result
+    stands before its snippet: "Ann sold 48/2 = $<<48/2=24>>24 of fruit." becomes "Ann sold 48/2 =",
+    a snippet that prints 48/2, and "$24 of fruit."; where a line names a result first, "She sold
+    24, for 48/2 = <<48/2=24>>24", the snippets stand in front."""
     def snippet(step):
         return "\n" + tool_call(f"print({step['sum']})", step["result"])
 
@@ -306,30 +277,25 @@ def variable_name(line, step, taken):
 
 def program(solution, answer, question):
     """Turn the annotations into one script with a variable for each: an operand that equals an
-    earlier result is that variable. None where the script would not be the whole calculation: if
-    the answer is no result, another result is never used, or an operand is found nowhere or in
-    two places (results, question)."""
-    code, variables, used, unclear = [], {}, set(), False  # variables: result -> names
+    earlier result is that variable. None if the answer is no result, another result is never
+    used, or an operand is found nowhere or in two places (results, question)."""
+    code, variables, used = [], {}, set()  # variables: result -> names
     given, taken = set(numbers(question)), Counter(dir(builtins) + keyword.kwlist)
-
-    def operand(match):
-        nonlocal unclear
-        [value], literal = numbers(match[0]), match[0]
-        sources = variables.get(value, []) + [literal] * (value in given)
-        if not sources and (value < 1 or {value, 100 * value} & (given | COMMON)):
-            sources = [literal]
-        used.add(value)
-        unclear |= len(sources) != 1
-        return sources[0] if sources else literal
-
     for line in solution.splitlines():
         for step in ANNOTATION.finditer(line):
-            expression = NUMBER_IN_TEXT.sub(operand, step["sum"].strip())
+            for value in numbers(step["sum"]):
+                names = variables.get(value, [])
+                is_given = value in given or (not names and (value < 1 or {value, 100 * value} & (given | COMMON)))
+                if len(names) + bool(is_given) != 1:
+                    return None
+                used.add(value)
+            expression = NUMBER_IN_TEXT.sub(
+                lambda match: variables.get(*numbers(match[0]), [match[0]])[0], step["sum"].strip())
             code.append(f"{variable_name(line, step, taken)} = {expression}")
             for value in numbers(step["result"])[:1]:
                 variables.setdefault(value, []).append(code[-1].split()[0])
     final = next(iter(numbers(answer)), None)
-    if unclear or final not in variables or set(variables) - used - {final}:
+    if final not in variables or set(variables) - used - {final}:
         return None
     script = tool_call("\n".join([*code, f"print({variables[final][-1]})"]), answer)
     return f"Let me compute this.\n{script}The answer is {answer}.\n<answer>\\boxed{{{answer}}}</answer>"
@@ -351,22 +317,22 @@ Solution:
 {{solution}}"""
 
 
-def api_model(args):
-    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one came
-    to no end or was refused. The openai package tries again after 408, 409, 429, 5xx and lost
-    connections; when it gives up, UserError ends the run, and the same command resumes it."""
+def api_model(model, url, temperature, max_tokens):
+    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one came to no
+    end or was refused. The openai package tries again; when it gives up, UserError ends the run,
+    and the same command resumes it."""
     try:
         import openai
     except ImportError:
         raise UserError("--rewriter api needs the package openai (pip install openai)") from None
-    client = openai.AsyncOpenAI(base_url=args.api_url or None, max_retries=6,
+    client = openai.AsyncOpenAI(base_url=url or None, max_retries=6,
                                 api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     async def complete_one(prompt, seed):
         try:
             reply = await client.chat.completions.create(
-                model=args.model, messages=[{"role": "user", "content": prompt}], seed=seed,
-                temperature=args.temperature, max_tokens=args.max_tokens)
+                model=model, messages=[{"role": "user", "content": prompt}], seed=seed,
+                temperature=temperature, max_tokens=max_tokens)
         except openai.BadRequestError:
             return None
         except openai.OpenAIError as error:
@@ -376,47 +342,48 @@ def api_model(args):
     return lambda prompts, seeds: asyncio.gather(*map(complete_one, prompts, seeds))
 
 
-def local_model(args):
+def local_model(path, temperature, max_tokens):
     """complete(prompts, seeds) -> texts of a checkpoint, None where one came to no end."""
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
-    tokenizer, model = load_tokenizer(args.model), load_model(args.model, device, dtype).eval()
+    tokenizer, model = load_tokenizer(path), load_model(path, device, dtype).eval()
     positions = model.config.max_position_embeddings
 
     async def complete(prompts, seeds):
         ids = [encode_prompt(tokenizer, "{question}", prompt)[:positions - 1] for prompt in prompts]
-        room = min(args.max_tokens, positions - max(map(len, ids)))
+        room = min(max_tokens, positions - max(map(len, ids)))
         found = await generate(model, tokenizer, ids, None, tools=False, prompt_keys=seeds,
-                               temperature=args.temperature, max_response_tokens=room)
+                               temperature=temperature, max_response_tokens=room)
         return [tokenizer.decode(t.response_ids, skip_special_tokens=True)
                 if t.finish_reason == "eos" else None for t in found]
     return complete
 
 
-def make_rewriter(args):
+def make_rewriter(name, model, url, temperature, max_tokens, seed):
     """rewrite(records of rows) -> a candidate, or None, for each."""
-    if args.rewriter in ("local", "api"):
-        if not args.model:
-            raise UserError(f"--rewriter {args.rewriter} needs --model")
-        complete = (local_model if args.rewriter == "local" else api_model)(args)
+    if name in ("local", "api") and not model:
+        raise UserError(f"--rewriter {name} needs --model")
+    if name == "local":
+        complete = local_model(model, temperature, max_tokens)
+    elif name == "api":
+        complete = api_model(model, url, temperature, max_tokens)
 
     async def rewrite(records):
-        if args.rewriter == "calculator":
+        if name == "calculator":
             return [calculator(record["solution"], record["own"]) for record in records]
-        if args.rewriter == "program":
+        if name == "program":
             return [program(record["solution"], record["own"], record["question"]) for record in records]
         prompts = [REWRITE_PROMPT.replace("{solution}", record["solution"])
                    .replace("{question}", record["question"]) for record in records]
-        return await complete(prompts, [args.seed + record["row"] for record in records])
+        return await complete(prompts, [seed + record["row"] for record in records])
     return rewrite
 
 
 # ------------------------------------------------------------------------------------------------------------
 # `sft.py curate`: read, filter, rewrite, check, remove duplicates, write, report.
 #
-# A record is what is known of one row, a dict: the row's number and place, a checksum (crc),
-# and "input", the row itself. `check_problem` replaces the latter by what `read_row` makes of
-# it, the rewriter adds "candidate", `make_trace` adds "trace". "reason" is "kept" or why it is
-# left out.
+# A record is what is known of one row, a dict: the row's number, place and "reason", which is
+# "kept" or why it is left out; "input", the row itself, which `check_problem` replaces by what
+# `read_row` makes of it; the rewriter's "candidate"; and the "trace".
 
 
 async def parses(answer, sandbox):
@@ -429,14 +396,13 @@ async def parses(answer, sandbox):
 
 
 async def check_problem(record, run):
-    """Fill in the problem; Rejected if there is nothing to rewrite, or it is contaminated."""
+    """Fill in the problem, if there is something to rewrite and it is not contaminated."""
     row = record.pop("input")
-    if row is None:
-        raise Rejected("filter: not JSON")
-    record |= read_row(row, run.layouts) or {"question": None}
-    if record["question"] is None:
+    found = read_row(row, run.layouts)
+    if not found:
         raise Rejected(f"filter: unknown layout ({field_names(row)}), name its --question_field")
-    question, answer, solution = record["question"], record["answer"], record["solution"]
+    record |= found
+    question, answer, solution, own = found.values()
     if not question or re.search("[\ud800-\udfff]", question + answer + solution):
         raise Rejected("filter: not well-formed")  # a lone surrogate is no text
     if not answer or not await parses(answer, run.sandbox):
@@ -445,7 +411,7 @@ async def check_problem(record, run):
         raise Rejected("filter: no solution")
     if "<answer>" in solution:  # a trace already, to be checked but not to be rewritten
         record["candidate"] = solution
-    elif not await is_equivalent(record["own"], answer, run.sandbox):
+    elif not await is_equivalent(own, answer, run.sandbox):
         raise Rejected("filter: the solution's answer is not the reference")
     for key in contamination_keys(question):
         if key in run.evaluation:
@@ -454,7 +420,7 @@ async def check_problem(record, run):
 
 
 async def make_trace(record, run):
-    """Make the trace of a record that has a candidate; Rejected where a check fails."""
+    """Make the trace of a record that has a candidate."""
     if not record["candidate"]:
         raise Rejected("rewrite: no calculation, or unfinished")
     candidate = record["candidate"].encode("utf-8", "replace").decode().strip()
@@ -463,109 +429,98 @@ async def make_trace(record, run):
     prompt = run.template.replace("{question}", record["question"])
     if len(encode_text(run.tokenizer, prompt + response)) > run.max_tokens:
         raise Rejected("quality: too long")
-    texts, codes, _ = take_apart(response)
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     record["trace"] = {"messages": messages, "answer": record["answer"], "family": run.family,
-                       "failed_calls": failed, "place": record["place"],
-                       "purposes": [code_purpose(*pair) for pair in zip(codes, texts)]}
+                       "failed_calls": failed, "place": record["place"]}
 
 
-async def curate_rows(records, run):
-    """Take rows through all stages, one stage after the other, all rows at the same time."""
+async def curate_rows(rows, run):
+    """The records of [(number, (place, row))], taken through all stages, one stage after the other,
+    all rows at the same time."""
     async def attempt(stage, record):
-        try:
-            await stage(record, run)
-        except Rejected as rejected:
-            record["reason"], *record["detail"] = rejected.args
+        if record["reason"] == "kept":
+            try:
+                await stage(record, run)
+            except Rejected as rejected:
+                record["reason"], *record["detail"] = rejected.args
 
+    records = [{"row": number, "place": Path(place).name, "reason": "kept", "input": row}
+               for number, (place, row) in rows]
     await asyncio.gather(*[attempt(check_problem, record) for record in records])
-    records = [record for record in records if record["reason"] == "kept"]
-    unwritten = [record for record in records if "candidate" not in record]
+    unwritten = [record for record in records if record["reason"] == "kept" and "candidate" not in record]
     if unwritten:
         for record, candidate in zip(unwritten, await run.rewrite(unwritten)):
             record["candidate"] = candidate
     await asyncio.gather(*[attempt(make_trace, record) for record in records])
-
-
-def read_records(args, journal):
-    """The records of the input's rows; those that an interrupted run has finished come from
-    its journal, if neither the row nor an argument that decides what becomes of it has
-    changed."""
-    done = {}
-    for line in journal.read_text().splitlines() if journal.exists() else []:
-        with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
-            record = json.loads(line)
-            done[record["row"], record["crc"]] = record
-    speed = "output limit in_flight api_url sandbox_workers unsafe_sandbox".split()
-    decisive = {name: value for name, value in vars(args).items() if name not in speed}
-    rows = read_rows(args.input, args.split, args.config, keep_bad=True)
-    for number, (place, row) in enumerate(itertools.islice(rows, args.limit or None), 1):
-        if row is None:
-            print(f"{place}: not JSON, left out", file=sys.stderr)
-        crc = zlib.crc32(json.dumps([decisive, row], default=str).encode())
-        new = {"row": number, "place": Path(place).name, "crc": crc, "reason": "kept", "input": row}
-        yield done.get((number, crc), new)
+    return records
 
 
 async def curate_file(args):
-    """`sft.py curate`. What is finished goes to OUTPUT's journal, a chunk of rows at a time,
-    so that a run can be interrupted; OUTPUT and its report appear at the end."""
+    """`sft.py curate`. A line of OUTPUT's journal holds the records of in_flight rows, under a hash
+    of all that decides them: those of an interrupted run are not made again. OUTPUT and its report
+    appear at the end."""
     output = Path(args.output)
     journal, report, partial = map(output.with_suffix, (".journal", ".report.json", ".partial"))
-    if output.exists() and not journal.exists():
+    if output.exists():
         raise UserError(f"--output {output}: there already; nothing is overwritten")
     names = (args.question_field, args.answer_field, args.solution_field)
     run = SimpleNamespace(
         layouts=[names] if any(names) else LAYOUTS, template=load_template(args.prompt_template),
-        rewrite=make_rewriter(args), family=Path(args.input).stem, max_tokens=args.max_tokens,
+        rewrite=make_rewriter(args.rewriter, args.model, args.api_url, args.temperature, args.max_tokens,
+                              args.seed),
+        family=Path(args.input).stem, max_tokens=args.max_tokens,
         tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else embedded_tokenizer(),
         evaluation={key: f"{Path(file).name}:{number}" for file in args.decontaminate
                     for number, problem in enumerate(load_problems(file), 1)
                     for key in contamination_keys(problem["question"])})
-    rows, records = read_records(args, journal), []
-    async with Sandbox(args.sandbox_workers, args.sandbox_timeout,
-                       unsafe=args.unsafe_sandbox) as run.sandbox:
-        with open(journal, "a") as file, tqdm(desc="rows", total=args.limit or None) as bar:
-            file.write("\n")  # ends a line that was torn by a kill
+    speed = "output limit in_flight api_url sandbox_workers unsafe_sandbox".split()
+    decisive = {name: value for name, value in vars(args).items() if name not in speed}
+    rows = enumerate(read_rows(args.input, args.split, args.config), 1)
+    rows, done, records = itertools.islice(rows, args.limit or None), {}, []
+    async with make_sandbox(args) as run.sandbox:
+        with open(journal, "a+") as file, tqdm(desc="rows", total=args.limit or None) as bar:
+            file.seek(0)
+            for line in file:
+                with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
+                    done |= json.loads(line)
             while chunk := list(itertools.islice(rows, args.in_flight)):
-                new = [record for record in chunk if "input" in record]
-                await curate_rows(new, run)
-                file.writelines(json.dumps(record) + "\n" for record in new)
-                file.flush()  # from here on a kill loses nothing of it
-                records += chunk
+                recipe = json.dumps([decisive, chunk], default=str)
+                recipe = hashlib.sha256(recipe.encode()).hexdigest()
+                if recipe not in done:
+                    done[recipe] = await curate_rows(chunk, run)
+                    file.write(f"\n{json.dumps({recipe: done[recipe]})}\n")  # ends a torn line first
+                    file.flush()
+                records += done[recipe]
                 bar.update(len(chunk))
-    summary, examples = write_traces(records, partial)
+    traces, summary, examples = summarise(records)
     details = {"arguments": vars(args), "examples": examples}
     report.write_text(json.dumps(summary | details, indent=1))
-    partial.rename(output)
+    if traces:
+        partial.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+        partial.rename(output)
     journal.unlink()
-    if not summary["kept"]:
-        output.unlink()
+    if not traces:
         frequent = dict(Counter(summary["reasons"]).most_common(3))
         raise UserError(f"{args.input}: none of {len(records)} rows kept, {frequent}; see {report}")
     print(json.dumps(summary, indent=1))
 
 
-def write_traces(records, path):
-    """Write the traces, but no question twice: (counts, three examples of each reason)."""
-    reasons, purposes, examples, first_rows = Counter(), Counter(), {}, {}
-    with open(path, "w") as out:
-        for record in records:
-            if record["reason"] == "kept":
-                first = first_rows.setdefault(" ".join(question_words(record["question"])), record)
-                if first is not record:
-                    record |= {"reason": "duplicate: same question", "detail": [first["place"]]}
-            reasons[record["reason"]] += 1
-            if record["reason"] == "kept":
-                purposes.update(record["trace"]["purposes"])
-                out.write(json.dumps(record["trace"]) + "\n")
-            elif reasons[record["reason"]] <= 3:
-                examples.setdefault(record["reason"], []).append(record)
-    rows, kept = len(records), reasons["kept"]
-    return {"rows": rows, "kept": kept, "kept_share": kept / max(1, rows),
-            "reasons": dict(sorted(reasons.items())),
-            "snippets_per_trace": purposes.total() / max(1, kept),
-            "purposes, guessed from syntax and words": purposes}, examples
+def summarise(records):
+    """(traces, but no question twice; counts; three examples of each reason)."""
+    first_rows = {}
+    for record in records:
+        if record["reason"] == "kept":
+            first = first_rows.setdefault(" ".join(question_words(record["question"])), record)
+            if first is not record:
+                record |= {"reason": "duplicate: same question", "detail": [first["place"]]}
+    reasons = Counter(record["reason"] for record in records)
+    examples = {reason: [record for record in records if record["reason"] == reason][:3]
+                for reason in reasons if reason != "kept"}
+    traces = [record["trace"] for record in records if record["reason"] == "kept"]
+    snippets = sum(trace["messages"][1]["content"].count(CODE_OPEN) for trace in traces)
+    return traces, {"rows": len(records), "kept": len(traces), "kept_share": len(traces) / max(1, len(records)),
+                    "reasons": dict(sorted(reasons.items())),
+                    "snippets_per_trace": snippets / max(1, len(traces))}, examples
 
 
 def add_curate_arguments(parser):
@@ -621,15 +576,13 @@ def split_name(task, split):
 
 
 def starting_point(path):
-    """(configuration, tokenizer) of a checkpoint, or of the embedded model if the path is
-    empty."""
+    """(configuration, tokenizer) of a checkpoint; of the embedded model if the path is empty."""
     tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
     return load_config(path, tokenizer) if path else embedded_config(tokenizer), tokenizer
 
 
 def starting_model(path, config, seed):
-    """A checkpoint's model, or the embedded one with random weights, in host memory and
-    fp32."""
+    """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
     if path:
         return load_model(path, "cpu")
     torch.manual_seed(seed)
@@ -707,12 +660,12 @@ def orthogonalise(x):
     return x
 
 
-def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, seed, token_budget, rank, world,
-          device, file, checkpoints, save_every, deadline):
+def train(policy, examples, held_out, recipe, rank, world, device, folder, save_every, deadline):
     """Train the sharded policy on a list of Example, from the newest checkpoint in the folder
-    `checkpoints` if there is one; a line of metrics goes to `file` every tenth step. Returns
-    the final metrics, on held_out and on as many examples. deadline: of time.monotonic(); then
-    the process ends with a checkpoint."""
+    if there is one; a line of metrics is written there every tenth step. Returns the final
+    metrics, on held_out and on as many examples. deadline: of time.monotonic(); then the process
+    ends with a checkpoint."""
+    lr, muon_lr, steps, token_budget = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps, recipe.token_budget
     of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
     of_adamw = [p for p in policy.parameters() if p not in of_muon]
     adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -721,19 +674,19 @@ def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, se
     if of_muon:
         optimizers[Muon([p for p in policy.parameters() if p in of_muon], muon_lr)] = muon_lr
     state = training_state("policy", policy, *optimizers)
-    path, record = find_checkpoint(checkpoints, rank)
+    path, record = find_checkpoint(folder / "checkpoints", rank)
     if path:
         dcp.load(state, checkpoint_id=path)
-    start = record["step"] if path else 0
+    start, size = (record["step"], record["bytes"]) if path else (0, 0)
+    file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     if rank == 0:
-        file.truncate(record["bytes"] if path else 0)
-    order = itertools.islice(batches(len(examples), batch_size, seed), start, None)
-    tokens, begin = 0, time.perf_counter()
+        file.truncate(size)
+    order = itertools.islice(batches(len(examples), recipe.sft_batch_size, recipe.sft_seed), start, None)
     bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
     for step in bar:
         batch = [examples[i] for i in next(order)]
         for optimizer, peak in optimizers.items():
-            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, warmup)
+            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
         loss = batch_loss(policy, batch, token_budget, rank, world, device, backward=True)
         norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
         if not math.isfinite(loss + norm):
@@ -741,16 +694,12 @@ def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, se
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        tokens += sum(len(e) for e in batch)
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
-            file.write(json.dumps({
-                "step": step, "loss": loss, "grad_norm": norm,
-                "tokens_per_second": tokens / (time.perf_counter() - begin)}) + "\n")
+            file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
         stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
         if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
-            file.flush()
-            save_checkpoint(checkpoints, training_state("policy", policy, *optimizers),
+            save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
                             {"step": step + 1, "bytes": os.fstat(file.fileno()).st_size}, 1, rank)
             if stops:
                 if rank == 0:
@@ -758,7 +707,10 @@ def train(policy, examples, held_out, steps, batch_size, lr, muon_lr, warmup, se
                 sys.exit(0)
     seen, unseen = (batch_loss(policy, batch, token_budget, rank, world, device)
                     for batch in (examples[:len(held_out)], held_out))
-    return {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
+    metrics = {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
+    file.write(json.dumps(metrics) + "\n")
+    file.close()
+    return metrics
 
 
 def digest(*records):
@@ -770,28 +722,27 @@ def digest(*records):
     return found.hexdigest()[:16]
 
 
-def warm_start_key(args, traces=None):
-    """Hash of all that decides the result. The number of ranks only changes rounding."""
+def warm_start_recipe(args, traces=()):
+    """All that decides a warm start's result, which is kept under its hash: the code below sees
+    no other argument that could change it. (The number of ranks only changes rounding.)"""
     names = ("model", "task", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_muon_lr",
              "sft_warmup", "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout",
              "sft_mask_interpreter", "mask_failed")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
                for file in sorted(Path(args.model).glob("*"))] if args.model else []
-    return digest({n: getattr(args, n) for n in names}, weights, load_template(args.prompt_template), traces)
+    return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights, traces=traces,
+                           template=load_template(args.prompt_template))
 
 
-async def cold_start_traces(args):
-    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
-    from a file whose name is a hash of what decides them."""
-    record = {n: getattr(args, n) for n in ("task", "sft_traces", "code_share", "sft_seed", "sandbox_timeout")}
-    path = Path(args.warm_start_dir) / f"traces-{digest(record)}.json"
+async def cold_start_traces(recipe, sandbox, folder):
+    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read from
+    a file whose name is a hash of what decides them."""
+    settings = [recipe.sft_traces, recipe.code_share, recipe.sft_seed]
+    path = folder / f"traces-{digest(settings, recipe.task, recipe.sandbox_timeout)}.json"
     if not path.exists():
-        async with make_sandbox(args) as sandbox:
-            with tqdm(total=args.sft_traces, desc="curation", mininterval=1.0) as bar:
-                kept, counts = await embedded_traces(args.sft_traces, args.code_share, args.sft_seed, sandbox,
-                                                     split_name(args.task, "train"), bar.update)
-            held_out, _ = await embedded_traces(256, args.code_share, args.sft_seed, sandbox,
-                                                split_name(args.task, "test"))
+        async with sandbox:
+            kept, counts = await embedded_traces(*settings, sandbox, split_name(recipe.task, "train"))
+            held_out, _ = await embedded_traces(256, *settings[1:], sandbox, split_name(recipe.task, "test"))
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([kept, held_out, counts]))
         partial.rename(path)  # only a finished curation is ever found under its name
@@ -802,66 +753,58 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     """The folder of the warm-started checkpoint for these arguments, made now or reused. One
     that was interrupted, or met the deadline (see `train`), goes on where its last checkpoint
     was, with the same metrics as one that was not."""
-    rows = load_traces(traces_file) if traces_file else None
-    found = [None]
-    if rank == 0:  # one rank looks, for another run may be about to finish the same folder
-        folder = Path(args.warm_start_dir) / warm_start_key(args, rows)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(f"{folder.name}.lock"), "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
-        found = [(folder, folder.is_dir())]
-    dist.broadcast_object_list(found)
-    folder, exists = found[0]
-    if exists:
-        if rank == 0:
-            print(f"warm start: reusing {folder}")
-            lock.close()
-        return folder
-    partial = folder.with_name(f"{folder.name}.partial")
+    rows = load_traces(traces_file) if traces_file else []
+    if traces_file and len(rows) < 2:
+        raise UserError(f"{traces_file}: needs at least two traces, one is held out")
+    recipe = warm_start_recipe(args, rows)
     shared = [None]
     if rank == 0:  # curation runs once
-        partial.mkdir(exist_ok=True)
-        if traces_file:
+        folder = Path(args.warm_start_dir) / digest(vars(recipe))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_suffix(".lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
+        traces = None
+        if folder.is_dir():
+            print(f"warm start: reusing {folder}")
+        elif rows:
             split = len(rows) - max(1, len(rows) // 50)
-            kept, held_out, counts = rows[:split], rows[split:], {"loaded": len(rows)}
+            traces = rows[:split], rows[split:]
         else:
-            kept, held_out, counts = await cold_start_traces(args)
-        print(f"curation: {counts}")
-        (partial / "curation.json").write_text(json.dumps(counts, indent=1))
-        with open(partial / "traces.jsonl", "w") as file:
-            file.writelines(json.dumps(trace) + "\n" for trace in kept)
-        shared = [(kept, held_out)]
+            *traces, counts = await cold_start_traces(recipe, make_sandbox(args), folder.parent)
+            print(f"curation: {counts}")
+        shared = [(folder, traces)]
     dist.broadcast_object_list(shared)
-    metrics = train_on_traces(*shared[0], args, partial, rank, world, device, deadline)
-    if rank == 0:
-        print("warm start: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        (partial / "arguments.json").write_text(json.dumps(vars(args) | {"versions": versions()}, indent=1))
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-        partial.rename(folder)  # only a finished warm start is ever found under its name
-        lock.close()
+    folder, traces = shared[0]
+    if traces:
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(exist_ok=True)
+        metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial, args.sft_save_every,
+                                  rank, world, device, deadline)
+        if rank == 0:
+            print("warm start: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            (partial / "arguments.json").write_text(json.dumps(vars(args) | {"versions": versions()}, indent=1))
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            partial.rename(folder)  # only a finished warm start is ever found under its name
     dist.barrier()
+    if rank == 0:
+        lock.close()
     return folder
 
 
-def train_on_traces(traces, held_out, args, folder, rank, world, device, deadline):
+def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device, deadline):
     """The warm start itself: the trained checkpoint and its metrics.jsonl go into `folder`.
     Returns the final metrics."""
-    config, tokenizer = starting_point(args.model)
-    template = load_template(args.prompt_template)
-    masks = args.sft_mask_interpreter == "on", args.mask_failed == "on"
-    examples, fresh = ([trace_example(trace, tokenizer, template, args.max_interpreter_tokens, *masks)
+    config, tokenizer = starting_point(recipe.model)
+    masks = recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on"
+    examples, fresh = ([trace_example(trace, tokenizer, recipe.template, recipe.max_interpreter_tokens, *masks)
                         for trace in rows] for rows in (traces, held_out))
     longest, positions = max(len(e) for e in examples + fresh), config.max_position_embeddings
     if longest > positions:
         raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
-    plain = starting_model(args.model, config, args.sft_seed) if rank == 0 else None  # to be saved
-    policy = Policy(starting_model(args.model, config, args.sft_seed))
-    shard(policy, policy.lm, **sharding_settings(args))
-    with open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a") as file:
-        metrics = train(policy, examples, fresh, args.sft_steps, args.sft_batch_size, args.sft_lr,
-                        args.sft_muon_lr, args.sft_warmup, args.sft_seed, args.token_budget, rank, world,
-                        device, file, folder / "checkpoints", args.sft_save_every, deadline)
-        file.write(json.dumps(metrics) + "\n")
+    plain = starting_model(recipe.model, config, recipe.sft_seed) if rank == 0 else None  # to be saved
+    policy = Policy(starting_model(recipe.model, config, recipe.sft_seed))
+    shard(policy, policy.lm, **sharding)
+    metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every, deadline)
     sync_weights(policy, plain)
     if rank == 0:
         plain.save_pretrained(folder)
@@ -879,24 +822,20 @@ def add_warm_start_arguments(parser):
     add("--model", default="",
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
     add("--task", choices=tuple(TASKS), default="numbers", help="what the embedded problems are about")
-    add("--sft_traces", type=at_least(1), default=6000,
-        help="cold-start problems of the embedded default; paper: 2,000 traces released")
+    add("--sft_traces", type=at_least(1), default=6000, help="embedded ones; paper: 2,000 released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.55,
-        help="share of them rewritten with code, the rest text; paper's policy starts at 0.18")
+        help="share of them solved with code; paper's policy starts at 0.18")
     add("--sft_steps", type=at_least(1), default=1100, help="optimiser steps; paper: 2 epochs")
     add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
-    add("--sft_lr", type=in_range(0.0), default=5e-3,
-        help="peak learning rate of AdamW, which falls to zero; paper 1e-6 (32B)")
+    add("--sft_lr", type=in_range(0.0), default=5e-3, help="AdamW's peak; falls to 0; paper 1e-6 (32B)")
     add("--sft_muon_lr", type=in_range(0.0), default=0.04,
         help="of Muon, which trains the layers' matrices; 0: AdamW trains all, as the paper's")
     add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
     add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn to write results too")
     add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets too")
-    add("--sft_save_every", type=at_least(1), default=300,
-        help="steps between checkpoints; the same command goes on from the last")
-    add("--sft_seed", type=int, default=0, help="seed of the warm start: traces, order, initial weights")
-    add("--warm_start_dir", default="out/warm_start",
-        help="finished warm starts are kept here under a hash and reused")
+    add("--sft_save_every", type=at_least(1), default=300, help="steps between checkpoints")
+    add("--sft_seed", type=int, default=0, help="of traces, order and initial weights")
+    add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
 
 
 def check_warm_start(parser, args):
@@ -931,18 +870,17 @@ async def main(rank, world, device):
 
 def main_curation():
     """`python sft.py curate ...` and `python sft.py show FILE`."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     add_curate_arguments(commands.add_parser("curate", help="real data -> verified traces",
-                                             formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+                                             formatter_class=Help))
     shown = commands.add_parser("show", help="print traces")
     shown.add_argument("file", help="JSONL of traces")
     shown.add_argument("--n", type=at_least(0), default=10, help="how many")
     args = parser.parse_args()
     if args.command == "curate":
         return asyncio.run(curate_file(args))
-    for trace in load_traces(args.file, 1)[:args.n]:
+    for trace in load_traces(args.file)[:args.n]:
         print(f"{'=' * 100}\n{trace['question']}\n{'-' * 100}\n{trace['response']}")
 
 
@@ -950,8 +888,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["curate"], ["show"]):  # these two need no process group
         try:
             main_curation()
-        except BrokenPipeError:  # of `show ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         except (UserError, OSError) as error:
             sys.exit(describe_error(error))
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -22,11 +23,10 @@ from conftest import StubSandbox, decode
 
 import rollout
 import sft
-from data import load_problems, read_row
+from data import embedded_problem, load_problems, read_row
 from rollout import encode_response, encode_text, split_segments
 from sandbox import Sandbox, SandboxResult, UserError
-from sft import (Rejected, calculator, check_format, contamination_keys, load_traces, program,
-                 verified_traces)
+from sft import Rejected, calculator, check_format, contamination_keys, load_traces, program
 
 TESTS = Path(__file__).parent
 ANSWER = r"<answer>\boxed{4}</answer>"
@@ -50,7 +50,7 @@ def execute(code):
 class Trusted(StubSandbox):
     """In place of the sandbox where no snippet is hostile."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, args):
         super().__init__(execute, delay=lambda code: Trusted.seconds)
 
     seconds = 0.0
@@ -64,7 +64,7 @@ class Trusted(StubSandbox):
 
 @pytest.fixture
 def trusted(monkeypatch):
-    monkeypatch.setattr(sft, "Sandbox", Trusted)
+    monkeypatch.setattr(sft, "make_sandbox", Trusted)
 
 
 def write(path, rows):
@@ -100,10 +100,6 @@ def outputs(trace):
 def trace(question, response, answer="4"):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": response}],
             "answer": answer}
-
-
-def problem(i=0, answer="4"):
-    return SimpleNamespace(question=f"q{i}", answer=answer, family="f")
 
 
 GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold half of them. Bob sold {n + 3} "
@@ -404,26 +400,23 @@ FAULTS = [
 
 
 def test_planted_faults_are_rejected_and_real_output_is_written_in():
-    """Guards against invented interpreter text, a wrong count per reason, and failures that SFT would not
-    mask."""
-    problems, ticks = [problem(i, "4.0") for i in range(len(FAULTS))], []
-
+    """Guards against invented interpreter text, another reason, and failures that SFT would not mask."""
     async def main():
         async with Sandbox(workers=2, timeout=3.0) as sandbox:
-            candidates = [response for _, response, _ in FAULTS]
-            return await verified_traces(problems, candidates, sandbox, ticks.append)
-    traces, counts = asyncio.run(main())
-    assert counts == Counter(reason for reason, _, _ in FAULTS) and sum(ticks) == len(FAULTS)
-    kept = [(f"q{i}", failed) for i, (reason, _, failed) in enumerate(FAULTS) if reason == "kept"]
-    assert [(t["question"], t["failed_calls"]) for t in traces] == kept
-    printed = [outputs(t) for t in traces]
+            return await asyncio.gather(*[sft.check_trace(response, "4.0", sandbox) for _, response, _ in FAULTS],
+                                        return_exceptions=True)
+    found = asyncio.run(main())
+    assert [str(f) if isinstance(f, Rejected) else "kept" for f in found] == [reason for reason, *_ in FAULTS]
+    kept = [f for f in found if not isinstance(f, Rejected)]
+    assert [failed for _, failed, _ in kept] == [failed for reason, _, failed in FAULTS if reason == "kept"]
+    printed = [outputs({"response": response}) for response, *_ in kept]
     assert printed[:2] == [["4"], ["4"]] and printed[4] == []
     assert printed[2][0].endswith("ZeroDivisionError: division by zero") and printed[2][1] == "4"
     assert printed[3][:2] == ["3", "[timed out after 3.0 s]"] and "NameError" in printed[3][2]
-    for (_, response, _), t in zip(FAULTS, traces):  # the model's own words are untouched
-        assert [s for s in split_segments(t["response"])
-                if s[0] == "model"] == [s for s in split_segments(response) if s[0] == "model"]
-        assert reason(check_format, t["response"]) is None and (t["answer"], t["family"]) == ("4.0", "f")
+    for (_, candidate, _), (response, *_) in zip(FAULTS, kept):  # the model's own words are untouched
+        assert [s for s in split_segments(response)
+                if s[0] == "model"] == [s for s in split_segments(candidate) if s[0] == "model"]
+        assert reason(check_format, response) is None
 
 
 @pytest.mark.parametrize("output", [
@@ -434,29 +427,27 @@ def test_output_that_looks_like_markup_is_never_trained_on(tokenizer, output):
     """Guards against a snippet that prints `</interpreter>`: what follows would count as the model's text in
     SFT."""
     candidate = "Go.\n" + fenced("print(x)") + ANSWER
-    traces, counts = asyncio.run(verified_traces([problem()], [candidate], StubSandbox(output)))
-    assert sum(counts.values()) == 1
-    for t in traces:  # rejecting it would do as well
-        ids, mask = encode_response(tokenizer, t["response"], 128)
-        trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
-        assert trained == "Go.\n<code>\n```python\nprint(x)\n```\n</code>\n" + ANSWER + "<|im_end|>"
+    response, *_ = asyncio.run(sft.check_trace(candidate, "4", StubSandbox(output)))
+    ids, mask = encode_response(tokenizer, response, 128)
+    trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
+    assert trained == "Go.\n<code>\n```python\nprint(x)\n```\n</code>\n" + ANSWER + "<|im_end|>"
 
 
 def test_traces_keep_their_order_when_snippets_finish_out_of_order():
     """Guards against traces paired with the wrong problem."""
-    problems = [problem(i, str(i)) for i in range(20)]
-    candidates = [fenced(f"print({i})") + rf"<answer>\boxed{{{i}}}</answer>" for i in range(20)]
-    sandbox = StubSandbox(lambda code: code[6:-1] + "\n", delay=lambda code: 0.001 * (20 - int(code[6:-1])))
-    traces, counts = asyncio.run(verified_traces(problems, candidates, sandbox))
-    assert counts == {"kept": 20} and [t["question"] for t in traces] == [f"q{i}" for i in range(20)]
-    assert [outputs(t) for t in traces] == [[str(i)] for i in range(20)]
+    delays = itertools.count(20, -1)
+    sandbox = StubSandbox(execute, delay=lambda code: 0.001 * next(delays))
+    traces, counts = asyncio.run(sft.embedded_traces(20, 1.0, 3, sandbox, "text_train"))
+    assert counts == {"kept": 20}
+    assert [t["question"] for t in traces] == [embedded_problem("text_train", 3, i).question for i in range(20)]
+    assert [outputs(t) for t in traces] == [[t["answer"]] for t in traces]
 
 
 def test_a_failing_sandbox_stops_curation():
     """Guards against filling a training set with "[sandbox error]"."""
     sandbox = StubSandbox(lambda code: SandboxResult("sandbox_error", "dead"))
     with pytest.raises(RuntimeError, match="sandbox"):
-        asyncio.run(verified_traces([problem()], [fenced("print(4)") + ANSWER], sandbox))
+        asyncio.run(sft.check_trace(fenced("print(4)") + ANSWER, "4", sandbox))
 
 
 @pytest.mark.parametrize("split, n", [("train", 150), ("text_train", 60), ("text_ood_families", 20)])
@@ -529,16 +520,15 @@ PLANTED = [
     ("filter: not well-formed", GOOD, " "),
     ("filter: not well-formed", GOOD.replace("Two", "\ud800")),
     ("filter: no solution", ""),
-    ("filter: not JSON", None),
 ]
 
 
-def test_planted_rows_are_each_rejected_for_their_reason(tmp_path, capsys):
+def test_planted_rows_are_each_rejected_for_their_reason(tmp_path):
     """Guards against a fault that slips through, is counted under another name, or stops the run."""
     rows = []
     for i, (_, response, *rest) in enumerate(PLANTED):
         question = rest[0] if rest and rest[0] else f"What is {'xyz'[i % 3] * (i + 1)} of pears and figs?"
-        rows.append("{torn\n" if response is None else trace(question, response, *rest[1:]))
+        rows.append(trace(question, response, *rest[1:]))
     bad = write(tmp_path / "evaluation.jsonl", [{"question": EVALUATION, "answer": "4"}])
     report = curate("--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
                     "--decontaminate", bad, "--sandbox_timeout", "1", "--max_tokens", "2000")
@@ -546,7 +536,6 @@ def test_planted_rows_are_each_rejected_for_their_reason(tmp_path, capsys):
     for reason, examples in report["examples"].items():
         assert len(examples) <= 3 and all(PLANTED[e["row"] - 1][0] == reason for e in examples)
         assert reason[:3] != "con" or all(e["detail"][0] == "evaluation.jsonl:1" for e in examples)
-    assert f"{tmp_path}/in.jsonl:{len(rows)}: not JSON" in capsys.readouterr().err
     traces = load_traces(tmp_path / "out.jsonl")
     assert [t["failed_calls"] for t in traces] == [[], [0], [0]]
     assert "ZeroDivisionError: division by zero" in traces[1]["response"]  # what really came back
@@ -596,7 +585,7 @@ def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_
     assert len(rows) == len(GSM8K) and all("*user question:*" in r["messages"][0]["content"] for r in rows)
     for i, (source_row, row, t) in enumerate(zip(GSM8K, rows, traces), 1):
         assert (t["question"], t["response"]) == (source_row["question"], row["messages"][1]["content"])
-        assert row["place"] == f"gsm.jsonl:{i}" and len(row["purposes"]) == 2 and "<<" not in t["response"]
+        assert row["place"] == f"gsm.jsonl:{i}" and "<<" not in t["response"]
     assert outputs(traces[0])[0] == "2.0"  # the sandbox's 4/2, not the annotation's 2
     # what comes out goes in again, and all of it is verified anew
     curate("--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
@@ -615,23 +604,23 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, trusted
     that were done with other arguments, and half a file under the final name."""
     mended = write(tmp_path / "mended.jsonl", GSM8K)
     curate("--input", mended, "--output", tmp_path / "whole.jsonl")
-    source = write(tmp_path / "gsm.jsonl", [*GSM8K[:3], "{torn\n", *GSM8K[4:]])
+    source = write(tmp_path / "gsm.jsonl", [*GSM8K[:3], {"question": "?"}, *GSM8K[4:]])
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.journal"
     command = ["--input", source, "--output", out, "--in_flight", 4]
     slow = ("import sys; sys.path.insert(0, sys.argv[1]); import test_curate as t\n"
-            "t.sft.Sandbox, t.Trusted.seconds = t.Trusted, 0.05; t.curate(*sys.argv[2:])")
+            "t.sft.make_sandbox, t.Trusted.seconds = t.Trusted, 0.05; t.curate(*sys.argv[2:])")
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, [TESTS, *command])],
                                stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
     with open(journal, "a") as file:
-        file.write('{"row": 59, "rea')  # as if it had been torn
-    finished = journal.read_text().count('"trace"')
+        file.write('{"0123": [{"row": 59, "rea')  # as if it had been torn
+    finished = journal.read_text().count('"trace"') - 3  # the first chunk is no longer the same
     assert 0 < finished < len(GSM8K)
     source.write_bytes(mended.read_bytes())
     judged, make_trace, interrupt_at = [], sft.make_trace, 60

@@ -798,7 +798,7 @@ def test_losses_that_are_not_finite_stop_the_run_before_the_weights_are_touched(
 def test_the_other_scripts_run(monkeypatch, capsys):
     """One real run of what has no run above: each prints what its docstring promises."""
     small = ["--rows", "2", "--check_rows", "2", "--batch_sizes", "2"]
-    for script, flags, line in ((bench_rollout, small, '"ratio"'), (data, ["--n", "1"], "not yet run")):
+    for script, flags, line in ((bench_rollout, small, '"ratio"'), (data, ["--n", "1"], "by_code: ")):
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
         script.main()
         assert line in capsys.readouterr().out
@@ -833,8 +833,8 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--track", "wandb"], "--track wandb: not installed (pip install wandb)"),
     (["--reward_scale", "1"], "--reward_scale has no effect with --reward outcome"),
     (["--gamma", "-3"], "argument --gamma: -3: must be at least 0.0 and at most 1.0"),
-    (["--train_data", "table.csv"], "table.csv: needed is JSONL"),
-    (["--train_data", "array.json"], "array.json: a JSON array; needed is JSONL"),
+    (["--train_data", "table.csv"], "table.csv:1: not JSON"),
+    (["--train_data", "array.json"], "needed is JSONL, one row per line"),
     (["--train_data", "nothing.jsonl"], "nothing.jsonl: no rows"),
     (["--prompts_per_step", "6", "--minibatches", "4"], "--minibatches 4 does not divide the responses per"),
 ])

@@ -204,7 +204,7 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
     sft.add_warm_start_arguments(parser)
     sft.add_trainer_arguments(parser)
     evaluation.add_format_arguments(parser)
-    key = lambda *flags: sft.warm_start_key(parser.parse_args(flags))  # noqa: E731
+    key = lambda *flags: sft.digest(vars(sft.warm_start_recipe(parser.parse_args(flags))))  # noqa: E731
     assert key() == key() == key("--warm_start_dir", "elsewhere")
     others = {
         key("--code_share", "0"),
