@@ -44,27 +44,21 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sandbox import UserError
+
 if sys.version_info < (3, 11):
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
-
-import huggingface_hub  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.benchmark import Timer  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,  # noqa: E402
-                          AutoTokenizer)
-
-from sandbox import UserError  # noqa: E402
-
-try:  # optional; without it PyTorch's own FlashAttention is used
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
@@ -174,20 +168,6 @@ def after_earlier(code, calls):
     return f"with {mute}: [exec(s, globals()) for s in {earlier!r}]\n{code}" if earlier else code
 
 
-def find_snippet(pieces, ids, begin, overrun):
-    """The snippet that the last token of `ids` closes, as (index of the token in which
-    `<code>` begins, code), or None. begin: where the model segment starts. overrun: what the
-    last token holds beyond the tag."""
-    ending, texts = len(CODE_CLOSE + overrun), [pieces[token] for token in ids[begin:]]
-    opening = "".join(texts)[:-ending].rfind(CODE_OPEN)
-    if opening < 0:
-        return None
-    start = begin + bisect.bisect_right(list(itertools.accumulate(map(len, texts))), opening)
-    # Decoded as a whole: byte-level tokens may split a character.
-    text = pieces.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-    return start, strip_fence(text[:-ending].rpartition(CODE_OPEN)[2])
-
-
 # ---------------------------------------------------------------------------------------------
 # The cache and the attention
 
@@ -259,15 +239,12 @@ class Packing:
 
 
 def flash_attention(q, k, v, last, longest, scale):
-    """Whole sequences by a CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D). last
-    (N,): their last tokens. Never run, NOT MEASURED."""
-    bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
-    if flash_attn_varlen_func:
-        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest,
-                                      softmax_scale=scale, causal=True)[None]
+    """Whole sequences by PyTorch's CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D).
+    last (N,): their last tokens. Never run, NOT MEASURED."""
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA; enable_gqa: 2.12
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, H, D)
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
 
 
@@ -370,10 +347,10 @@ def choose_dtype(name):
     return "bf16" if seconds[0] > 1.5 * seconds[1] else "fp32"
 
 
-def check_path(path):
-    """UserError, with what to do, unless it is a checkpoint folder or a hub id."""
+def from_checkpoint(loader, path, **options):
+    """loader.from_pretrained(path); UserError, with what to do, if that is no checkpoint."""
     folder = Path(path)
-    if folder.suffix == ".gguf" or folder.is_file():
+    if folder.is_file():
         raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
     if (folder / "metrics.jsonl").exists() and (folder / "checkpoint").is_dir():
         raise UserError(f"{path} is a run's folder; its model is {folder / 'checkpoint'}")
@@ -383,6 +360,10 @@ def check_path(path):
         if path.count("/") != 1 or path[0] in "./~":
             raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
         need_hub()
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
 
 
 @functools.cache
@@ -400,11 +381,7 @@ def need_hub():
 def load_tokenizer(path):
     """A checkpoint's tokenizer; UserError without vocabulary, EOS or chat template. Its EOS
     becomes the token that ends an assistant's turn in the template, as SFT trains."""
-    check_path(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
+    tokenizer = from_checkpoint(AutoTokenizer, path)
     # Without tokenizer files a folder gives an empty tokenizer, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
@@ -427,11 +404,7 @@ def end_tokens(model, tokenizer):
 def load_config(path, tokenizer=()):
     """A checkpoint's configuration; UserError if unreadable, or with fewer embeddings than the
     tokenizer has tokens."""
-    check_path(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    config = from_checkpoint(AutoConfig, path)
     if config.vocab_size < len(tokenizer):
         raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, the tokenizer "
                         f"{len(tokenizer)} tokens")
@@ -442,12 +415,10 @@ def load_model(path, device, dtype="fp32", weights=True):
     """A causal LM with `packed_attention`; UserError if that fails. weights=False: random, for
     a run's checkpoint to be read into. Trap: never `.to(torch.bfloat16)` later, that would
     round RoPE's frequencies too."""
-    check_path(path)
-    try:
-        model = (AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]) if weights else
-                 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[dtype]))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    if weights:
+        model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
+    else:
+        model = AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])
     use_packed_attention(model.to(device), path)
     return model
 
@@ -691,8 +662,7 @@ class Row:
     pending: list  # tokens to feed
     slot: int = -1
     segment_begin: int = 0  # of the current model segment
-    tail: str = ""  # last characters: maybe the beginning of a tag
-    opened: bool = False  # <code> seen since segment_begin
+    text: str = ""  # of that segment
     overrun: str = ""  # of the last token beyond </code>
     task: object = None  # the running snippet
     due: int = 0  # tick at which the row rejoins
@@ -715,8 +685,6 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
                          f"{model.config.max_position_embeddings} positions")
-    if settings.n_slots < 1 or not 0 < settings.top_p <= 1 or settings.temperature < 0:
-        raise ValueError("needs n_slots >= 1, 0 < top_p <= 1 and temperature >= 0")
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
     keys = prompt_keys or range(len(prompts))
@@ -839,19 +807,18 @@ class Engine:
             slots, pending = [row.slot for row in rows], [row.pending for row in rows]
             logits.append(forward_step(self.model, cache, slots, pending))
             self.counts["tokens_fed"] += sum(map(len, pending))
+        # Later samples need a prompt as a copy, for its slot may be refilled.
+        waiting = self.queue[0].trajectory.prompt_index if self.queue else None
         for row in leaders:
-            kv = cache.kv[:, :, row.slot, :, :len(row.pending)]
-            self.shared[row.trajectory.prompt_index] = logits[0][rows.index(row)], kv
+            prompt = logits[0][rows.index(row)], cache.kv[:, :, row.slot, :, :len(row.pending)]
+            index = row.trajectory.prompt_index
+            self.shared[index] = [x.clone() for x in prompt] if index == waiting else prompt
         for row in followers:
             first, kv = self.shared[row.trajectory.prompt_index]
             cache.lengths[row.slot] = length = kv.shape[3]
             cache.kv[:, :, row.slot, :, :length] = kv
             logits.append(first[None])
-        # Keep the prompt of queued samples; a new one as a copy, for its slot may be refilled.
-        waiting = self.queue[0].trajectory.prompt_index if self.queue else None
-        self.shared = {waiting: self.shared[waiting]} if waiting in self.shared else {}
-        if any(row.trajectory.prompt_index == waiting for row in leaders):
-            self.shared[waiting] = tuple(x.clone() for x in self.shared[waiting])
+        self.shared = {index: prompt for index, prompt in self.shared.items() if index == waiting}
         return torch.cat(logits)
 
     def advance(self, row, token, logprob):
@@ -873,14 +840,21 @@ class Engine:
         self.active.append(row)
 
     def closed_snippet(self, row, token):
-        """(start, code) of the snippet that this token closes, or None."""
-        window = row.tail + self.pieces[token]
-        row.tail = window[1 - len(CODE_CLOSE):]
-        row.opened |= CODE_OPEN in window
-        _, closed, row.overrun = window.partition(CODE_CLOSE)
-        # linear in the segment: not for every stray </code>
-        if closed and row.opened:
-            return find_snippet(self.pieces, row.trajectory.response_ids, row.segment_begin, row.overrun)
+        """The snippet that this token closes, as (index of the token in which `<code>` begins,
+        code), or None."""
+        begin = max(0, len(row.text) + 1 - len(CODE_CLOSE))
+        row.text += self.pieces[token]
+        close = row.text.find(CODE_CLOSE, begin)
+        opening = row.text.rfind(CODE_OPEN, 0, max(0, close))
+        if opening < 0:
+            return None
+        row.overrun = row.text[close + len(CODE_CLOSE):]
+        ids = row.trajectory.response_ids
+        ends = itertools.accumulate(len(self.pieces[token]) for token in ids[row.segment_begin:])
+        start = row.segment_begin + bisect.bisect_right(list(ends), opening)
+        # Decoded as a whole: byte-level tokens may split a character.
+        text = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
+        return start, strip_fence(text[:-len(CODE_CLOSE + row.overrun)].rpartition(CODE_OPEN)[2])
 
     def call(self, row, start, code):
         """Start the row's snippet; the row pauses."""
@@ -907,8 +881,7 @@ class Engine:
         t.response_ids += block
         t.loss_mask += [0] * len(block)
         t.logprobs += [0.0] * len(block)
-        row.pending, row.segment_begin = row.pending + block, len(t.response_ids)
-        row.tail, row.opened = "", False
+        row.pending, row.segment_begin, row.text = row.pending + block, len(t.response_ids), ""
         if len(t.response_ids) >= limit:
             return self.finish(row, "length")
         self.active.append(row)
