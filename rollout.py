@@ -12,17 +12,16 @@ Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = s
 policy, 0 = forced interpreter text) travels unchanged to loss, GAE and metrics.
 
 Definitions:
-  - A snippet ends at the first `</code>` after its `<code>`, even inside a string, as in the
-    paper; it opens at the last `<code>` before that. `</code>` without `<code>` is plain text.
-  - An empty snippet is run and counts as a call.
+  - A snippet, maybe empty, ends at the first `</code>`, even inside a string, as in the paper,
+    and begins at the last `<code>` before it. `</code>` without `<code>` is plain text.
   - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept, and only what
     is missing is appended.
   - finish_reason: `eos`; `length` (max_response_tokens reached, interpreter text included);
     `max_calls` (a `</code>` beyond max_calls; after the last call the model may still answer);
     `sandbox_error` (the sandbox itself failed: drop the row, do not score it).
-  - A row's noise depends on (seed, step, prompt key, sample, position) alone.
 
-A paused row rejoins a fixed number of ticks after its call, when its result is waited for: batch
+Reproducible: a row's noise depends on (seed, step, prompt key, sample, position) alone, and a
+paused row rejoins a fixed number of ticks after its call, when its result is waited for: batch
 shapes, and so rounding, do not depend on the clock. `rejoin_ticks=0` gives that up.
 
 Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers,
@@ -63,7 +62,7 @@ if sys.version_info < (3, 11):
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
 TAG = re.compile(r"<(/?)(code|interpreter|answer)>")
-INTERPRETER_BLOCK = re.compile(r"\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
+INTERPRETER_BLOCK = re.compile(r"(?<=</code>)\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGIT_BYTES = 256 << 20  # of logits at once: 441 tokens of Qwen's vocabulary in fp32
@@ -83,14 +82,7 @@ def split_segments(text):
     """Cut a response after each closing tag into [(kind, text)]: "interpreter" for what stands
     in an <interpreter> directly after </code>, "model" for all else, even an <interpreter> the
     model wrote."""
-    segments, begin, search = [], 0, 0
-    while (close := text.find(CODE_CLOSE, search)) >= 0:
-        search = close + len(CODE_CLOSE)
-        block = INTERPRETER_BLOCK.match(text, search)
-        if block:
-            segments += [("model", text[begin:search]), ("interpreter", block.group(1))]
-            begin = search = block.end()
-    return segments + [("model", text[begin:])]
+    return list(zip(itertools.cycle(["model", "interpreter"]), INTERPRETER_BLOCK.split(text)))
 
 
 def encode_text(tokenizer, text):
@@ -123,16 +115,16 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), ma
     """A whole response, EOS appended, as (ids, loss_mask): 0 for interpreter tokens and for
     masked_calls (indices of failed snippets, not to be learned). Each segment is encoded by
     itself, as `generate` meets it."""
-    ids, mask, call = [], [], 0
-    for kind, segment in split_segments(text):
+    ids, mask = [], []
+    for i, (kind, segment) in enumerate(split_segments(text)):
         if kind == "interpreter":
             block = encode_interpreter(tokenizer, segment, max_interpreter_tokens)
-            ids, mask, call = ids + block, mask + [int(not mask_interpreter)] * len(block), call + 1
+            ids, mask = ids + block, mask + [int(not mask_interpreter)] * len(block)
             continue
         encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True)
         # A token that starts before the snippet is prose, even if it reaches into the tag.
-        snippet = segment.rfind(CODE_OPEN) if call in masked_calls else len(segment)
+        snippet = segment.rfind(CODE_OPEN) if i // 2 in masked_calls else len(segment)
         ids += encoded["input_ids"]
         mask += [int(start < snippet) for start, _ in encoded["offset_mapping"]]
     return ids + [tokenizer.eos_token_id], mask + [1]
@@ -182,10 +174,10 @@ def head_dim(config):
 
 class KVCache:
     """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
-    A slot holds the longest possible row, so a row once admitted always finishes. The price:
-    rows with 1-4 calls fill 14 % of 1,088-token slots (tests/bench_rollout.py). Pages would hold
-    up to seven times as many rows, but no PyTorch kernel on CPU reads them where they lie:
-    gathered, attention takes four times as long (--pages). flash-attn's block_table would."""
+    A slot holds the longest possible row, so a row once admitted always finishes. Pages would
+    hold more rows (those with 1-4 calls fill 14 % of 1,088-token slots), but no PyTorch kernel on
+    CPU reads them where they lie: gathered, attention takes four times as long
+    (tests/bench_rollout.py --pages)."""
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
@@ -200,9 +192,9 @@ class KVCache:
 
 
 class Packing:
-    """A flat stream of N sequences with so many new tokens (lengths), described once for all
-    layers. With a cache, slots[i] holds the past of sequence i, and lengths ascend: single-token
-    rows are decoded together, the others attend in groups of about equal length."""
+    """A flat stream of N sequences with so many new tokens (lengths), for all layers. With a
+    cache, slots[i] holds the past of sequence i, and lengths ascend: single-token rows are
+    decoded together, the others attend in groups of about equal length."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths, self.cache = lengths, cache
@@ -249,13 +241,12 @@ def flash_attention(q, k, v, last, longest, scale):
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """Attention of a flat stream, for sampler and trainer: query (1, H, T, D), key and value
-    (1, K, T, D) -> (1, T, H, D). `packing` says where sequences begin and where a cache holds
-    their past. attn_implementation="retool": transformers builds no mask for a name it does
-    not know."""
+    """Attention of a flat stream, described by `packing`, for sampler and trainer: query
+    (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). attn_implementation="retool":
+    transformers builds no mask for a name it does not know."""
     unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise UserError(f"this model's attention has {', '.join(unknown)}, which is not implemented")
+        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not implemented")
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     if packing.cache is None:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -448,8 +439,6 @@ def use_packed_attention(model, name):
         forward_step(model, cache, [0, 1], [first[:9].tolist(), second[:11].tolist()])
         cached = forward_step(model, cache, [0, 1], [first[9:].tolist(), second[11:].tolist()])
         list(model.model.layers)  # what the trainers shard
-    except UserError as error:
-        raise UserError(f"{refused}: {error}") from None
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
     for what, ours, theirs in (("packed", packed, wanted), ("cached", cached, wanted[packing.last])):
@@ -619,19 +608,13 @@ class Trajectory:
     answer: str = None  # that it states, set by eval.py
     example: object = None  # set by ppo.py
 
-    def sampled_segments(self, with_code=True):
-        """Runs of sampled token ids, cut at forced text and, if left out, at code."""
+    def prose_segments(self):
+        """Runs of sampled token ids outside the snippets that were run."""
         chosen = list(self.loss_mask)
-        if not with_code:
-            for call in self.tool_calls:
-                chosen[call.start:call.end] = [0] * (call.end - call.start)
-        segments = [[]]
-        for token, sampled, before in zip(self.response_ids, chosen, [1] + chosen):
-            if sampled and not before:
-                segments.append([])
-            if sampled:
-                segments[-1].append(token)
-        return segments
+        for call in self.tool_calls:
+            chosen[call.start:call.end] = [0] * (call.end - call.start)
+        runs = itertools.groupby(range(len(chosen)), chosen.__getitem__)
+        return [[self.response_ids[i] for i in run] for is_prose, run in runs if is_prose]
 
 
 @dataclass
