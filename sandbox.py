@@ -662,34 +662,24 @@ def seccomp_filter():
     instruction is 8 bytes: code, jump if true, jump if false, constant."""
     column, arch = MACHINES[os.uname().machine]
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
-    allow = [(leave, 0, 0, 0x7FFF0000)]
 
     def fail(code=errno.EPERM):
         return [(leave, 0, 0, 0x00050000 | code)]
 
-    answers = {int(entry.split()[1 + column]): allow for entry in ALLOWED.replace("-", "-1").split(",")}
-    for numbers, conditions, *code in CONDITIONAL:
-        answers[numbers[column]] = block = []
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), *fail(), (load, 0, 0, 0),
+               (at_least, 0, 1, 0x40000000), *fail(),  # x32's numbers
+               (at_least, 0, 1, FIRST_UNKNOWN), *fail(errno.ENOSYS),
+               (equal, 0, 1, CLONE3), *fail(errno.ENOSYS)]
+    plain = [(entry.split()[1:], {}) for entry in ALLOWED.split(",")]
+    for numbers, conditions, *code in plain + CONDITIONAL:
+        block = []
         for argument, values in conditions.items():
             block += [(load, 0, 0, 16 + 8 * argument)]  # its lower half
             block += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)] + fail(*code)
-        block += allow
-    answers |= {CLONE3: fail(errno.ENOSYS)}
-    # From which number on which answer holds, then a binary search: the kernel tries all
-    # numbers when it installs a filter, and a list would cost each snippet half a ms.
-    steps = {n: answers.get(n, fail()) for number in answers for n in (number, number + 1)}
-    steps |= {FIRST_UNKNOWN: fail(errno.ENOSYS), 0x40000000: fail()}  # and x32's numbers
-    steps = sorted((n, answer) for n, answer in steps.items() if n >= 0)
-    assert steps[0][0] == 0
-    steps = [step for i, step in enumerate(steps) if i == 0 or step[1] != steps[i - 1][1]]
-
-    def search(steps):
-        if len(steps) == 1:
-            return steps[0][1]
-        below, above = search(steps[:len(steps) // 2]), search(steps[len(steps) // 2:])
-        return [(at_least, len(below), 0, steps[len(steps) // 2][0]), *below, *above]
-
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), *fail(), (load, 0, 0, 0), *search(steps)]
+        block += [(leave, 0, 0, 0x7FFF0000)]  # allow
+        if numbers[column] != "-":
+            program += [(equal, 0, len(block), int(numbers[column])), *block]
+    program += fail()
     text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     selves = [8 * i + 4 for i, line in enumerate(program) if line[3] == SELF]
     return text, selves, struct.pack("HP", len(program), ctypes.addressof(text))
