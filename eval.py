@@ -278,7 +278,7 @@ def stated_answer(trajectory, tokenizer):
     if trajectory.finish_reason != "eos":
         return None
     # Not by the tags alone: the engine knows which tokens it ran as code, however nested.
-    segments = trajectory.sampled_segments(with_code=False)
+    segments = trajectory.prose_segments()
     return extract_answer("\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in segments))
 
 

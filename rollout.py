@@ -12,17 +12,16 @@ Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = s
 policy, 0 = forced interpreter text) travels unchanged to loss, GAE and metrics.
 
 Definitions:
-  - A snippet ends at the first `</code>` after its `<code>`, even inside a string, as in the
-    paper; it opens at the last `<code>` before that. `</code>` without `<code>` is plain text.
-  - An empty snippet is run and counts as a call.
+  - A snippet, maybe empty, ends at the first `</code>`, even inside a string, as in the paper,
+    and begins at the last `<code>` before it. `</code>` without `<code>` is plain text.
   - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept, and only what
     is missing is appended.
   - finish_reason: `eos`; `length` (max_response_tokens reached, interpreter text included);
     `max_calls` (a `</code>` beyond max_calls; after the last call the model may still answer);
     `sandbox_error` (the sandbox itself failed: drop the row, do not score it).
-  - A row's noise depends on (seed, step, prompt key, sample, position) alone.
 
-A paused row rejoins a fixed number of ticks after its call, when its result is waited for: batch
+Reproducible: a row's noise depends on (seed, step, prompt key, sample, position) alone, and a
+paused row rejoins a fixed number of ticks after its call, when its result is waited for: batch
 shapes, and so rounding, do not depend on the clock. `rejoin_ticks=0` gives that up.
 
 Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers,
@@ -44,32 +43,26 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sandbox import UserError
+
 if sys.version_info < (3, 11):
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
-
-import huggingface_hub  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.benchmark import Timer  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,  # noqa: E402
-                          AutoTokenizer)
-
-from sandbox import UserError  # noqa: E402
-
-try:  # optional; without it PyTorch's own FlashAttention is used
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
 TAG = re.compile(r"<(/?)(code|interpreter|answer)>")
-INTERPRETER_BLOCK = re.compile(r"\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
+INTERPRETER_BLOCK = re.compile(r"(?<=</code>)\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGIT_BYTES = 256 << 20  # of logits at once: 441 tokens of Qwen's vocabulary in fp32
@@ -89,14 +82,7 @@ def split_segments(text):
     """Cut a response after each closing tag into [(kind, text)]: "interpreter" for what stands
     in an <interpreter> directly after </code>, "model" for all else, even an <interpreter> the
     model wrote."""
-    segments, begin, search = [], 0, 0
-    while (close := text.find(CODE_CLOSE, search)) >= 0:
-        search = close + len(CODE_CLOSE)
-        block = INTERPRETER_BLOCK.match(text, search)
-        if block:
-            segments += [("model", text[begin:search]), ("interpreter", block.group(1))]
-            begin = search = block.end()
-    return segments + [("model", text[begin:])]
+    return list(zip(itertools.cycle(["model", "interpreter"]), INTERPRETER_BLOCK.split(text)))
 
 
 def encode_text(tokenizer, text):
@@ -129,16 +115,16 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), ma
     """A whole response, EOS appended, as (ids, loss_mask): 0 for interpreter tokens and for
     masked_calls (indices of failed snippets, not to be learned). Each segment is encoded by
     itself, as `generate` meets it."""
-    ids, mask, call = [], [], 0
-    for kind, segment in split_segments(text):
+    ids, mask = [], []
+    for i, (kind, segment) in enumerate(split_segments(text)):
         if kind == "interpreter":
             block = encode_interpreter(tokenizer, segment, max_interpreter_tokens)
-            ids, mask, call = ids + block, mask + [int(not mask_interpreter)] * len(block), call + 1
+            ids, mask = ids + block, mask + [int(not mask_interpreter)] * len(block)
             continue
         encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True)
         # A token that starts before the snippet is prose, even if it reaches into the tag.
-        snippet = segment.rfind(CODE_OPEN) if call in masked_calls else len(segment)
+        snippet = segment.rfind(CODE_OPEN) if i // 2 in masked_calls else len(segment)
         ids += encoded["input_ids"]
         mask += [int(start < snippet) for start, _ in encoded["offset_mapping"]]
     return ids + [tokenizer.eos_token_id], mask + [1]
@@ -174,20 +160,6 @@ def after_earlier(code, calls):
     return f"with {mute}: [exec(s, globals()) for s in {earlier!r}]\n{code}" if earlier else code
 
 
-def find_snippet(pieces, ids, begin, overrun):
-    """The snippet that the last token of `ids` closes, as (index of the token in which
-    `<code>` begins, code), or None. begin: where the model segment starts. overrun: what the
-    last token holds beyond the tag."""
-    ending, texts = len(CODE_CLOSE + overrun), [pieces[token] for token in ids[begin:]]
-    opening = "".join(texts)[:-ending].rfind(CODE_OPEN)
-    if opening < 0:
-        return None
-    start = begin + bisect.bisect_right(list(itertools.accumulate(map(len, texts))), opening)
-    # Decoded as a whole: byte-level tokens may split a character.
-    text = pieces.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-    return start, strip_fence(text[:-ending].rpartition(CODE_OPEN)[2])
-
-
 # ---------------------------------------------------------------------------------------------
 # The cache and the attention
 
@@ -202,10 +174,10 @@ def head_dim(config):
 
 class KVCache:
     """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
-    A slot holds the longest possible row, so a row once admitted always finishes. The price:
-    rows with 1-4 calls fill 14 % of 1,088-token slots (tests/bench_rollout.py). Pages would hold
-    up to seven times as many rows, but no PyTorch kernel on CPU reads them where they lie:
-    gathered, attention takes four times as long (--pages). flash-attn's block_table would."""
+    A slot holds the longest possible row, so a row once admitted always finishes. Pages would
+    hold more rows (those with 1-4 calls fill 14 % of 1,088-token slots), but no PyTorch kernel on
+    CPU reads them where they lie: gathered, attention takes four times as long
+    (tests/bench_rollout.py --pages)."""
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
@@ -220,9 +192,9 @@ class KVCache:
 
 
 class Packing:
-    """A flat stream of N sequences with so many new tokens (lengths), described once for all
-    layers. With a cache, slots[i] holds the past of sequence i, and lengths ascend: single-token
-    rows are decoded together, the others attend in groups of about equal length."""
+    """A flat stream of N sequences with so many new tokens (lengths), for all layers. With a
+    cache, slots[i] holds the past of sequence i, and lengths ascend: single-token rows are
+    decoded together, the others attend in groups of about equal length."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths, self.cache = lengths, cache
@@ -259,26 +231,22 @@ class Packing:
 
 
 def flash_attention(q, k, v, last, longest, scale):
-    """Whole sequences by a CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D). last
-    (N,): their last tokens. Never run, NOT MEASURED."""
-    bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
-    if flash_attn_varlen_func:
-        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest,
-                                      softmax_scale=scale, causal=True)[None]
+    """Whole sequences by PyTorch's CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D).
+    last (N,): their last tokens. Never run, NOT MEASURED."""
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA; enable_gqa: 2.12
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, H, D)
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """Attention of a flat stream, for sampler and trainer: query (1, H, T, D), key and value
-    (1, K, T, D) -> (1, T, H, D). `packing` says where sequences begin and where a cache holds
-    their past. attn_implementation="retool": transformers builds no mask for a name it does
-    not know."""
+    """Attention of a flat stream, described by `packing`, for sampler and trainer: query
+    (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). attn_implementation="retool":
+    transformers builds no mask for a name it does not know."""
     unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise UserError(f"this model's attention has {', '.join(unknown)}, which is not implemented")
+        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not implemented")
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     if packing.cache is None:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -370,10 +338,10 @@ def choose_dtype(name):
     return "bf16" if seconds[0] > 1.5 * seconds[1] else "fp32"
 
 
-def check_path(path):
-    """UserError, with what to do, unless it is a checkpoint folder or a hub id."""
+def from_checkpoint(loader, path, **options):
+    """loader.from_pretrained(path); UserError, with what to do, if that is no checkpoint."""
     folder = Path(path)
-    if folder.suffix == ".gguf" or folder.is_file():
+    if folder.is_file():
         raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
     if (folder / "metrics.jsonl").exists() and (folder / "checkpoint").is_dir():
         raise UserError(f"{path} is a run's folder; its model is {folder / 'checkpoint'}")
@@ -383,6 +351,10 @@ def check_path(path):
         if path.count("/") != 1 or path[0] in "./~":
             raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
         need_hub()
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
 
 
 @functools.cache
@@ -400,11 +372,7 @@ def need_hub():
 def load_tokenizer(path):
     """A checkpoint's tokenizer; UserError without vocabulary, EOS or chat template. Its EOS
     becomes the token that ends an assistant's turn in the template, as SFT trains."""
-    check_path(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
+    tokenizer = from_checkpoint(AutoTokenizer, path)
     # Without tokenizer files a folder gives an empty tokenizer, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
@@ -427,11 +395,7 @@ def end_tokens(model, tokenizer):
 def load_config(path, tokenizer=()):
     """A checkpoint's configuration; UserError if unreadable, or with fewer embeddings than the
     tokenizer has tokens."""
-    check_path(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    config = from_checkpoint(AutoConfig, path)
     if config.vocab_size < len(tokenizer):
         raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, the tokenizer "
                         f"{len(tokenizer)} tokens")
@@ -442,12 +406,10 @@ def load_model(path, device, dtype="fp32", weights=True):
     """A causal LM with `packed_attention`; UserError if that fails. weights=False: random, for
     a run's checkpoint to be read into. Trap: never `.to(torch.bfloat16)` later, that would
     round RoPE's frequencies too."""
-    check_path(path)
-    try:
-        model = (AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]) if weights else
-                 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[dtype]))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    if weights:
+        model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
+    else:
+        model = AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])
     use_packed_attention(model.to(device), path)
     return model
 
@@ -477,8 +439,6 @@ def use_packed_attention(model, name):
         forward_step(model, cache, [0, 1], [first[:9].tolist(), second[:11].tolist()])
         cached = forward_step(model, cache, [0, 1], [first[9:].tolist(), second[11:].tolist()])
         list(model.model.layers)  # what the trainers shard
-    except UserError as error:
-        raise UserError(f"{refused}: {error}") from None
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
     for what, ours, theirs in (("packed", packed, wanted), ("cached", cached, wanted[packing.last])):
@@ -648,19 +608,13 @@ class Trajectory:
     answer: str = None  # that it states, set by eval.py
     example: object = None  # set by ppo.py
 
-    def sampled_segments(self, with_code=True):
-        """Runs of sampled token ids, cut at forced text and, if left out, at code."""
+    def prose_segments(self):
+        """Runs of sampled token ids outside the snippets that were run."""
         chosen = list(self.loss_mask)
-        if not with_code:
-            for call in self.tool_calls:
-                chosen[call.start:call.end] = [0] * (call.end - call.start)
-        segments = [[]]
-        for token, sampled, before in zip(self.response_ids, chosen, [1] + chosen):
-            if sampled and not before:
-                segments.append([])
-            if sampled:
-                segments[-1].append(token)
-        return segments
+        for call in self.tool_calls:
+            chosen[call.start:call.end] = [0] * (call.end - call.start)
+        runs = itertools.groupby(range(len(chosen)), chosen.__getitem__)
+        return [[self.response_ids[i] for i in run] for is_prose, run in runs if is_prose]
 
 
 @dataclass
@@ -691,8 +645,7 @@ class Row:
     pending: list  # tokens to feed
     slot: int = -1
     segment_begin: int = 0  # of the current model segment
-    tail: str = ""  # last characters: maybe the beginning of a tag
-    opened: bool = False  # <code> seen since segment_begin
+    text: str = ""  # of that segment
     overrun: str = ""  # of the last token beyond </code>
     task: object = None  # the running snippet
     due: int = 0  # tick at which the row rejoins
@@ -715,8 +668,6 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
                          f"{model.config.max_position_embeddings} positions")
-    if settings.n_slots < 1 or not 0 < settings.top_p <= 1 or settings.temperature < 0:
-        raise ValueError("needs n_slots >= 1, 0 < top_p <= 1 and temperature >= 0")
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
     keys = prompt_keys or range(len(prompts))
@@ -839,19 +790,18 @@ class Engine:
             slots, pending = [row.slot for row in rows], [row.pending for row in rows]
             logits.append(forward_step(self.model, cache, slots, pending))
             self.counts["tokens_fed"] += sum(map(len, pending))
+        # Later samples need a prompt as a copy, for its slot may be refilled.
+        waiting = self.queue[0].trajectory.prompt_index if self.queue else None
         for row in leaders:
-            kv = cache.kv[:, :, row.slot, :, :len(row.pending)]
-            self.shared[row.trajectory.prompt_index] = logits[0][rows.index(row)], kv
+            prompt = logits[0][rows.index(row)], cache.kv[:, :, row.slot, :, :len(row.pending)]
+            index = row.trajectory.prompt_index
+            self.shared[index] = [x.clone() for x in prompt] if index == waiting else prompt
         for row in followers:
             first, kv = self.shared[row.trajectory.prompt_index]
             cache.lengths[row.slot] = length = kv.shape[3]
             cache.kv[:, :, row.slot, :, :length] = kv
             logits.append(first[None])
-        # Keep the prompt of queued samples; a new one as a copy, for its slot may be refilled.
-        waiting = self.queue[0].trajectory.prompt_index if self.queue else None
-        self.shared = {waiting: self.shared[waiting]} if waiting in self.shared else {}
-        if any(row.trajectory.prompt_index == waiting for row in leaders):
-            self.shared[waiting] = tuple(x.clone() for x in self.shared[waiting])
+        self.shared = {index: prompt for index, prompt in self.shared.items() if index == waiting}
         return torch.cat(logits)
 
     def advance(self, row, token, logprob):
@@ -873,14 +823,21 @@ class Engine:
         self.active.append(row)
 
     def closed_snippet(self, row, token):
-        """(start, code) of the snippet that this token closes, or None."""
-        window = row.tail + self.pieces[token]
-        row.tail = window[1 - len(CODE_CLOSE):]
-        row.opened |= CODE_OPEN in window
-        _, closed, row.overrun = window.partition(CODE_CLOSE)
-        # linear in the segment: not for every stray </code>
-        if closed and row.opened:
-            return find_snippet(self.pieces, row.trajectory.response_ids, row.segment_begin, row.overrun)
+        """The snippet that this token closes, as (index of the token in which `<code>` begins,
+        code), or None."""
+        begin = max(0, len(row.text) + 1 - len(CODE_CLOSE))
+        row.text += self.pieces[token]
+        close = row.text.find(CODE_CLOSE, begin)
+        opening = row.text.rfind(CODE_OPEN, 0, max(0, close))
+        if opening < 0:
+            return None
+        row.overrun = row.text[close + len(CODE_CLOSE):]
+        ids = row.trajectory.response_ids
+        ends = itertools.accumulate(len(self.pieces[token]) for token in ids[row.segment_begin:])
+        start = row.segment_begin + bisect.bisect_right(list(ends), opening)
+        # Decoded as a whole: byte-level tokens may split a character.
+        text = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
+        return start, strip_fence(text[:-len(CODE_CLOSE + row.overrun)].rpartition(CODE_OPEN)[2])
 
     def call(self, row, start, code):
         """Start the row's snippet; the row pauses."""
@@ -907,8 +864,7 @@ class Engine:
         t.response_ids += block
         t.loss_mask += [0] * len(block)
         t.logprobs += [0.0] * len(block)
-        row.pending, row.segment_begin = row.pending + block, len(t.response_ids)
-        row.tail, row.opened = "", False
+        row.pending, row.segment_begin, row.text = row.pending + block, len(t.response_ids), ""
         if len(t.response_ids) >= limit:
             return self.finish(row, "length")
         self.active.append(row)

@@ -6,7 +6,7 @@
 Importing numpy and sympy costs a hundred times more than a fork, so one process, the "zygote",
 imports them once and forks a child per snippet. It shares a socketpair with the trainer (asyncio):
     trainer -> zygote   request id, seed, time limit, and two files: the code, an empty output
-    zygote  -> trainer  request id, exit code, verdict, wall, CPU and own seconds, peak memory
+    zygote  -> trainer  request id, exit code, whether it timed out, wall and own seconds
 The zygote keeps queue, deadlines and exit codes: a trainer blocked by a GPU step neither delays
 nor falsifies a time limit, and nothing that a snippet prints can pass for its status.
 
@@ -44,6 +44,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import gc
 import importlib.util
 import io
@@ -83,9 +84,8 @@ WALL_FACTOR = 10  # wall seconds for each second of a time limit, at most
 JUDGE_SECONDS = 1.0  # own time of a snippet of `equal`
 LOOK_SECONDS = 0.1  # how often the zygote looks at a snippet's threads and CPU time
 FROZEN_SECONDS = 30.0  # a zygote silent this long past a time limit, or at start, is replaced
-REQUEST = struct.Struct("=Qqd?")  # request id, seed, time limit, True to cancel
-REPLY = struct.Struct("=qibdddd")  # id, exit code, verdict, wall, CPU, MiB, own
-FINISHED, TIMED_OUT, TOO_MANY_THREADS = range(3)  # verdicts
+REQUEST = struct.Struct("=Qqd")  # request id, seed, time limit; a limit of 0 cancels
+REPLY = struct.Struct("=Qi?dd")  # request id, exit code, timed out, wall and own seconds
 ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0"}
 ENVIRONMENT |= dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
 
@@ -101,14 +101,11 @@ class SandboxResult:
     status: ok | error | timeout | output_limit | killed | sandbox_error, which is our own fault:
         drop the rollout, never score it, never show it to the model.
     output: text for the model: at most output_chars characters, plus notices in brackets.
-    seconds: wall time from fork to exit. cpu_seconds: user + system time.
-    max_rss_mb: peak resident MiB; the 60 or so shared with the zygote count too.
+    seconds: wall time from fork to exit.
     """
     status: str
     output: str
     seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    max_rss_mb: float = 0.0
 
 
 # --------------------------------------------------------------------------------------------
@@ -122,20 +119,18 @@ def anonymous_file(content=b""):
     return file
 
 
-def feedback(raw, exit_code, verdict, timeout, output_chars, folders=()):
+def feedback(raw, exit_code, timed_out, timeout, output_chars):
     """(status, text for the model) of a finished process, from its output bytes and exit code
     (minus the number of a signal). The text must not differ from run to run, nor name the
-    host's `folders`."""
+    host's folders."""
     text = raw.decode("utf-8", "replace")
-    for folder in folders:
+    for folder in library_folders():
         text = text.replace(folder + "/", "")
     if len(text) > output_chars:
         head, tail = text[:output_chars // 2], text[len(text) - (output_chars + 1) // 2:]
         text = f"{head}\n[... {len(text) - output_chars} characters dropped ...]\n{tail}"
-    if (verdict == TIMED_OUT and exit_code == -signal.SIGKILL) or exit_code == -signal.SIGXCPU:
+    if timed_out and exit_code == -signal.SIGKILL:
         status, notice = "timeout", f"[timed out after {timeout} s]"
-    elif verdict == TOO_MANY_THREADS and exit_code == -signal.SIGKILL:
-        status, notice = "killed", f"[killed: more than {MAX_THREADS} threads]"
     elif exit_code < 0:
         names = {s.value: s.name for s in signal.Signals}  # most real-time ones have none
         status, notice = "killed", f"[killed by {names.get(-exit_code, f'signal {-exit_code}')}]"
@@ -223,20 +218,17 @@ class Sandbox:
         self.workers, self.timeout, self.unsafe = workers, timeout, unsafe
         self.memory_mb, self.output_chars, self.math_verify = memory_mb, output_chars, math_verify
         self.process = self.socket = None  # the zygote; socket is None while there is none
-        self.judge = None  # the pool of `equal`, once it is needed
+        self.futures = {}  # request id -> future of its reply, or of the status of a lost one
+        self.ids, self.deaths = itertools.count(), 0  # deaths: of zygotes, since the last reply
+        self.slots = asyncio.Semaphore(max(MAX_IN_FLIGHT, 2 * workers))
+        self.judge, self.judge_lock = None, asyncio.Lock()  # the pool of `equal`, once needed
         self.report, self.counts = "", collections.Counter()
         self.closed = True
 
     async def __aenter__(self):
         self.loop = asyncio.get_running_loop()
-        self.slots = asyncio.Semaphore(max(MAX_IN_FLIGHT, 2 * self.workers))
-        self.judge_lock = asyncio.Lock()
-        self.ids = itertools.count()
-        self.futures = {}  # request id -> future of its reply, or of the status of a lost one
-        self.deaths, self.is_ready = 0, False  # zygotes since the last reply; this one's imports
-        self.layers = {}  # what the zygote says about itself
         self.closed = False
-        self.layers_file = anonymous_file()
+        self.layers_file = anonymous_file()  # the zygote's stdout: what it says about itself
         try:
             self.report = await self._self_test()
         except BaseException:  # a cancellation too must not leave a process
@@ -262,9 +254,9 @@ class Sandbox:
             with open(canary, "w") as file:
                 file.write("canary")
             code = f"canary, source, attacks = {(canary, os.path.abspath(__file__), ATTACKS)!r}{PROBE}"
-            attacked = await self._attempt(code, 0, 10.0, output_chars=10_000)
-            self.layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or b'{"missing": []}')
-            missing = ", ".join(self.layers["missing"])
+            attacked = await self._attempt(code)
+            layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or b'{"missing": []}')
+            missing = ", ".join(layers["missing"])
             if missing and not self.unsafe:
                 raise UserError(f"the sandbox does not start: it lacks {missing} (see --unsafe_sandbox)")
             if attacked.status != "ok":
@@ -272,9 +264,8 @@ class Sandbox:
             with open(canary) as file:
                 intact = os.listdir(folder) == ["canary"] and file.read() == "canary"
         loop, memory, output = await asyncio.gather(
-            self._attempt("while True: pass", 0, 0.1, output_chars=10_000),
-            self._attempt("bytearray(1 << 40)", 0, 10.0, output_chars=10_000),
-            self._attempt("print('x' * (1 << 22))", 0, 10.0, output_chars=10_000))
+            self._attempt("while True: pass", timeout=0.1), self._attempt("bytearray(1 << 40)"),
+            self._attempt("print('x' * (1 << 22))"))
         lines = attacked.output.splitlines()
         holds = {"leave a trace in a folder": intact, "run a program": "end" in lines,  # the last attack
                  "exceed the time limit": loop.status == "timeout",
@@ -286,7 +277,7 @@ class Sandbox:
         found = (f"POSSIBLE: {', '.join(possible)}" if possible else
                  f"{len(ATTACKS)} attacks refused, limits hold (0.1 s fired at {loop.seconds:.3f} s)")
         return (f"sandbox: {found}; {f'LACKS {missing}; ' if missing else ''}"
-                f"{', '.join(self.layers['layers'])}; self-test {time.monotonic() - begin:.1f} s")
+                f"{', '.join(layers['layers'])}; self-test {time.monotonic() - begin:.1f} s")
 
     async def run(self, code, seed=0):
         """The SandboxResult of `code`; `seed` (64-bit, signed) is for random, numpy and sympy.
@@ -320,7 +311,7 @@ class Sandbox:
         if self.closed:
             raise RuntimeError("the sandbox is closed: use it inside `async with`")
 
-    async def _attempt(self, code, seed, timeout, output_chars):
+    async def _attempt(self, code, seed=0, timeout=10.0, output_chars=10_000):
         self._check_open()
         if self.deaths >= MAX_DEATHS:
             raise UserError(f"the sandbox's process died {self.deaths} times without finishing a "
@@ -335,7 +326,7 @@ class Sandbox:
         with anonymous_file(source) as source_file, anonymous_file() as output_file:
             self.futures[request_id] = future
             try:
-                self._send(request_id, seed, timeout, False, [source_file.fileno(), output_file.fileno()])
+                self._send(request_id, seed, timeout, [source_file.fileno(), output_file.fileno()])
                 while not future.done():
                     await asyncio.wait([future], timeout=patience)
                     # Some snippet ends every WALL_FACTOR * timeout seconds: a silent zygote
@@ -345,24 +336,17 @@ class Sandbox:
             finally:
                 del self.futures[request_id]
                 if not future.done():  # this task was cancelled
-                    self._send(request_id, 0, 0.0, True, [])
+                    self._send(request_id, 0, 0.0, [])
             raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
         if isinstance(future.result(), str):
             return SandboxResult(future.result(), f"[sandbox error: the zygote died] {raw[-2000:]!r}")
-        exit_code, verdict, *usage, own_seconds = future.result()
-        folders = self.layers.get("folders", ())
-        status, text = feedback(raw, exit_code, verdict, timeout, output_chars, folders)
-        self.counts["near_limit"] += verdict == FINISHED and own_seconds > timeout / 2
-        return SandboxResult(status, text, *usage)
+        exit_code, timed_out, seconds, own_seconds = future.result()
+        status, text = feedback(raw, exit_code, timed_out, timeout, output_chars)
+        self.counts["near_limit"] += not timed_out and own_seconds > timeout / 2
+        return SandboxResult(status, text, seconds)
 
     def _start(self):
         """Start a zygote. Requests may be sent at once: the socket holds them."""
-        self.process, self.socket = self._spawn()
-        self.heard, self.is_ready = self.loop.time(), False
-        self.loop.add_reader(self.socket, self._on_readable)
-
-    def _spawn(self):
-        """A new zygote: its process and our end of its socket."""
         # Message boundaries keep descriptors with their request; on macOS fixed sizes do.
         kind = socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -370,22 +354,20 @@ class Sandbox:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for all in flight
         names = "workers", "timeout", "memory_mb", "unsafe", "math_verify"
-        config = {name: getattr(self, name) for name in names} | {"trainer_pid": os.getpid()}
-        # Not `python -I`, which ignores PYTHONHASHSEED. -s leaves out the user's
-        # site-packages, and the zygote drops this file's folder from sys.path.
-        fds = theirs.fileno(), self.layers_file.fileno()
-        command = [sys.executable, "-s", os.path.abspath(__file__), "--zygote", *map(str, fds)]
-        # Unless numpy is there alone, as after a plain pip install without a virtual
-        # environment.
-        home = os.path.dirname(os.path.dirname(importlib.util.find_spec("numpy").origin))
-        environment = ENVIRONMENT | ({} if home in library_folders() else {"SNIPPET_LIBRARY": home})
+        config = {name: getattr(self, name) for name in names}
+        config |= {"trainer_pid": os.getpid(), "folders": library_folders(), "path": sys.path}
+        # Not `python -I`, which ignores PYTHONHASHSEED.
+        command = [sys.executable, "-s", os.path.abspath(__file__), "--zygote", str(theirs.fileno())]
         with theirs:
-            return subprocess.Popen([*command, json.dumps(config)], env=environment, cwd="/", pass_fds=fds,
-                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL), ours
+            self.process = subprocess.Popen(
+                [*command, json.dumps(config)], env=ENVIRONMENT, cwd="/", pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=self.layers_file)
+        self.socket, self.heard = ours, self.loop.time()
+        self.loop.add_reader(self.socket, self._on_readable)
 
-    def _send(self, request_id, seed, timeout, cancel, fds):
+    def _send(self, request_id, seed, timeout, fds):
         try:
-            socket.send_fds(self.socket, [REQUEST.pack(request_id, seed, timeout, cancel)], fds)
+            socket.send_fds(self.socket, [REQUEST.pack(request_id, seed, timeout)], fds)
         except OSError:  # it died, or is frozen and its buffer is full
             self._stop(grace=0)
 
@@ -396,12 +378,8 @@ class Sandbox:
             message = b""
         if not message:
             return self._stop(grace=0)
-        self.heard = self.loop.time()
+        self.heard, self.deaths = self.loop.time(), 0
         request_id, *reply = REPLY.unpack(message)
-        if request_id < 0:
-            self.is_ready = True
-            return
-        self.deaths = 0
         future = self.futures.get(request_id)  # None: its task was cancelled
         if future is not None and not future.done():
             future.set_result(reply)
@@ -423,8 +401,7 @@ class Sandbox:
         self.deaths += 1
         for i, future in enumerate(self.futures.values()):
             if not future.done():
-                ran = self.is_ready and i < self.workers
-                future.set_result("sandbox_error" if ran else "never ran")
+                future.set_result("sandbox_error" if i < self.workers else "never ran")
 
 
 # --------------------------------------------------------------------------------------------
@@ -437,7 +414,7 @@ class Job:
     timeout: float  # seconds of own time
     started_at: float  # time.monotonic() at the fork, seconds
     look_at: float  # time of the next look; infinite once killed
-    verdict: int = FINISHED
+    timed_out: bool = False
 
 
 def kernel(call, *arguments):
@@ -460,7 +437,7 @@ def die_with_parent(parent_pid):
             os._exit(1)
 
 
-def zygote_main(sock, layers_fd, config):
+def zygote_main(sock, config):
     """Import what snippets use, give up what they must not have, serve until the trainer
     closes."""
     global LIBC, PROC
@@ -468,42 +445,35 @@ def zygote_main(sock, layers_fd, config):
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
     # A process group of its own: Ctrl-C in the trainer's terminal must not reach it.
     os.setpgid(0, 0)
-    die_with_parent(config["trainer_pid"])
-    # 1024 is few for many workers; with "unlimited", closerange() crawls on an old kernel.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    soft = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    os.chdir("/")
+    folders = tuple(folder + "/" for folder in config["folders"])
+    sys.path[:] = [folder for folder in config["path"] if (folder + "/").startswith(folders)]
     prepare(config["math_verify"])
-    limit_resources(config)
-    config["zygote_pid"] = os.getpid()
+    config |= {"zygote_pid": os.getpid(), "limits": limits(config)}
     report = give_up(config)
-    report["folders"] = sorted(library_folders(), key=len, reverse=True)
-    os.pwrite(layers_fd, json.dumps(report).encode(), 0)
-    os.close(layers_fd)
+    os.pwrite(1, json.dumps(report).encode(), 0)
     if report["missing"] and not config["unsafe"]:
         return  # the trainer's side reads the report
-    die_with_parent(config["trainer_pid"])  # entering a user namespace has reset it
+    die_with_parent(config["trainer_pid"])  # not before: entering a user namespace resets it
     gc.disable()  # a collection would un-share all pages
     gc.set_threshold(10_000, 10, 10)  # for snippets: collections are dear after fork
     gc.freeze()
     serve(sock, config)
 
 
+@functools.cache
 def library_folders():
-    """Where this interpreter's modules lie. Not sys.path, which may name the repository (this
-    file's folder, an editable install), nor sys.prefix: the repository may hold a venv."""
+    """Where this interpreter's modules lie, and numpy, which may be elsewhere. Not sys.path,
+    which may name the repository (this file's folder, an editable install), nor sys.prefix:
+    the repository may hold a venv. Longest first."""
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    paths += filter(None, [os.environ.get("SNIPPET_LIBRARY")])  # see _spawn
-    return {*paths, *site.getsitepackages(), f"{sys.base_prefix}/lib"}
+    paths += [*site.getsitepackages(), f"{sys.base_prefix}/lib"]
+    paths.append(os.path.dirname(os.path.dirname(importlib.util.find_spec("numpy").origin)))
+    return sorted(set(paths), key=len, reverse=True)
 
 
 def prepare(math_verify=False):
     """Imports, and the settings that are the same for all snippets."""
     global numpy, sympy  # only here: the trainer imports none of them
-    folders = tuple(folder + "/" for folder in library_folders())
-    sys.path[:] = [folder for folder in [*sys.path, os.environ.get("SNIPPET_LIBRARY", "")]
-                   if (folder + "/").startswith(folders)]
     # Without these calls each snippet would pay for what numpy and sympy load lazily.
     import cmath, decimal, fractions, functools, heapq, re, statistics, string  # noqa: E401,F401
     import numpy, numpy.fft, numpy.linalg, numpy.random, sympy  # noqa: E401
@@ -523,20 +493,19 @@ def prepare(math_verify=False):
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
 
 
-def limit_resources(config):
-    """rlimits: those the zygote can share at once, the others into config["limits"]."""
-    cpu_seconds = math.ceil(config["timeout"]) + WALL_FACTOR  # the zygote's deadline comes first
-    config["limits"] = [(resource.RLIMIT_NOFILE, (64, 64)),
-                        (resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))]
+def limits(config):
+    """The rlimits of a snippet: {name: (soft, hard)}."""
     # CORE 1: none at all. 0 would still start the crash handler of a host that has one.
-    limits = {"CORE": 1, "FSIZE": OUTPUT_BYTES, "MEMLOCK": 0, "STACK": STACK_BYTES}
+    core = int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)
+    cpu_seconds = math.ceil(config["timeout"]) + WALL_FACTOR  # the zygote's deadline comes first
+    numbers = {"CORE": core, "FSIZE": OUTPUT_BYTES, "MEMLOCK": 0, "STACK": STACK_BYTES, "NOFILE": 64,
+               "CPU": cpu_seconds}
+    pairs = {name: (number, number) for name, number in numbers.items()}
     if LINUX:
-        limits |= {"SIGPENDING": 64, "MSGQUEUE": 0}
         mapped = int(process_file("self", "statm").split()[0]) * resource.getpagesize()
         space = mapped + (config["memory_mb"] << 20)
-        config["limits"].append((resource.RLIMIT_AS, (space, space + MEMORY_RESERVE)))
-    for name, limit in limits.items():
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        pairs |= {"SIGPENDING": (64, 64), "MSGQUEUE": (0, 0), "AS": (space, space + MEMORY_RESERVE)}
+    return pairs
 
 
 def serve(sock, config):
@@ -547,7 +516,6 @@ def serve(sock, config):
     os.set_blocking(wake_w, False)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)  # a child's end wakes select()
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    sock.send(REPLY.pack(-1, 0, 0, 0.0, 0.0, 0.0, 0.0))  # ready
     queue = collections.OrderedDict()  # request id -> seed, timeout, two descriptors
     jobs = {}  # request id -> Job
     while True:
@@ -573,8 +541,8 @@ def serve(sock, config):
                 for job in jobs.values():
                     reap(job)
                 return
-            request_id, seed, timeout, cancel = REQUEST.unpack(message)
-            if not cancel:
+            request_id, seed, timeout = REQUEST.unpack(message)
+            if timeout:
                 assert len(fds) == 2, "a request lost its descriptors: too many open files?"
                 queue[request_id] = seed, timeout, *fds
             elif request_id in queue:
@@ -616,13 +584,10 @@ def look(job):
     used, now, threads = own_seconds(job), time.monotonic(), 1
     if LINUX:
         threads = int(process_file(job.pid, "stat").rpartition(")")[2].split()[17])
-    if used >= job.timeout or now - job.started_at >= WALL_FACTOR * job.timeout:
-        job.verdict = TIMED_OUT
-    elif threads > MAX_THREADS:
-        job.verdict = TOO_MANY_THREADS
+    over = used >= job.timeout or now - job.started_at >= WALL_FACTOR * job.timeout
     job.look_at = now + min(LOOK_SECONDS, max(0.001, (job.timeout - used) / threads))
-    if job.verdict:
-        job.look_at = math.inf
+    if over or threads > MAX_THREADS:
+        job.timed_out, job.look_at = over, math.inf
         kill_group(job.pid)
 
 
@@ -637,10 +602,9 @@ def reap(job):
     """End what is left of a snippet: its REPLY but for the request id."""
     own = own_seconds(job)
     kill_group(job.pid)
-    _, wait_status, usage = os.wait4(job.pid, 0)
-    seconds, cpu_seconds = time.monotonic() - job.started_at, usage.ru_utime + usage.ru_stime
-    max_rss_mb = usage.ru_maxrss / (2**10 if LINUX else 2**20)  # macOS counts bytes
-    return os.waitstatus_to_exitcode(wait_status), job.verdict, seconds, cpu_seconds, max_rss_mb, own
+    _, wait_status = os.waitpid(job.pid, 0)
+    seconds = time.monotonic() - job.started_at
+    return os.waitstatus_to_exitcode(wait_status), job.timed_out, seconds, own
 
 
 # --------------------------------------------------------------------------------------------
@@ -698,53 +662,43 @@ def seccomp_filter():
     instruction is 8 bytes: code, jump if true, jump if false, constant."""
     column, arch = MACHINES[os.uname().machine]
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
-    allow = [(leave, 0, 0, 0x7FFF0000)]
 
     def fail(code=errno.EPERM):
         return [(leave, 0, 0, 0x00050000 | code)]
 
-    answers = {int(entry.split()[1 + column]): allow for entry in ALLOWED.replace("-", "-1").split(",")}
-    for numbers, conditions, *code in CONDITIONAL:
-        answers[numbers[column]] = block = []
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), *fail(), (load, 0, 0, 0),
+               (at_least, 0, 1, 0x40000000), *fail(),  # x32's numbers
+               (at_least, 0, 1, FIRST_UNKNOWN), *fail(errno.ENOSYS),
+               (equal, 0, 1, CLONE3), *fail(errno.ENOSYS)]
+    plain = [(entry.split()[1:], {}) for entry in ALLOWED.split(",")]
+    for numbers, conditions, *code in plain + CONDITIONAL:
+        block = []
         for argument, values in conditions.items():
             block += [(load, 0, 0, 16 + 8 * argument)]  # its lower half
             block += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)] + fail(*code)
-        block += allow
-    answers |= {CLONE3: fail(errno.ENOSYS)}
-    # From which number on which answer holds, then a binary search: the kernel tries all
-    # numbers when it installs a filter, and a list would cost each snippet half a ms.
-    steps = {n: answers.get(n, fail()) for number in answers for n in (number, number + 1)}
-    steps |= {FIRST_UNKNOWN: fail(errno.ENOSYS), 0x40000000: fail()}  # and x32's numbers
-    steps = sorted((n, answer) for n, answer in steps.items() if n >= 0)
-    assert steps[0][0] == 0
-    steps = [step for i, step in enumerate(steps) if i == 0 or step[1] != steps[i - 1][1]]
-
-    def search(steps):
-        if len(steps) == 1:
-            return steps[0][1]
-        below, above = search(steps[:len(steps) // 2]), search(steps[len(steps) // 2:])
-        return [(at_least, len(below), 0, steps[len(steps) // 2][0]), *below, *above]
-
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), *fail(), (load, 0, 0, 0), *search(steps)]
+        block += [(leave, 0, 0, 0x7FFF0000)]  # allow
+        if numbers[column] != "-":
+            program += [(equal, 0, len(block), int(numbers[column])), *block]
+    program += fail()
     text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     selves = [8 * i + 4 for i, line in enumerate(program) if line[3] == SELF]
     return text, selves, struct.pack("HP", len(program), ctypes.addressof(text))
 
 
-def landlock_ruleset():
-    """(descriptor, ABI) of a ruleset: the libraries can be read, /dev/null written."""
+def landlock_ruleset(folders):
+    """Descriptor of a ruleset: the folders can be read, /dev/null written."""
     abi = kernel(444, None, 0, 1)  # landlock_create_ruleset: the version
     handled = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # all file rights it knows of
     rights = struct.pack("=QQQ", handled, 3 * (abi >= 4), 3 * (abi >= 6))  # TCP; abstract sockets, signals
     ruleset = kernel(444, rights, len(rights), 0)
-    folders = [*library_folders(), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    folders = [*folders, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
     files = {"/etc/ld.so.cache": 4, "/dev/urandom": 4, "/dev/null": 6}  # write 2, read 4, list 8
     for path, access in (dict.fromkeys(folders, 12) | files).items():
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_PATH)
             kernel(445, ruleset, 1, struct.pack("=Qi", access, fd), 0)  # landlock_add_rule
             os.close(fd)
-    return ruleset, abi
+    return ruleset
 
 
 def give_up(config):
@@ -794,14 +748,9 @@ def give_up(config):
         if any(data.raw):
             raise OSError("some are left")
     with layer("Landlock"):
-        config["landlock"], abi = landlock_ruleset()
-    if "landlock" in config:
-        report["layers"][-1] += f" (ABI {abi})"
+        config["landlock"] = landlock_ruleset(config["folders"])
     with layer("seccomp"):
         config["seccomp"] = seccomp_filter()
-        result, code = LIBC.prctl(22, 2, None, 0, 0), ctypes.get_errno()
-        if result != -1 or code != errno.EFAULT:  # EFAULT: it wants a program
-            raise OSError(code, "PR_SET_SECCOMP: " + os.strerror(code))
     return report
 
 
@@ -820,8 +769,8 @@ def confine(config):
     if "landlock" in config:
         kernel(446, config["landlock"], 0)  # landlock_restrict_self
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the socket, and the files of queued snippets
-    for name, limits in config["limits"]:  # after that: they are more than NOFILE
-        resource.setrlimit(name, limits)
+    for name, pair in config["limits"].items():  # after that: they are more than NOFILE
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), pair)
     if "seccomp" in config:  # last, for it forbids the others
         text, selves, program = config["seccomp"]
         for offset in selves:
@@ -921,7 +870,7 @@ def describe(error):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
-        zygote_main(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), json.loads(sys.argv[4]))
+        zygote_main(socket.socket(fileno=int(sys.argv[2])), json.loads(sys.argv[3]))
     elif sys.argv[1:]:
         print(__doc__)
     else:

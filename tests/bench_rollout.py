@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sft  # noqa: E402
 from data import embedded_problem, encode_prompt  # noqa: E402
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, KVCache, Pieces, encode_interpreter,  # noqa: E402
-                     encode_text, find_snippet, forward_step, generate, load_model, sample, split_segments,
+                     encode_text, forward_step, generate, load_model, sample, split_segments,
                      strip_fence)
 from sandbox import Sandbox, SandboxResult, UserError  # noqa: E402
 
@@ -78,9 +78,12 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
                 if row[-1] == eos:
                     continue
                 overrun = closed(responses[i])
-                snippet = find_snippet(pieces, responses[i], begin, overrun) if overrun is not None else None
-                if snippet:
-                    responses[i] += encode_interpreter(tokenizer, run_tool(snippet[1]),
+                if overrun is None:
+                    continue
+                text = tokenizer.decode(responses[i][begin:], clean_up_tokenization_spaces=False)
+                _, opened, code = text[:-len(CODE_CLOSE + overrun)].rpartition(CODE_OPEN)
+                if opened:
+                    responses[i] += encode_interpreter(tokenizer, run_tool(strip_fence(code)),
                                                        max_interpreter_tokens, overrun)
                     still.append(i)
             live = still

@@ -809,7 +809,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file, and not a hub id (OWNER/NAME)"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
     (["--model", "EMPTY"], "no config.json in there"),
-    (["--model", "no-such/model"], "no usable tokenizer"),
+    (["--model", "no-such/model"], "no-such/model: cannot be loaded"),
     (["--model", "SILENT"], "needs vocabulary, EOS, chat template"),
     (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 896 tokens"),
     (["--critic_model", "OTHER"], "its vocabulary is not the policy's"),

@@ -504,7 +504,6 @@ def test_mask_and_logprobs_tell_sampled_from_forced(model, tokenizer):
     expected = [1] * len(parts[0]) + [0] * len(block) + [1] * len(parts[1]) + [0] * len(block) + [1] * len(
         parts[2])
     assert t.loss_mask == expected and len(picked) == sum(expected)
-    assert [len(s) for s in t.sampled_segments()] == [len(p) for p in parts]
     flat = iter(sum(parts, []))
     for token, logprob, m in zip(t.response_ids, t.logprobs, t.loss_mask):
         if m:
@@ -517,10 +516,10 @@ def test_mask_and_logprobs_tell_sampled_from_forced(model, tokenizer):
 
 
 @pytest.mark.parametrize("mask, segments", [([1, 1, 1], [[0, 1, 2]]), ([1, 0, 0, 1], [[0], [3]]),
-                                            ([1, 0, 1, 0], [[0], [2]]), ([], [[]]), ([1, 0, 0], [[0]])])
-def test_sampled_segments_are_cut_at_forced_text(mask, segments):
+                                            ([1, 0, 1, 0], [[0], [2]]), ([], []), ([1, 0, 0], [[0]])])
+def test_prose_segments_are_cut_at_forced_text(mask, segments):
     """Guards against joining what stands before and after a tool result, or an empty piece at the end."""
-    assert Trajectory(0, 0, [1], list(range(len(mask))), mask).sampled_segments() == segments
+    assert Trajectory(0, 0, [1], list(range(len(mask))), mask).prose_segments() == segments
 
 
 def test_without_tools_tags_mean_nothing(model, tokenizer):
