@@ -43,14 +43,14 @@ from tqdm import tqdm
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments,
-                  add_trainer_arguments, all_sum, at_least, check_mesh, check_positions,
-                  collapse_metrics, describe_trajectory, evaluate, evaluation_table, find_checkpoint,
-                  given, in_range, make_sandbox, mean, need_values, percent, report_page, rollout_metrics,
-                  rollout_settings, run_script, sample_all, save_checkpoint, shard, sharding_settings,
-                  sync_weights, training_state, zero_moments)
+from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments, all_sum,
+                  at_least, check_positions, collapse_metrics, describe_trajectory, evaluate,
+                  evaluation_table, find_checkpoint, given, in_range, make_sandbox, mean,
+                  need_values, percent, report_page, rollout_metrics, rollout_settings, run_script,
+                  sample_all, save_checkpoint, training_state, zero_moments)
 from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
+from sft import add_trainer_arguments, check_mesh, shard, sharding_settings, sync_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions

@@ -56,6 +56,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from sandbox import UserError
 
+try:  # optional, CUDA only; without it PyTorch's own FlashAttention is used
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
 if sys.version_info < (3, 11):
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
@@ -231,12 +236,15 @@ class Packing:
 
 
 def flash_attention(q, k, v, last, longest, scale):
-    """Whole sequences by PyTorch's CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D).
-    last (N,): their last tokens. Never run, NOT MEASURED."""
-    from torch.nn.attention.varlen import varlen_attn  # needs CUDA; enable_gqa: 2.12
+    """Whole sequences by a CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D). last (N,):
+    their last tokens. Never run, NOT MEASURED."""
     bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
-    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, H, D)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+    if flash_attn_varlen_func:
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest,
+                                      softmax_scale=scale, causal=True)[None]
+    from torch.nn.attention.varlen import varlen_attn  # needs CUDA; enable_gqa: 2.12
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
 
 

@@ -45,6 +45,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -52,11 +54,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
                   extract_answer, field_names, load_problems, load_template, question_words, read_row,
                   read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, brackets_and_parts,
-                  check_mesh, computes, describe_error, find_checkpoint, given, in_range,
-                  is_equivalent, is_same_expression, make_sandbox, need_values, one_spelling, run_script,
-                  save_checkpoint, shard, sharding_settings, sync_weights, syntax_tree, training_state, zero_moments)
-from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
+from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, brackets_and_parts,
+                  computes, describe_error, find_checkpoint, given, in_range, is_equivalent,
+                  is_same_expression, make_sandbox, need_values, one_spelling, run_script,
+                  save_checkpoint, syntax_tree, training_state, zero_moments)
+from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
                      break_tags, collate, encode_response, encode_text, generate, load_config,
                      load_model, load_tokenizer, make_example, pack, split_segments, strip_fence)
 from sandbox import UserError
@@ -546,6 +548,71 @@ def add_curate_arguments(parser):
     add("--sandbox_workers", type=at_least(1), default=2, help="snippets at the same time")
     add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0, help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true", help="run snippets although a layer is missing")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sharding
+
+
+def add_trainer_arguments(parser):
+    add = parser.add_argument_group("trainer").add_argument
+    add("--token_budget", type=at_least(1), default=8192, help="tokens per micro-batch and rank")
+    add("--activation_checkpointing", action="store_true",
+        help="keep only the layers' inputs, compute the rest again in the backward pass")
+    add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
+    add("--replicas", type=at_least(1), default=1,
+        help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
+
+
+def sharding_settings(args):
+    """The keyword arguments of `shard`."""
+    return {"dtype": args.dtype, "replicas": args.replicas, "cpu_offload": args.cpu_offload,
+            "activation_checkpointing": args.activation_checkpointing}
+
+
+def check_mesh(replicas, world):
+    """UserError where the ranks cannot be arranged as so many copies of a sharded model."""
+    if world % replicas:
+        raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
+
+
+def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
+    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when
+    needed, the rest belongs to the root. With replicas the ranks form a grid (replicas,
+    shards): hybrid sharding. The module may lie in host memory: its units go to the GPU one by
+    one, so that no GPU ever holds all of it.
+
+    Master weights, gradients between ranks and optimiser states are fp32 in any case.
+    """
+    world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
+    if replicas > 1:
+        mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world,))
+    lm.eval()
+    if activation_checkpointing:
+        for layer in lm.model.layers:
+            layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    precision = MixedPrecisionPolicy(DTYPES[dtype], torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    for unit in [*lm.model.layers, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return module
+
+
+@torch.no_grad()
+def sync_weights(policy, plain):
+    """Copy the sharded policy's weights into a plain model, in place (a captured graph over
+    `plain` stays valid). All ranks call it; plain may be None on those that want no copy."""
+    policy.reshard()  # after a forward without backward the root's weights are still gathered
+    sources = dict(policy.lm.named_parameters())
+    targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
+    assert targets.keys() == sources.keys()
+    for name, source in sources.items():
+        full = source.full_tensor()
+        if plain:
+            targets[name].copy_(full)
 
 
 # ------------------------------------------------------------------------------------------------------------

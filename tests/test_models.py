@@ -123,6 +123,7 @@ def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer
 def test_dropout_stays_off_where_activations_are_checkpointed():
     """Guards against training mode, which transformers asks for, and its dropout: the ratio would not be 1."""
     import eval as evaluation
+    import sft
     from rollout import Policy, collate, make_example
     model = tiny("phi3", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}, 128)
     use_packed_attention(model, "tiny")
@@ -130,7 +131,7 @@ def test_dropout_stays_off_where_activations_are_checkpointed():
     arguments = flat.input_ids, flat.targets, flat.loss_mask, packing
     expected = Policy(model)(*arguments)
     with evaluation.distributed():
-        policy = evaluation.shard(Policy(model), model, "fp32", 1, False, True)
+        policy = sft.shard(Policy(model), model, "fp32", 1, False, True)
         assert torch.allclose(policy(*arguments), expected, atol=1e-6)
         policy(*arguments).sum().backward()
 

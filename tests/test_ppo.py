@@ -781,7 +781,7 @@ def test_a_sampler_that_was_not_synced_stops_the_run(trainer_and_examples, monke
             p.mul_(1.2)
     with pytest.raises(AssertionError, match="were the weights synced"):
         asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, 1))
-    evaluation.sync_weights(trainer.actor, trainer.sampler)
+    sft.sync_weights(trainer.actor, trainer.sampler)
     asyncio.run(ppo.train_step(trainer, prompts, None, trainer.tokenizer, 1))
 
 
