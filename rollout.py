@@ -84,9 +84,8 @@ def strip_fence(snippet):
 
 
 def split_segments(text):
-    """Cut a response after each closing tag into [(kind, text)]: "interpreter" for what stands
-    in an <interpreter> directly after </code>, "model" for all else, even an <interpreter> the
-    model wrote."""
+    """Cut a response into [(kind, text)]: "model", "interpreter", "model", ... Only an
+    <interpreter> directly after </code> is the sandbox's, others were written by the model."""
     return list(zip(itertools.cycle(["model", "interpreter"]), INTERPRETER_BLOCK.split(text)))
 
 
@@ -101,9 +100,9 @@ def break_tags(output):
 
 
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
-    """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`. Tags and
-    special tokens in the output are broken; beyond max_tokens only head and tail are kept. A
-    newline in overrun, what the last sampled token holds beyond `</code>`, is not repeated."""
+    """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`; beyond
+    max_tokens of output only head and tail are kept. A newline in overrun, what the last
+    sampled token holds beyond `</code>`, is not repeated."""
     output = break_tags(output.strip("\n"))
     for special in tokenizer.all_special_tokens:
         output = output.replace(special, special[:1] + " " + special[1:])
@@ -117,9 +116,8 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
 
 
 def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), mask_interpreter=True):
-    """A whole response, EOS appended, as (ids, loss_mask): 0 for interpreter tokens and for
-    masked_calls (indices of failed snippets, not to be learned). Each segment is encoded by
-    itself, as `generate` meets it."""
+    """A whole response and EOS, each segment encoded by itself, as `generate` meets it: (ids,
+    loss_mask). 0 for interpreter tokens and masked_calls (indices of failed snippets)."""
     ids, mask = [], []
     for i, (kind, segment) in enumerate(split_segments(text)):
         if kind == "interpreter":
@@ -136,30 +134,30 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), ma
 
 
 class Pieces(dict):
-    """The text of each token id: `pieces[i]`. Decoded after an anchor token, as a
-    SentencePiece token alone loses its leading space."""
+    """The text of each token id: `pieces[i]`. Decoded after an anchor token, as a SentencePiece
+    token alone loses its leading space."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.anchor = encode_text(tokenizer, "x")[-1]
-        self.anchor_text = tokenizer.decode([self.anchor])
 
     def __missing__(self, token):
-        text = self.tokenizer.decode([self.anchor, token], clean_up_tokenization_spaces=False)
-        self[token] = text[len(self.anchor_text):]
+        alone, text = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                       for ids in ([self.anchor], [self.anchor, token]))
+        self[token] = text[len(alone):]
         return self[token]
 
 
 def shown_output(result, feedback):
-    """The text of a SandboxResult that the model sees: with feedback "real" the output, "hidden"
-    only whether the snippet ran, "none" nothing between the interpreter tags."""
-    hidden = f"[{'ran' if result.status == 'ok' else 'failed'}]"
+    """What the model sees of a SandboxResult: with feedback "real" the output, "hidden" only
+    whether the snippet ran, "none" nothing."""
+    hidden = "[ran]" if result.status == "ok" else "[failed]"
     return {"real": result.output, "hidden": hidden, "none": ""}[feedback]
 
 
 def after_earlier(code, calls):
-    """`code` as in one session with the snippets of `calls` that ran: they run again in front of
-    it, within the same time limit, unseen."""
+    """`code` after the snippets of `calls` that ran, as in one session: they run again, unseen,
+    within the same time limit."""
     earlier = [call.code for call in calls if call.status == "ok"]
     mute = "__import__('contextlib').redirect_stdout(__import__('io').StringIO())"
     return f"with {mute}: [exec(s, globals()) for s in {earlier!r}]\n{code}" if earlier else code
@@ -180,9 +178,8 @@ def head_dim(config):
 class KVCache:
     """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
     A slot holds the longest possible row, so a row once admitted always finishes. Pages would
-    hold more rows (those with 1-4 calls fill 14 % of 1,088-token slots), but no PyTorch kernel on
-    CPU reads them where they lie: gathered, attention takes four times as long
-    (tests/bench_rollout.py --pages)."""
+    hold more (1-4 calls fill 14 % of 1,088-token slots), but gathering them makes attention on
+    CPU four times as long (tests/bench_rollout.py --pages)."""
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
@@ -213,8 +210,8 @@ class Packing:
         self.n_decode = n = bisect.bisect_right(lengths, 1)
         self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
         if n:
-            # A view of all slots up to the highest used: gathering them would copy the cache
-            # (21 ms per layer against 1, at 128 rows). Idle slots see one key, to no effect.
+            # A view up to the highest slot used: to gather the used ones would copy the cache (21
+            # ms per layer against 1, at 128 rows). Idle slots see one key, to no effect.
             self.decode_slots = self.slot_of_token[:n]
             seen = np.ones(max(slots[:n]) + 1, dtype=np.int64)
             seen[slots[:n]] = [p + 1 for p in past[:n]]
@@ -235,19 +232,6 @@ class Packing:
                                 for x in (np.array([slots[i] for i in rows]), index, mask)])
 
 
-def flash_attention(q, k, v, last, longest, scale):
-    """Whole sequences by a CUDA kernel: q (H, T, D), k, v (K, T, D) -> (1, T, H, D). last (N,):
-    their last tokens. Never run, NOT MEASURED."""
-    bounds = F.pad(last + 1, (1, 0)).int()  # (N + 1,)
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
-    if flash_attn_varlen_func:
-        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest,
-                                      softmax_scale=scale, causal=True)[None]
-    from torch.nn.attention.varlen import varlen_attn  # needs CUDA; enable_gqa: 2.12
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
-
-
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
     """Attention of a flat stream, described by `packing`, for sampler and trainer: query
     (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). attn_implementation="retool":
@@ -257,9 +241,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not implemented")
     q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
     if packing.cache is None:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return flash_attention(q, k, v, packing.last, max(packing.lengths), scaling), None
-        return whole_sequences(q, k, v, packing.lengths, scaling), None
+        return whole_sequences(q, k, v, packing, scaling), None
     cache = packing.cache
     k_cache, v_cache = cache.k[module.layer_idx], cache.v[module.layer_idx]  # (n_slots, K, S, D)
     k_cache[packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
@@ -275,10 +257,20 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     return out[None], None
 
 
-def whole_sequences(q, k, v, lengths, scale):
-    """Training: sequences without a past. q (H, T, D), k, v (K, T, D) -> (1, T, H, D)."""
+def whole_sequences(q, k, v, packing, scale):
+    """Training: sequences without a past. q (H, T, D), k, v (K, T, D) -> (1, T, H, D). On CUDA
+    by flash-attn or what PyTorch bundles of it: never run, NOT MEASURED."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        bounds, longest = F.pad(packing.last + 1, (1, 0)).int(), max(packing.lengths)  # (N + 1,)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+        if flash_attn_varlen_func:
+            return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest,
+                                          softmax_scale=scale, causal=True)[None]
+        from torch.nn.attention.varlen import varlen_attn  # enable_gqa: 2.12
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
     # split, not slices: their backward would write N tensors of the full length
-    spans = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1))
+    spans = zip(*(x.split(packing.lengths, 1) for x in (q, k, v)))
     out = [F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=scale,
                                           enable_gqa=q.shape[0] != k.shape[0]) for a, b, c in spans]
     return torch.cat(out, 2).transpose(1, 2)
@@ -351,10 +343,8 @@ def from_checkpoint(loader, path, **options):
     folder = Path(path)
     if folder.is_file():
         raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
-    if (folder / "metrics.jsonl").exists() and (folder / "checkpoint").is_dir():
-        raise UserError(f"{path} is a run's folder; its model is {folder / 'checkpoint'}")
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{path}: no config.json in there, so it is no checkpoint")
+        raise UserError(f"{path}: no config.json in there (a run's model is in its folder checkpoint)")
     if not folder.exists():
         if path.count("/") != 1 or path[0] in "./~":
             raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
@@ -367,8 +357,7 @@ def from_checkpoint(loader, path, **options):
 
 @functools.cache
 def need_hub():
-    """Ask once whether the hub answers; if not, libraries use what is downloaded, without
-    retries."""
+    """Ask once whether the hub answers; if not, libraries use what is downloaded."""
     address = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
@@ -378,8 +367,8 @@ def need_hub():
 
 
 def load_tokenizer(path):
-    """A checkpoint's tokenizer; UserError without vocabulary, EOS or chat template. Its EOS
-    becomes the token that ends an assistant's turn in the template, as SFT trains."""
+    """A checkpoint's tokenizer. Its EOS becomes the token that ends an assistant's turn in the
+    chat template, as SFT trains."""
     tokenizer = from_checkpoint(AutoTokenizer, path)
     # Without tokenizer files a folder gives an empty tokenizer, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
@@ -389,7 +378,7 @@ def load_tokenizer(path):
                    for n in (1, 2))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in ids[len(before):] if token in special]
-    if ends and ends[0] != tokenizer.eos_token_id:
+    if ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 
@@ -401,8 +390,7 @@ def end_tokens(model, tokenizer):
 
 
 def load_config(path, tokenizer=()):
-    """A checkpoint's configuration; UserError if unreadable, or with fewer embeddings than the
-    tokenizer has tokens."""
+    """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
     config = from_checkpoint(AutoConfig, path)
     if config.vocab_size < len(tokenizer):
         raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, the tokenizer "
@@ -411,9 +399,8 @@ def load_config(path, tokenizer=()):
 
 
 def load_model(path, device, dtype="fp32", weights=True):
-    """A causal LM with `packed_attention`; UserError if that fails. weights=False: random, for
-    a run's checkpoint to be read into. Trap: never `.to(torch.bfloat16)` later, that would
-    round RoPE's frequencies too."""
+    """A causal LM with `packed_attention`. weights=False: random, for a run's checkpoint to be
+    read into. Trap: never `.to(torch.bfloat16)` later, that would round RoPE's frequencies."""
     if weights:
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
     else:
@@ -452,12 +439,10 @@ def use_packed_attention(model, name):
     for what, ours, theirs in (("packed", packed, wanted), ("cached", cached, wanted[packing.last])):
         error = ((ours - theirs).norm(dim=-1).max() / theirs.norm(dim=-1).mean()).item()
         if not error < 2e-5:
-            raise UserError(f"{refused}: {what} sequences get other logits than by its own attention "
-                            f"(relative difference {error:.0e}): layers that are not attention, or "
-                            "scaled logits")
+            raise UserError(f"{refused}: {what} sequences get other logits (relative difference "
+                            f"{error:.0e}): layers that are not attention, or scaled logits")
     for parameter, dtype in dtypes.items():
-        # copy: a file's tensors lie at odd addresses, by which a CPU's matrix-vector product
-        # rounds, and a resumed run would differ in its last bits.
+        # copy: by a file's odd addresses a CPU would round otherwise than in a resumed run
         parameter.data = parameter.data.to(dtype, copy=True)
 
 
@@ -466,8 +451,8 @@ def use_packed_attention(model, name):
 
 @dataclass
 class Example:
-    """One sequence for the trainer, or a packed micro-batch. Columns are (T,), T one less than
-    the tokens: position t reads token t; other columns speak of token t + 1."""
+    """One sequence for the trainer, or a packed micro-batch. Columns are (T,), T one less than the
+    tokens: position t reads token t; other columns speak of token t + 1."""
     input_ids: torch.Tensor  # token t
     targets: torch.Tensor  # token t + 1
     loss_mask: torch.Tensor  # 1.0 where it is trained on
@@ -494,9 +479,8 @@ def make_example(ids, loss_mask, **per_token):
 
 
 def pack(lengths, token_budget, world):
-    """result[rank][micro_batch]: lists of indices. Longest sequence first into the emptiest
-    bin; all ranks get equally many micro-batches (some may be empty), none above token_budget
-    unless a single sequence is."""
+    """result[rank][micro_batch]: lists of indices. Longest sequence first into the emptiest bin;
+    equally many bins per rank, maybe empty; above token_budget only a single sequence."""
     assert lengths, "nothing to pack"
     budget = max(token_budget, max(lengths))
     for n in itertools.count(max(1, math.ceil(sum(lengths) / (token_budget * world)))):
@@ -569,10 +553,9 @@ def noise_bits(*fields):
 
 
 def sample(logits, uniform, temperature, top_p):
-    """Draw one token per row by the inverse CDF in float64: logits (N, V), uniform (N,) in [0,
-    1) -> tokens (N,), logprobs (N,) of the full softmax. Temperature 0 is greedy, with
-    log-probabilities at 1. top_p < 1 is for evaluation: training would score another
-    distribution."""
+    """One token per row by the inverse CDF in float64: logits (N, V), uniform (N,) in [0, 1) ->
+    tokens (N,), logprobs (N,) of the full softmax. Temperature 0 is greedy, with logprobs at 1.
+    top_p < 1 is for evaluation: training would score another distribution."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -666,8 +649,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     prompts: lists of token ids. sandbox: an entered Sandbox (may be None with tools=False).
     prompt_keys: integers that name the prompts to the noise (default: their index).
     stats: a dict that receives counts and seconds. sampling: the fields of `Sampling`.
-    Where memory limits the slots, rounding depends on it. ValueError for bad settings, empty or
-    too long prompts; UserError if no row fits into memory.
+    Where memory limits the slots, rounding depends on it; UserError if no row fits.
     """
     settings = Sampling(**sampling)
     longest = max((len(p) for p in prompts), default=0) + settings.max_response_tokens
@@ -684,9 +666,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
     await engine.run()
     if stats is not None:
-        for name, value in engine.counts.items():
-            stats[name] = stats.get(name, 0) + value
-        stats |= {"slots": engine.n_slots, "slot_tokens": longest}
+        stats |= engine.counts | {"ticks": engine.tick, "slots": engine.n_slots, "slot_tokens": longest}
     return [row.trajectory for row in rows]
 
 
@@ -709,8 +689,8 @@ class Engine:
         self.pieces, self.ends, self.tick = Pieces(tokenizer), end_tokens(model, tokenizer), 0
         self.shared = {}  # prompt index -> (logits after it, its k and v), for other samples
         # slot_ticks, kv_tokens: slots in use and tokens in them, summed over ticks
-        self.counts = {"tokens_fed": 0, "sampled": 0, "ticks": 0, "slot_ticks": 0, "kv_tokens": 0,
-                       "tool_wait_seconds": 0.0}
+        self.counts = dict.fromkeys(["tokens_fed", "sampled", "slot_ticks", "kv_tokens"], 0)
+        self.counts["tool_wait_seconds"] = 0.0
 
     async def run(self):
         try:
@@ -728,10 +708,9 @@ class Engine:
         finally:
             for row in self.paused:  # no snippet outlives its rollout
                 row.task.cancel()
-        self.counts["ticks"] = self.tick
 
     async def wait_for_tools(self):
-        """Bring back the rows that are due. With nothing else to do, skip to the next due tick
+        """Bring back the rows that are due. With nothing else to do, skip to the next such tick
         or, with rejoin_ticks=0, wait for the first result."""
         begin, ticks = time.perf_counter(), self.settings.rejoin_ticks
         if self.paused and not self.active and not (self.queue and self.free):
@@ -822,17 +801,18 @@ class Engine:
         if token in self.ends:
             return self.finish(row, "eos")
         snippet = self.closed_snippet(row, token) if self.settings.tools else None
-        if snippet and len(t.tool_calls) == self.settings.max_calls:
-            return self.finish(row, "max_calls")
-        if snippet:
-            return self.call(row, *snippet)
-        if len(t.response_ids) >= self.settings.max_response_tokens:
-            return self.finish(row, "length")
-        self.active.append(row)
+        if snippet and len(t.tool_calls) < self.settings.max_calls:
+            self.call(row, *snippet)
+        elif snippet:
+            self.finish(row, "max_calls")
+        elif len(t.response_ids) >= self.settings.max_response_tokens:
+            self.finish(row, "length")
+        else:
+            self.active.append(row)
 
     def closed_snippet(self, row, token):
-        """The snippet that this token closes, as (index of the token in which `<code>` begins,
-        code), or None."""
+        """(index of the token in which `<code>` begins, code) of the snippet that this token
+        closes, or None."""
         begin = max(0, len(row.text) + 1 - len(CODE_CLOSE))
         row.text += self.pieces[token]
         close = row.text.find(CODE_CLOSE, begin)
@@ -852,8 +832,7 @@ class Engine:
         t, settings = row.trajectory, self.settings
         source = after_earlier(code, t.tool_calls) if settings.interpreter == "replay" else code
         t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
-        # A snippet's generators are seeded by its row, not by order of arrival; no sampled token
-        # has a negative position.
+        # Seeded by the row, not by order of arrival; no sampled token has a negative position.
         bits = noise_bits(settings.seed, settings.step, row.key, t.sample_index, -len(t.tool_calls))
         row.task = asyncio.ensure_future(self.sandbox.run(source, seed=int(bits >> np.uint64(33))))
         row.due = self.tick + settings.rejoin_ticks

@@ -19,18 +19,17 @@ Sandbox() does not start where one is missing, nor where its self-test finds an 
 unless unsafe=True (--unsafe_sandbox). Best effort, as reported at start: namespaces, the OOM
 killer's preference, time limits that do not count waiting for a core.
 
-The time limit. `timeout` limits a snippet's *own* time: the CPU seconds of its threads, or the
-wall time of its main thread less what that waited for a core, whichever is more. So a loop and a
-sleep both end at `timeout`, and other load pushes nothing over it. WALL_FACTOR * `timeout` of wall
-time ends all. Results that took more than half of their limit are counted: they may differ.
+`timeout` limits a snippet's *own* time: the CPU seconds of its threads, or the wall time of its
+main thread less what that waited for a core, whichever is more. So a loop and a sleep both end at
+`timeout`, and other load pushes nothing over it. WALL_FACTOR * `timeout` of wall time ends all.
+Results that took more than half of their limit are counted: they may differ.
 
-Covered: that, and endless loops (in C too), floods of output, memory, threads and recursion,
-crashes, left-over threads, state passed between snippets (memory, files, locks, futexes), a killed
-or frozen zygote, a killed trainer, a cancelled task. The same code and seed give the same text
-(clocks, os.urandom, addresses and what is close to a time limit aside).
-NOT covered: holes in the kernel; timing and cache channels; stat(), which Landlock leaves open
-(names, sizes and times of files); nonsense in the text itself (rollout.py neutralises tags). macOS
-(Python 3.13 or later) and --unsafe_sandbox are for development: accidents only.
+Covered too: floods of output, memory, threads and recursion, crashes, left-over threads, state
+passed between snippets (memory, files, locks, futexes), a killed or frozen zygote, a killed
+trainer, a cancelled task. The same code and seed give the same text (clocks, os.urandom and
+addresses aside). NOT covered: holes in the kernel; timing and cache channels; stat(), which
+Landlock leaves open; nonsense in the text itself (rollout.py neutralises tags). macOS (Python
+3.13 or later) and --unsafe_sandbox are for development: accidents only.
 
     python sandbox.py                     # does it start here? layers and self-test in a line
     python tests/bench_sandbox.py         # speed against a fresh interpreter per snippet
@@ -100,12 +99,10 @@ class SandboxResult:
 
     status: ok | error | timeout | output_limit | killed | sandbox_error, which is our own fault:
         drop the rollout, never score it, never show it to the model.
-    output: text for the model: at most output_chars characters, plus notices in brackets.
-    seconds: wall time from fork to exit.
     """
     status: str
-    output: str
-    seconds: float = 0.0
+    output: str  # for the model: at most output_chars characters, plus notices in brackets
+    seconds: float = 0.0  # of wall time from fork to exit
 
 
 # --------------------------------------------------------------------------------------------
@@ -121,8 +118,7 @@ def anonymous_file(content=b""):
 
 def feedback(raw, exit_code, timed_out, timeout, output_chars):
     """(status, text for the model) of a finished process, from its output bytes and exit code
-    (minus the number of a signal). The text must not differ from run to run, nor name the
-    host's folders."""
+    (minus the number of a signal). The text names no folder of the host."""
     text = raw.decode("utf-8", "replace")
     for folder in library_folders():
         text = text.replace(folder + "/", "")
@@ -206,10 +202,9 @@ class Sandbox:
     timeout: seconds of its own time that a snippet has, see the top of this file.
     memory_mb: address space in MiB above what the zygote has mapped.
     output_chars: characters of output kept, half from the head and half from the tail.
-    unsafe: start although a mandatory layer is missing or an attack works, with a warning.
+    unsafe: start although the self-test fails, with a warning; else that is a UserError.
     math_verify: have math-verify imported, which the snippets of `equal` need.
     report: one line on layers and self-test. counts: results by status, and "near_limit".
-    Entering runs the self-test: UserError if it fails.
     """
 
     def __init__(self, workers=2, timeout=1.0, memory_mb=512, output_chars=2000, unsafe=False,
@@ -293,10 +288,9 @@ class Sandbox:
             return result
 
     async def equal(self, predicted, reference):
-        """Whether math-verify takes two LaTeX expressions for equal; not if it cannot tell
-        within JUDGE_SECONDS. It calculates what it reads and can be made to hang, so it runs
-        as a snippet, in a pool of its own that the first call starts. UserError if it does not
-        run."""
+        """Whether math-verify takes two LaTeX expressions for equal within JUDGE_SECONDS. It
+        calculates what it reads and can be made to hang, so it runs as a snippet, in a pool of
+        its own that the first call starts. UserError if it does not run."""
         async with self.judge_lock:
             self._check_open()
             if self.judge is None:
@@ -380,14 +374,12 @@ class Sandbox:
             return self._stop(grace=0)
         self.heard, self.deaths = self.loop.time(), 0
         request_id, *reply = REPLY.unpack(message)
-        future = self.futures.get(request_id)  # None: its task was cancelled
-        if future is not None and not future.done():
-            future.set_result(reply)
+        if request_id in self.futures:  # else its task was cancelled
+            self.futures[request_id].set_result(reply)
 
     def _stop(self, grace):
-        """End the zygote: `grace` seconds to kill and reap its snippets, then SIGKILL, which ends
-        them too. Whoever waits is told whether its snippet may have run: the oldest requests
-        have, as many as there are workers."""
+        """End the zygote: `grace` seconds to reap its snippets, then SIGKILL, which ends them too.
+        Whoever waits is told whether its snippet may have run: the oldest, one per worker."""
         if self.socket is None:
             return
         self.loop.remove_reader(self.socket)
@@ -418,8 +410,7 @@ class Job:
 
 
 def kernel(call, *arguments):
-    """A libc function by name or a system call by number; integers are long. Raises
-    OSError."""
+    """A libc function by name or a system call by number; integers are long. OSError."""
     if isinstance(call, int):
         return kernel("syscall", call, *arguments)
     arguments = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
@@ -438,8 +429,7 @@ def die_with_parent(parent_pid):
 
 
 def zygote_main(sock, config):
-    """Import what snippets use, give up what they must not have, serve until the trainer
-    closes."""
+    """Import what snippets use, give up what they must not have, serve."""
     global LIBC, PROC
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
@@ -462,9 +452,8 @@ def zygote_main(sock, config):
 
 @functools.cache
 def library_folders():
-    """Where this interpreter's modules lie, and numpy, which may be elsewhere. Not sys.path,
-    which may name the repository (this file's folder, an editable install), nor sys.prefix:
-    the repository may hold a venv. Longest first."""
+    """Where this interpreter's modules lie, and numpy, which may be elsewhere; longest first.
+    Not sys.path nor sys.prefix: they may name the repository, or the venv in it."""
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     paths += [*site.getsitepackages(), f"{sys.base_prefix}/lib"]
     paths.append(os.path.dirname(os.path.dirname(importlib.util.find_spec("numpy").origin)))
@@ -509,8 +498,7 @@ def limits(config):
 
 
 def serve(sock, config):
-    """The loop: reap, kill at deadlines, take requests, fork. After an OSError a new zygote
-    starts."""
+    """The loop, until the trainer closes: reap, kill at deadlines, take requests, fork."""
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_r, False)
     os.set_blocking(wake_w, False)
@@ -519,9 +507,8 @@ def serve(sock, config):
     queue = collections.OrderedDict()  # request id -> seed, timeout, two descriptors
     jobs = {}  # request id -> Job
     while True:
-        look_at = min((job.look_at for job in jobs.values()), default=math.inf)
-        wait = None if look_at == math.inf else max(0.0, look_at - time.monotonic())
-        readable, _, _ = select.select([sock, wake_r], [], [], wait)
+        wait = min((job.look_at for job in jobs.values()), default=math.inf) - time.monotonic()
+        readable, _, _ = select.select([sock, wake_r], [], [], max(0.0, min(wait, 3600.0)))
         if wake_r in readable:
             os.read(wake_r, 4096)
         for request_id, job in list(jobs.items()):
@@ -573,8 +560,6 @@ def own_seconds(job):
     if not LINUX:
         return wall
     cpu = time.clock_gettime((~job.pid << 3) | 2)  # its CPU clock: see clock_getcpuclockid
-    if wall < job.timeout / 2:  # the usual case needs no second look
-        return max(wall, cpu)
     waited = int(process_file(job.pid, "schedstat").split()[1]) * 1e-9  # 0 if not counted
     return max(wall - waited, cpu)
 
@@ -702,8 +687,7 @@ def landlock_ruleset(folders):
 
 
 def give_up(config):
-    """The walls of all snippets, raised once: {"layers": what is on, "missing": what is
-    not}."""
+    """The walls of all snippets, raised once: {"layers": what is on, "missing": what not}."""
     report = {"layers": [], "missing": []}
     if not LINUX:
         return report
@@ -725,20 +709,17 @@ def give_up(config):
     with layer("time limits without waiting for a core", mandatory=False):
         if process_file("self", "schedstat").startswith("0 "):
             raise OSError("the kernel does not count it")
-    host = os.stat("self/ns/mnt", dir_fd=PROC).st_ino
     with layer("network, IPC and mount namespaces", mandatory=False):
         try:
             kernel("unshare", 0x48020000)  # CLONE_NEWNET, NEWIPC, NEWNS
         except PermissionError:
             kernel("unshare", 0x58020000)  # and NEWUSER, which allows the others
-    with layer("read-only mounts, no /proc", mandatory=False):
-        # CRUCIAL, for root: without a namespace of its own this would strike the host, and
+        # CRUCIAL, for root: only in a namespace of its own, else this would strike the host; and
         # from one that is not private (MS_PRIVATE) the cover of /proc would spread to it.
-        if os.stat("self/ns/mnt", dir_fd=PROC).st_ino == host:
-            raise OSError("no mount namespace")
-        kernel("mount", b"none", b"/", None, 0x44000, None)  # MS_REC, MS_PRIVATE
-        kernel("mount", b"none", b"/proc", b"tmpfs", 1, b"mode=0,size=4k")  # 1: MS_RDONLY
-        kernel(442, -100, b"/", 0x8000, struct.pack("=QQQQ", 1, 0, 0, 0), 32)  # mount_setattr
+        with layer("read-only mounts, no /proc", mandatory=False):
+            kernel("mount", b"none", b"/", None, 0x44000, None)  # MS_REC, MS_PRIVATE
+            kernel("mount", b"none", b"/proc", b"tmpfs", 1, b"mode=0,size=4k")  # 1: MS_RDONLY
+            kernel(442, -100, b"/", 0x8000, struct.pack("=QQQQ", 1, 0, 0, 0), 32)  # mount_setattr
     kernel("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: a user namespace hides this process from its owner
     with layer("dropped capabilities"):
         kernel("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -759,8 +740,7 @@ def give_up(config):
 
 
 def confine(config):
-    """The restrictions that are not inherited, just before the code. Raises OSError,
-    ValueError."""
+    """The restrictions that are not inherited, just before the code."""
     os.setpgid(0, 0)  # killed as a whole, where there can be a whole
     die_with_parent(config["zygote_pid"])
     # Not niced: beside two busy cores that takes most of their time (bench_sandbox.py --load).
@@ -810,8 +790,7 @@ def emit(text):
 
 
 def run_snippet(code, seed, memory_mb):
-    """Execute `code` as a script. Returns the exit code: 1 after an exception, which it
-    prints."""
+    """Execute `code` as a script: the exit code, 1 after an exception, which it prints."""
     gc.freeze()  # counters to zero: collections at the same points
     gc.enable()
     random.seed(seed)
@@ -849,8 +828,7 @@ def run_snippet(code, seed, memory_mb):
         with contextlib.suppress(OSError, ValueError):  # the output is full, or closed
             out.flush()
         emit(message)
-    # What os._exit leaves out. _shutdown, unlike Thread.join, wakes the idle workers of
-    # executors.
+    # What os._exit leaves out. _shutdown, unlike join, wakes the idle workers of executors.
     threading._shutdown()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
