@@ -77,6 +77,30 @@ def table(runs, names, base):
                      "code needed %", "code trivial %", "snippets", "tokens", "s / step"], rows)
 
 
+DYNAMICS = {"accuracy": 100, "response_tokens": 1, "code_ratio": 100, "code_lines": 1, "snippets_per_response": 1,
+            "pass_last_correct": 100, "pass_last_incorrect": 100, "timing_first": 1, "self_correction": 100,
+            "entropy": 1, "clip_fraction": 100}
+
+
+def dynamics(runs, names):
+    """Means of the first and of the last three steps of each name's runs."""
+    columns = {f"{name}, {which}": [row for run in runs[name].values() for row in run["steps"][part]]
+               for name in names if name in runs
+               for which, part in (("first 3 steps", slice(0, 3)), ("last 3", slice(-3, None)))}
+    rows = [[metric + (" %" if scale == 100 else ""), *(
+        f"{np.mean(found):.{2 if scale == 1 else 1}f}" if (found := [
+            scale * row[metric] for row in rows if row.get(metric) is not None]) else "-"
+        for rows in columns.values())] for metric, scale in DYNAMICS.items()]
+    return markdown(["", *columns], rows)
+
+
+def corrections(folder):
+    """Responses in which a failed snippet is corrected, as text."""
+    rows = [json.loads(line) for line in open(Path(folder) / "retool-21" / "corrections.jsonl")]
+    return "\n".join(f"Step {row['step']}, {row['family']}:\n\n~~~\n{row['prompt'].split(chr(10))[1]}\n{row['response']}\n~~~\n"
+                     for row in rows)
+
+
 AXES = {"steps": ("PPO step", lambda row: 1), "tokens": ("sampled tokens, thousands", lambda row: 256e-3 * row[
     "response_tokens_sampled"]), "minutes": ("minutes of training", lambda row: sum(
         value for key, value in row.items() if key.startswith("seconds_")) / 60)}
@@ -125,13 +149,20 @@ def main(folder, figures):
         print(f"- [{q['finding']}](#{q['id']})")
     for q in questions:
         print(f"\n<a id=\"{q['id']}\"></a>\n\n## {q['title']}\n\n{q['question']}\n\n*Expected:* {q['expected']}\n")
-        print(table(runs, q["runs"], q.get("base", "retool")))
+        if q["id"] == "dynamics":
+            print(dynamics(runs, q["runs"]))
+        else:
+            print(table(runs, q["runs"], q.get("base", "retool")))
+        if q["id"] == "details":
+            print("\n" + dynamics(runs, ["retool", "kl-0.1", "entropy-0.01"]))
         for axis in q.get("figures", []):
             path = Path(figures) / f"{q['id']}_{axis}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(figure(runs, q["runs"], axis))
             print(f"\n![{q['title']}, over {axis}](figures/{path.name})")
         print(f"\n*Answer:* {q['finding']} {q['answer']}")
+        if q["id"] == "dynamics":
+            print("\n" + corrections(folder))
 
 
 if __name__ == "__main__":

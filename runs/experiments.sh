@@ -25,7 +25,7 @@ list() {
   for seed in $seeds; do echo "text $seed --tools off --code_share 0"; done
   for seed in $seeds; do
     for kind in none hidden; do echo "feedback-$kind $seed --feedback $kind"; done
-    for price in 0.1 0.3 0.6; do echo "cost-$price $seed --reward cost --reward_scale $price"; done
+    for price in 0.1 0.3 0.6 1.2 1.8; do echo "cost-$price $seed --reward cost --reward_scale $price"; done
     for kind in executable bonus steps; do echo "reward-$kind $seed --reward $kind --reward_scale 0.3"; done
   done
   local first=${seeds%% *} group="--samples_per_prompt 8 --prompts_per_step 32"
