@@ -63,7 +63,7 @@ done
 warm_start() {  # name, traces, steps: $OUT/name becomes the checkpoint
   [ -e "$OUT/$1" ] && return
   python sft.py --model "$MODEL" --traces "$2" --sft_steps "$3" --sft_batch_size 16 --sft_lr 5e-4 --sft_muon_lr 0 --sft_warmup 5 \
-    --sft_save_every 10 --token_budget 4096 $SHARED --minutes "${MINUTES:-10000}" --warm_start_dir "$OUT/sft" | tee "$OUT/$1.log"
+    --sft_save_every 10 --token_budget 4096 $SHARED --minutes "${MINUTES:-0}" --warm_start_dir "$OUT/sft" | tee "$OUT/$1.log"
   grep -q '^checkpoint: ' "$OUT/$1.log" || exit 0
   ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/$1.log" | xargs realpath)" "$OUT/$1"
 }
@@ -71,7 +71,7 @@ evaluate() {  # name, model, further flags
   [ -e "$OUT/$1.json" ] && return
   python eval.py --model "$2" $SHARED --output "$OUT/$1.json" "${@:3}" | tee "$OUT/$1.txt"
 }
-NUMBERS="--samples 1 --limit 128 --n_slots 64 --max_prompt_tokens 256 --max_response_tokens 256"
+NUMBERS="--samples 1 --limit 128 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 384"
 WORDS="--samples 1 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 640 --max_calls 10 --problems $OUT/gsm8k_test.jsonl"
 evaluate released "$MODEL" $NUMBERS
 evaluate prompted "$MODEL" $NUMBERS --prompt_template retool
