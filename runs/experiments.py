@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from eval import bootstrap, markdown, percent  # noqa: E402
+from eval import bootstrap, markdown  # noqa: E402
 
 TEXTS = Path(__file__).parent / "experiments.json"  # questions, expectations, answers
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: colour-blind safe
