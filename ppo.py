@@ -186,7 +186,8 @@ def reference_kl(logprobs, reference_logprobs, loss_mask):
 def value_loss(values, old_values, returns, loss_mask, value_clip):
     """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within value_clip of the old value,
     summed over trainable tokens. Returns (sum, metrics), also sums."""
-    values, old_values, returns = (torch.where(loss_mask.bool(), x, 0.0) for x in (values, old_values, returns))
+    values, old_values, returns = (torch.where(loss_mask.bool(), x, 0.0)
+                                   for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * torch.maximum(plain_error, clipped_error).sum()
@@ -615,17 +616,17 @@ def parse_arguments(argv=None):
     add("--critic_warmup", type=at_least(0), default=3, help="steps of the critic alone; recipes 20")
     add("--temperature", type=in_range(0.0, above=True), default=1.0, help="of rollouts and loss; paper 1.0")
     add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount")
-    add("--lam_actor", type=lambda text: text if text == "adaptive" else in_range(0.0, 1.0)(text), default=1.0,
-        help="GAE lambda of the advantages, or adaptive: longer responses, a larger one")
+    add("--lam_actor", type=lambda text: text if text == "adaptive" else in_range(0.0, 1.0)(text),
+        default=1.0, help="GAE lambda of the advantages, or adaptive: longer responses, a larger one")
     add("--lam_critic", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the critic's targets")
     add("--clip_low", type=in_range(0.0, 1.0), default=0.2, help="the ratio is at least 1 - clip_low")
     add("--clip_high", type=in_range(0.0), default=0.28, help="and at most 1 + clip_high")
     add("--dual_clip", type=in_range(1.0), default=0.0, help="least loss per bad token, e.g. 3; 0: none")
-    add("--kl_coef", type=in_range(0.0), default=0.0, help="of KL to the starting model, in the loss; paper 0")
+    add("--kl_coef", type=in_range(0.0), default=0.0, help="of KL to the start, in the loss; paper 0")
     add("--entropy_coef", type=in_range(0.0), default=0.0, help="of the entropy bonus")
     add("--importance", choices=("off", "token"), default="off",
         help="token: weight by trainer's / sampler's probability, at most 2")
-    add("--sync_every", type=at_least(1), default=1, help="steps between copies of the weights to the sampler")
+    add("--sync_every", type=at_least(1), default=1, help="steps between copies of weights to the sampler")
     add("--mask_interpreter", choices=("on", "off"), default="on",
         help="off: PPO trains on interpreter text too (a known mistake)")
     add("--value_clip", type=in_range(0.0), default=0.5, help="how far values may move")
@@ -638,7 +639,7 @@ def parse_arguments(argv=None):
     add("--resume", default="",
         help="run folder to go on with, under its arguments except those given here")
     add("--export", default="", help="with --resume: only write its newest checkpoint here")
-    add("--minutes", type=in_range(0.0), default=0.0, help="stop with a checkpoint after so many; 0: no limit")
+    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
     add("--track", choices=("", "wandb", "trackio"), default="", help="send each step's metrics there too")
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
@@ -669,7 +670,8 @@ def check_combinations(parser, args, flags):
     if args.model and not (args.resume or args.preset):
         rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
         need_values(parser, flags, [*rates, "sandbox_timeout", "max_prompt_tokens", "max_response_tokens"])
-    idle = {f for f in flags if f.startswith("sft_")} | flags & {"code_share", "warm_start_dir", "mask_failed"}
+    idle = {f for f in flags if f.startswith("sft_")}
+    idle |= flags & {"code_share", "warm_start_dir", "mask_failed"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
     if not args.model:

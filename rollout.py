@@ -475,7 +475,8 @@ def make_example(ids, loss_mask, **per_token):
     """An Example of columns aligned with the tokens: only here are they shifted."""
     columns = {"loss_mask": loss_mask, "sampled": loss_mask} | per_token
     return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
-                   **{name: torch.as_tensor(values, dtype=torch.float32)[1:] for name, values in columns.items()})
+                   **{name: torch.as_tensor(values, dtype=torch.float32)[1:]
+                      for name, values in columns.items()})
 
 
 def pack(lengths, token_budget, world):
