@@ -86,16 +86,14 @@ def boxed(text):
 
 
 def extract_answer(response):
-    r"""The last \boxed{} of a response outside its blocks, or None. For files:
-    `is_correct` knows what the policy sampled."""
+    r"""The last \boxed{} outside a text's blocks, or None. (Of rollouts, `is_correct` knows more.)"""
     return boxed(BLOCKS.sub("\n", response))
 
 
 # ---------------------------------------------------------------------------------------------
 # Loading problems
 
-# (question, answer, solution) as dotted paths; the first whose fields are all there wins. An answer
-# in the solution's field is what that marks as final.
+# (question, answer, solution) as dotted paths; the first whose fields are all there wins.
 LAYOUTS = [
     ("problem", "answer", "solution"),  # NuminaMath-1.5
     ("problem", "ground_truth_solution", "deepseek_solution"),  # OpenThoughts with metadata
@@ -107,7 +105,7 @@ LAYOUTS = [
     ("input", "output", ""),  # the authors' AIME files
     ("prompt.0.content", "reward_model.ground_truth", ""),  # DAPO-Math-17k
     ("prompt", "reward_model.ground_truth", ""),  # its processed form
-    ("messages.0.content", "answer", "messages.1.content"),  # what `data.py curate` writes
+    ("messages.0.content", "answer", "messages.1.content"),  # what `sft.py curate` writes
     ("messages.0.content", "messages.1.content", "messages.1.content"),  # the authors' released traces
     ("conversations.0.value", "conversations.1.value", "conversations.1.value"),  # OpenThoughts
 ]
@@ -194,16 +192,15 @@ def read_rows(source, split="train", config=None):
 
 
 def load_problems(source):
-    """A file or hub id -> [{"question", "answer", "family"}]; UserError names the place of a
-    row without these."""
+    """A file or hub id -> [{"question", "answer", "family"}]."""
     problems = []
     for place, row in read_rows(source):
         found = read_row(row)
         if not found or not found["question"] or not found["answer"]:
             raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with "
                             f"a \\boxed answer); found {field_names(row)}")
-        family = Path(source).stem
-        problems.append({"question": found["question"], "answer": found["answer"], "family": family})
+        problems.append({"question": found["question"], "answer": found["answer"],
+                         "family": Path(source).stem})
     if not problems:
         raise UserError(f"{source}: no rows")
     return problems
@@ -220,8 +217,8 @@ def question_words(question, mask_numbers=False):
 
 
 def contamination_keys(question):
-    """What no training problem may share with an evaluation problem: the whole question, spaces
-    aside, and any 13 words in a row, numbers aside."""
+    """What training and evaluation problems must not share: the whole question, spaces aside, and
+    any 13 words in a row, numbers aside."""
     words = question_words(question, mask_numbers=True)
     grams = [" ".join(words[i:i + 13]) for i in range(len(words) - 12)]
     return ["".join(question_words(question)), *grams]
@@ -328,8 +325,7 @@ def common_divisor(draw):
 def common_multiple(draw):
     """Find the least common multiple of {0} and {1}.
     What is lcm({0}, {1})?
-    Two lights flash every {0} and every {1} seconds. After how many seconds do they flash together again?
-    """
+    Two lights flash every {0} and every {1} seconds. After how many seconds do they flash together again?"""
     a, b = sorted((draw(12, 250), draw(12, 250)))
     steps, g = euclid(b, a)
     answer = a * b // g
@@ -601,9 +597,8 @@ Problem = namedtuple("Problem", "family operands question answer by_hand by_code
 
 
 def embedded_problem(split, seed, index):
-    """Problem number `index` of an endless split: a function of its three arguments alone. A
-    hash of (family, operands) keeps train and test disjoint; ood_large draws operands above
-    the training range, ood_families from families not trained on."""
+    """Problem number `index` of an endless split. A hash of (family, operands) keeps train and test
+    disjoint; ood_large draws operands above the training range, ood_families other families."""
     # not hash(): for strings it differs from process to process
     rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
     families, held_out = TASKS["text" if split.startswith("text_") else "numbers"]
@@ -614,7 +609,7 @@ def embedded_problem(split, seed, index):
             return rng.randint(low, high)
         if split == "ood_large" and (high > 9 or families is not TASKS["numbers"][0]):
             return rng.randint(high + 1, 3 * high)  # numbers up to 9 are choices, not operands
-        if high >= 100:  # every length equally often: drawn evenly, nearly all numbers would have the longest
+        if high >= 100:  # every length equally often, not nearly always the longest
             digits = rng.randint(len(str(low)), len(str(high)))
             low, high = max(low, 10**(digits - 1)), min(high, 10**digits - 1)
         return rng.randint(low, high)

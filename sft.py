@@ -1,15 +1,14 @@
-"""Where does the format come from? Cold-start traces, the warm start on them, and what both trainers share.
+"""Where does the format come from? Cold-start traces, the warm start on them, shared parts.
 
-`curate` takes rewritings of solutions, whoever wrote them, through the paper's two checks, of format and
-answer, and two more: every snippet is executed, its real output stands in the trace, and a quoted one that
-differs rejects it (the paper lets an LLM invent outputs); and, for real data, snippets must compute what
-they print, and the text use it.
+`curate` takes rewritings of solutions, whoever wrote them, through the paper's two checks, of
+format and answer, and two more: every snippet runs, and a quoted output that is not the real
+one rejects the trace (the paper lets an LLM invent them); in real data, snippets must compute
+what they print, and the text use it.
 
-The warm start is a masked next-token loss on these traces. Differences from the paper: (1) the traces were
-executed, not only written; (2) snippets that failed stay in their traces, whose text corrects them, but are
-masked like interpreter text: the model learns to recover from errors, not to make them; (3) sequences are
-packed to a token budget, and the loss of a step is the sum over its trainable tokens divided once by their
-global number, so that it does not depend on packing, micro-batches or ranks.
+The warm start is a masked next-token loss on these traces. Differences from the paper: (1) the
+traces were executed; (2) snippets that failed stay, for the text corrects them, but are masked:
+the model learns to recover from errors, not to make them; (3) a step's loss is a sum over
+trainable tokens, divided once by their global number: packing and ranks do not change it.
 
     torchrun sft.py                                      # CPU: the embedded warm start, as ppo.py makes it
     torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
@@ -49,19 +48,19 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer, encode_prompt,
-                  extract_answer, field_names, load_problems, load_template, question_words, read_row,
-                  read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, add_trainer_arguments, all_sum, at_least, brackets_and_parts,
+from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
+                  encode_prompt, extract_answer, field_names, load_problems, load_template,
+                  question_words, read_row, read_rows, tool_call)
+from eval import (GOES_ON, Help, add_format_arguments, add_trainer_arguments, all_sum, at_least,
                   check_mesh, computes, describe_error, find_checkpoint, given, in_range,
-                  is_equivalent, is_same_expression, make_sandbox, need_values, one_spelling, run_script,
-                  save_checkpoint, shard, sharding_settings, sync_weights, syntax_tree, training_state, zero_moments)
+                  is_equivalent, make_sandbox, need_values, run_script, save_checkpoint, shard,
+                  sharding_settings, sync_weights, syntax_tree, training_state, zero_moments)
 from rollout import (CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
                      break_tags, collate, encode_response, encode_text, generate, load_config,
                      load_model, load_tokenizer, make_example, pack, split_segments, strip_fence)
 from sandbox import UserError
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Cold-start traces: candidates that passed the checks of format, execution and answer, and for
 # real data those of quality, in this order.
 
@@ -71,16 +70,15 @@ class Rejected(Exception):
 
 
 def load_traces(source):
-    """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}];
-    where the last is missing no snippet is masked."""
+    """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}]."""
     traces = []
     for place, row in read_rows(source):
         found = read_row(row)
         if not found or found["own"] is None:
-            raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: this is no trace "
-                            "(sft.py curate makes traces of problems and solutions)")
-        defaults = {"failed_calls": [], "family": Path(source).stem, "response": found.pop("solution")}
-        traces.append(defaults | found | row)
+            raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: this is "
+                            "no trace (sft.py curate makes them)")
+        traces.append({"failed_calls": [], "family": Path(source).stem,
+                       "response": found.pop("solution")} | found | row)
     return traces
 
 
@@ -148,8 +146,7 @@ def same_output(quoted, result):
 
 async def check_trace(candidate, reference, sandbox):
     """Check format, execution and answer: (response with the real outputs, indices of failed
-    snippets, SandboxResults). An empty interpreter block is filled, any other must agree with the
-    run. RuntimeError if the sandbox itself fails."""
+    snippets, SandboxResults). An empty interpreter block is filled, any other must agree."""
     check_format(candidate)
     texts, codes, quotes = take_apart(candidate)
     results = [await sandbox.run(code, seed=0) for code in codes]
@@ -167,9 +164,8 @@ async def check_trace(candidate, reference, sandbox):
 
 
 async def embedded_traces(n, code_share, seed, sandbox, split="train"):
-    """Traces of n embedded problems as `load_traces` reads them, in order, about the share
-    `code_share` solved with code, the rest by hand; and a Counter of "kept" and of the reasons to
-    reject."""
+    """Traces of n embedded problems, about the share `code_share` solved with code, the rest by
+    hand, as `load_traces` reads them; and a Counter of "kept" and of the reasons to reject."""
     rng = random.Random(seed + 1)
     problems = [embedded_problem(split, seed, i) for i in range(n)]
     candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
@@ -194,22 +190,22 @@ NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug
 
 
 def is_used(output, later):
-    """Whether the text after a snippet takes up a number that it printed, perhaps rounded. If
-    it printed none ("True", taken up as "so it is prime"): whether it printed anything."""
+    """Whether the text after a snippet takes up a number that it printed, perhaps rounded. If it
+    printed none ("True", taken up as "it is prime"): whether it printed anything."""
     if not numbers(output):
         return not output.startswith("[no output")
     return any(abs(a - b) < last_place(b) for a in numbers(output) for b in numbers(later))
 
 
 def check_quality(candidate, results, reference):
-    """Rejects a candidate that passed `check_trace`, with these results, but computes nothing,
-    does not use what it computes, or leaves errors or its answer unexplained."""
+    """Rejects a candidate that passed `check_trace` but computes nothing, does not use what it
+    computes, or leaves errors or its answer unexplained."""
     texts, codes, quotes = take_apart(candidate)
     if not codes:
         raise Rejected("quality: no snippet")
     for i, (code, result) in enumerate(zip(codes, results)):
         if result.status != "ok":
-            # Taught is only: to quote or mention the error right after, and a later one that runs.
+            # The error must be quoted or mentioned right after, and a later snippet run.
             noticed = quotes[i].strip() or NOTICED.search(texts[i + 1])
             corrected = any(later.status == "ok" for later in results[i:])
             if result.status not in ("error", "timeout") or not noticed or not corrected:
@@ -223,7 +219,7 @@ def check_quality(candidate, results, reference):
         raise Rejected("quality: the answer comes from nowhere")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Rewriters: solutions of real data -> candidates
 
 # "= $<<48/2=24>>"; what is no calculation, as <<60=60>>, only disappears.
@@ -232,10 +228,10 @@ ANNOTATION = re.compile(r"(?P<equals> ?=? ?)(?P<currency>[$€£¢]?)"
 
 
 def calculator(solution, answer):
-    """Turn the calculator annotations of GSM8K into snippets; None if there are none. No result
-    stands before its snippet: "Ann sold 48/2 = $<<48/2=24>>24 of fruit." becomes "Ann sold 48/2 =",
-    a snippet that prints 48/2, and "$24 of fruit."; where a line names a result first, "She sold
-    24, for 48/2 = <<48/2=24>>24", the snippets stand in front."""
+    """Turn the calculator annotations of GSM8K into snippets; None if there are none: "Ann sold
+    48/2 = $<<48/2=24>>24 of fruit." becomes "Ann sold 48/2 =", a snippet that prints 48/2, and
+    "$24 of fruit."; in front of a line that names a result first, "24, for 48/2 = <<48/2=24>>24",
+    all its snippets stand."""
     def snippet(step):
         return "\n" + tool_call(f"print({step['sum']})", step["result"])
 
@@ -256,15 +252,15 @@ def calculator(solution, answer):
     return f"{text}\n<answer>\\boxed{{{answer}}}</answer>" if CODE_OPEN in text else None
 
 
-# No part of a variable's name; and numbers that a solution may use although no question says them.
+# No part of a variable's name; and numbers that a solution may use unasked.
 FILLERS = set("""and are because but can each for from gets had has have her him his its she that the
 their them then there they this thus was were which will with would you""".split())
 COMMON = {*range(13), 24, 30, 52, 60, 100, 365, 1000}
 
 
 def variable_name(line, step, taken):
-    """A name for the result of an annotation in this line: two words from before its calculation
-    and two from after it, with a number if the Counter `taken` has it."""
+    """A name for the result of an annotation in this line: two words from before its sum and
+    two from after it, with a number if the Counter `taken` has it."""
     parts = re.split(r"[\d,.;:(]", re.sub("<<.*?>>", "", line[:step.start()]))
     before = [text for text in parts[:-1 if "=" in step["equals"] else None] if not set(text) & set("+-*/")]
     after = re.match(r"[\d,.]*([^\d,.;:=(<]*)", line[step.end():])[1]
@@ -284,9 +280,9 @@ def program(solution, answer, question):
     for line in solution.splitlines():
         for step in ANNOTATION.finditer(line):
             for value in numbers(step["sum"]):
-                names = variables.get(value, [])
-                is_given = value in given or (not names and (value < 1 or {value, 100 * value} & (given | COMMON)))
-                if len(names) + bool(is_given) != 1:
+                sources = len(variables.get(value, [])) + (value in given)
+                is_common = value < 1 or {value, 100 * value} & (given | COMMON)
+                if sources > 1 or not (sources or is_common):
                     return None
                 used.add(value)
             expression = NUMBER_IN_TEXT.sub(
@@ -318,9 +314,8 @@ Solution:
 
 
 def api_model(model, url, temperature, max_tokens):
-    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one came to no
-    end or was refused. The openai package tries again; when it gives up, UserError ends the run,
-    and the same command resumes it."""
+    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one came to
+    no end or was refused. UserError when the openai package gives up trying again."""
     try:
         import openai
     except ImportError:
@@ -378,21 +373,12 @@ def make_rewriter(name, model, url, temperature, max_tokens, seed):
     return rewrite
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # `sft.py curate`: read, filter, rewrite, check, remove duplicates, write, report.
 #
-# A record is what is known of one row, a dict: the row's number, place and "reason", which is
-# "kept" or why it is left out; "input", the row itself, which `check_problem` replaces by what
-# `read_row` makes of it; the rewriter's "candidate"; and the "trace".
-
-
-async def parses(answer, sandbox):
-    """Whether a reference is short and readable, so that answers can be compared with it."""
-    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
-        return False
-    text = one_spelling(answer)
-    is_readable = '"' in text or brackets_and_parts(text)[1] != [text]
-    return is_readable or await is_same_expression(text, text, sandbox)
+# A record is what is known of one row: its number, place and "reason", "kept" or why it is left
+# out; "input", the row, for which `check_problem` puts what `read_row` makes of it; the
+# rewriter's "candidate"; the "trace".
 
 
 async def check_problem(record, run):
@@ -405,8 +391,8 @@ async def check_problem(record, run):
     question, answer, solution, own = found.values()
     if not question or re.search("[\ud800-\udfff]", question + answer + solution):
         raise Rejected("filter: not well-formed")  # a lone surrogate is no text
-    if not answer or not await parses(answer, run.sandbox):
-        raise Rejected("filter: no answer that parses")
+    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
+        raise Rejected("filter: no answer to compare with")
     if not solution:
         raise Rejected("filter: no solution")
     if "<answer>" in solution:  # a trace already, to be checked but not to be rewritten
@@ -435,8 +421,7 @@ async def make_trace(record, run):
 
 
 async def curate_rows(rows, run):
-    """The records of [(number, (place, row))], taken through all stages, one stage after the other,
-    all rows at the same time."""
+    """The records of [(number, (place, row))], taken through one stage after the other."""
     async def attempt(stage, record):
         if record["reason"] == "kept":
             try:
@@ -456,9 +441,8 @@ async def curate_rows(rows, run):
 
 
 async def curate_file(args):
-    """`sft.py curate`. A line of OUTPUT's journal holds the records of in_flight rows, under a hash
-    of all that decides them: those of an interrupted run are not made again. OUTPUT and its report
-    appear at the end."""
+    """`sft.py curate`. A line of OUTPUT's journal holds the records of in_flight rows, under a
+    hash of all that decides them: an interrupted run does not make them again."""
     output = Path(args.output)
     journal, report, partial = map(output.with_suffix, (".journal", ".report.json", ".partial"))
     if output.exists():
@@ -484,13 +468,13 @@ async def curate_file(args):
                 with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
                     done |= json.loads(line)
             while chunk := list(itertools.islice(rows, args.in_flight)):
-                recipe = json.dumps([decisive, chunk], default=str)
-                recipe = hashlib.sha256(recipe.encode()).hexdigest()
-                if recipe not in done:
-                    done[recipe] = await curate_rows(chunk, run)
-                    file.write(f"\n{json.dumps({recipe: done[recipe]})}\n")  # ends a torn line first
+                key = json.dumps([decisive, chunk], default=str).encode()
+                key = hashlib.sha256(key).hexdigest()
+                if key not in done:
+                    done[key] = await curate_rows(chunk, run)
+                    file.write(f"\n{json.dumps({key: done[key]})}\n")  # ends a torn line first
                     file.flush()
-                records += done[recipe]
+                records += done[key]
                 bar.update(len(chunk))
     traces, summary, examples = summarise(records)
     details = {"arguments": vars(args), "examples": examples}
@@ -518,7 +502,8 @@ def summarise(records):
                 for reason in reasons if reason != "kept"}
     traces = [record["trace"] for record in records if record["reason"] == "kept"]
     snippets = sum(trace["messages"][1]["content"].count(CODE_OPEN) for trace in traces)
-    return traces, {"rows": len(records), "kept": len(traces), "kept_share": len(traces) / max(1, len(records)),
+    return traces, {"rows": len(records), "kept": len(traces),
+                    "kept_share": len(traces) / max(1, len(records)),
                     "reasons": dict(sorted(reasons.items())),
                     "snippets_per_trace": snippets / max(1, len(traces))}, examples
 
@@ -534,27 +519,27 @@ def add_curate_arguments(parser):
     add("--split", default="train", help="of a hub data set")
     add("--config", default=None, help="of a hub data set")
     for name in ("question", "answer", "solution"):
-        add(f"--{name}_field", default="", help="dotted path of the field in an unknown layout")
-    add("--prompt_template", default="retool", help="of the user message: plain, retool, or a file")
-    add("--tokenizer", default="", help="folder or hub id, for --max_tokens; empty: the embedded one")
+        add(f"--{name}_field", default="", help="dotted path, of an unknown layout")
+    add("--prompt_template", default="retool", help="plain, retool, or a file with {question}")
+    add("--tokenizer", default="", help="for --max_tokens; empty: the embedded one")
     add("--max_tokens", type=at_least(1), default=16384, help="longer traces are left out")
     add("--decontaminate", nargs="*", default=[], help="evaluation sets that must not occur")
-    add("--model", default="", help="of --rewriter local (folder or hub id) or api (name)")
+    add("--model", default="", help="of --rewriter local or api")
     add("--temperature", type=in_range(0.0), default=0.7, help="of the model")
     add("--api_url", default="", help="base URL; empty: OpenAI's; the key: OPENAI_API_KEY")
-    add("--in_flight", type=at_least(1), default=64, help="rows, and requests, at the same time")
-    add("--sandbox_workers", type=at_least(1), default=2, help="snippets at the same time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0, help="seconds per snippet")
-    add("--unsafe_sandbox", action="store_true", help="run snippets although a layer is missing")
+    add("--in_flight", type=at_least(1), default=64, help="rows, and requests, at a time")
+    add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
+    add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0, help="per snippet")
+    add("--unsafe_sandbox", action="store_true", help="run snippets without a missing layer")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The warm start
 
 
 def trapezoid(step, steps, warmup):
-    """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0. A short warm
-    start copies better with it than with a cosine (results/README.md)."""
+    """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0. A cosine
+    is worse here (results/README.md)."""
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / (0.5 * steps))
 
 
@@ -565,10 +550,11 @@ def versions():
 
 def embedded_config(tokenizer):
     """The small Qwen3 of the embedded default: 0.6 M parameters."""
-    return Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
-                       max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
 def split_name(task, split):
@@ -576,7 +562,7 @@ def split_name(task, split):
 
 
 def starting_point(path):
-    """(configuration, tokenizer) of a checkpoint; of the embedded model if the path is empty."""
+    """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
     tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
     return load_config(path, tokenizer) if path else embedded_config(tokenizer), tokenizer
 
@@ -589,7 +575,8 @@ def starting_model(path, config, seed):
     return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
 
 
-def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_interpreter=True, mask_failed=True):
+def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_interpreter=True,
+                  mask_failed=True):
     """A trace as an Example: prompt, interpreter text and failed snippets are masked."""
     prompt = encode_prompt(tokenizer, template, trace["question"])
     ids, mask = encode_response(tokenizer, trace["response"], max_interpreter_tokens,
@@ -624,10 +611,9 @@ def batches(n, batch_size, seed):
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon):
-    all its directions move alike, also those with small gradients. Half the steps of AdamW here.
-    In fp32: torch.optim.Muon works in bf16, which many CPUs only emulate. The matrices are
-    sharded by rows (FSDP2); every rank sees all of them and steps its own rows."""
+    """Along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon): half
+    the steps of AdamW here. In fp32: torch.optim.Muon works in bf16, which many CPUs only
+    emulate. Matrices are sharded by rows (FSDP2); every rank sees all and steps its own."""
 
     def __init__(self, matrices, lr, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
@@ -661,11 +647,11 @@ def orthogonalise(x):
 
 
 def train(policy, examples, held_out, recipe, rank, world, device, folder, save_every, deadline):
-    """Train the sharded policy on a list of Example, from the newest checkpoint in the folder
-    if there is one; a line of metrics is written there every tenth step. Returns the final
-    metrics, on held_out and on as many examples. deadline: of time.monotonic(); then the process
-    ends with a checkpoint."""
-    lr, muon_lr, steps, token_budget = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps, recipe.token_budget
+    """Train the sharded policy on a list of Example, from the newest checkpoint in the folder;
+    metrics.jsonl there gets a line every tenth step. Returns the metrics on held_out and on as
+    many examples. deadline: of time.monotonic(); then the process ends with a checkpoint."""
+    lr, muon_lr, steps = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps
+    settings = recipe.token_budget, rank, world, device
     of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
     of_adamw = [p for p in policy.parameters() if p not in of_muon]
     adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -681,13 +667,14 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
     file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     if rank == 0:
         file.truncate(size)
-    order = itertools.islice(batches(len(examples), recipe.sft_batch_size, recipe.sft_seed), start, None)
+    order = batches(len(examples), recipe.sft_batch_size, recipe.sft_seed)
+    order = itertools.islice(order, start, None)
     bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
     for step in bar:
         batch = [examples[i] for i in next(order)]
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
-        loss = batch_loss(policy, batch, token_budget, rank, world, device, backward=True)
+        loss = batch_loss(policy, batch, *settings, backward=True)
         norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
         if not math.isfinite(loss + norm):
             raise FloatingPointError(f"warm start step {step}: loss {loss}, gradient norm {norm}")
@@ -705,7 +692,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
                 if rank == 0:
                     print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
                 sys.exit(0)
-    seen, unseen = (batch_loss(policy, batch, token_budget, rank, world, device)
+    seen, unseen = (batch_loss(policy, batch, *settings)
                     for batch in (examples[:len(held_out)], held_out))
     metrics = {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
     file.write(json.dumps(metrics) + "\n")
@@ -714,8 +701,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
 
 
 def digest(*records):
-    """16 hex digits that change with JSON-able records, with versions, and with the code of
-    these files."""
+    """16 hex digits that change with JSON-able records, versions and the code of these files."""
     found = hashlib.sha256(json.dumps([*records, versions()]).encode())
     for name in ("sandbox.py", "rollout.py", "data.py", "eval.py", "sft.py"):
         found.update((Path(__file__).parent / name).read_bytes())
@@ -725,24 +711,25 @@ def digest(*records):
 def warm_start_recipe(args, traces=()):
     """All that decides a warm start's result, which is kept under its hash: the code below sees
     no other argument that could change it. (The number of ranks only changes rounding.)"""
-    names = ("model", "task", "sft_traces", "code_share", "sft_steps", "sft_batch_size", "sft_lr", "sft_muon_lr",
-             "sft_warmup", "sft_seed", "token_budget", "dtype", "max_interpreter_tokens", "sandbox_timeout",
-             "sft_mask_interpreter", "mask_failed")
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)  # too large to be read for a hash
-               for file in sorted(Path(args.model).glob("*"))] if args.model else []
-    return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights, traces=traces,
-                           template=load_template(args.prompt_template))
+    names = """model task sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
+        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
+        mask_failed""".split()
+    files = sorted(Path(args.model).glob("*")) if args.model else []
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
+                           traces=traces, template=load_template(args.prompt_template))
 
 
 async def cold_start_traces(recipe, sandbox, folder):
-    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read from
-    a file whose name is a hash of what decides them."""
-    settings = [recipe.sft_traces, recipe.code_share, recipe.sft_seed]
-    path = folder / f"traces-{digest(settings, recipe.task, recipe.sandbox_timeout)}.json"
+    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
+    from a file whose name is a hash of what decides them."""
+    settings = recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout
+    path = folder / f"traces-{digest(recipe.task, recipe.sft_traces, settings)}.json"
     if not path.exists():
         async with sandbox:
-            kept, counts = await embedded_traces(*settings, sandbox, split_name(recipe.task, "train"))
-            held_out, _ = await embedded_traces(256, *settings[1:], sandbox, split_name(recipe.task, "test"))
+            (kept, counts), (held_out, _) = [
+                await embedded_traces(n, *settings[:2], sandbox, split_name(recipe.task, split))
+                for n, split in ((recipe.sft_traces, "train"), (256, "test"))]
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([kept, held_out, counts]))
         partial.rename(path)  # only a finished curation is ever found under its name
@@ -750,9 +737,8 @@ async def cold_start_traces(recipe, sandbox, folder):
 
 
 async def warm_start(args, rank, world, device, traces_file="", deadline=math.inf):
-    """The folder of the warm-started checkpoint for these arguments, made now or reused. One
-    that was interrupted, or met the deadline (see `train`), goes on where its last checkpoint
-    was, with the same metrics as one that was not."""
+    """The folder of the warm-started checkpoint for these arguments, made now or reused. An
+    interrupted one goes on at its last checkpoint, with the same metrics."""
     rows = load_traces(traces_file) if traces_file else []
     if traces_file and len(rows) < 2:
         raise UserError(f"{traces_file}: needs at least two traces, one is held out")
@@ -778,11 +764,12 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     if traces:
         partial = folder.with_suffix(".partial")
         partial.mkdir(exist_ok=True)
-        metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial, args.sft_save_every,
-                                  rank, world, device, deadline)
+        metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial,
+                                  args.sft_save_every, rank, world, device, deadline)
         if rank == 0:
             print("warm start: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            (partial / "arguments.json").write_text(json.dumps(vars(args) | {"versions": versions()}, indent=1))
+            record = vars(args) | {"versions": versions()}
+            (partial / "arguments.json").write_text(json.dumps(record, indent=1))
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             partial.rename(folder)  # only a finished warm start is ever found under its name
     dist.barrier()
@@ -791,20 +778,23 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     return folder
 
 
-def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device, deadline):
-    """The warm start itself: the trained checkpoint and its metrics.jsonl go into `folder`.
-    Returns the final metrics."""
+def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
+                    deadline):
+    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics."""
     config, tokenizer = starting_point(recipe.model)
-    masks = recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on"
-    examples, fresh = ([trace_example(trace, tokenizer, recipe.template, recipe.max_interpreter_tokens, *masks)
-                        for trace in rows] for rows in (traces, held_out))
+    settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
+                recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on")
+    examples, fresh = ([trace_example(trace, *settings) for trace in rows]
+                       for rows in (traces, held_out))
     longest, positions = max(len(e) for e in examples + fresh), config.max_position_embeddings
     if longest > positions:
         raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
-    plain = starting_model(recipe.model, config, recipe.sft_seed) if rank == 0 else None  # to be saved
-    policy = Policy(starting_model(recipe.model, config, recipe.sft_seed))
+    start = recipe.model, config, recipe.sft_seed
+    plain = starting_model(*start) if rank == 0 else None  # to be saved
+    policy = Policy(starting_model(*start))
     shard(policy, policy.lm, **sharding)
-    metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every, deadline)
+    metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
+                    deadline)
     sync_weights(policy, plain)
     if rank == 0:
         plain.save_pretrained(folder)
@@ -812,7 +802,7 @@ def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The script
 
 
@@ -829,10 +819,10 @@ def add_warm_start_arguments(parser):
     add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
     add("--sft_lr", type=in_range(0.0), default=5e-3, help="AdamW's peak; falls to 0; paper 1e-6 (32B)")
     add("--sft_muon_lr", type=in_range(0.0), default=0.04,
-        help="of Muon, which trains the layers' matrices; 0: AdamW trains all, as the paper's")
+        help="of Muon, for the layers' matrices; 0: AdamW trains all, as the paper's")
     add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
-    add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn to write results too")
-    add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets too")
+    add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn results")
+    add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets")
     add("--sft_save_every", type=at_least(1), default=300, help="steps between checkpoints")
     add("--sft_seed", type=int, default=0, help="of traces, order and initial weights")
     add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
@@ -849,10 +839,9 @@ async def main(rank, world, device):
     add_warm_start_arguments(parser)
     add_trainer_arguments(parser)
     add_format_arguments(parser)
-    parser.add_argument("--traces", default="",
-                        help="JSONL, parquet or hub id of verified traces; empty: the embedded ones")
+    parser.add_argument("--traces", default="", help="a file or hub id; empty: the embedded ones")
     parser.add_argument("--minutes", type=in_range(0.0), default=0.0,
-                        help="stop with a checkpoint after so many; the same command goes on; 0: no limit")
+                        help="stop with a checkpoint after so many; 0: no limit")
     args = parser.parse_args()
     if args.model:
         need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])

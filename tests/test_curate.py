@@ -516,7 +516,7 @@ PLANTED = [
      + "That failed.\n" + GOOD),
     ("quality: output_limit, not corrected", EMPTY.replace("print(2+2)", "while True: print('x'*1000)")),
     ("quality: error, not corrected", EMPTY.replace("print(", "open('/etc/passwd').read()\nprint(")),
-    ("filter: no answer that parses", GOOD, None, "proof"),
+    ("filter: no answer to compare with", GOOD, None, "proof"),
     ("filter: not well-formed", GOOD, " "),
     ("filter: not well-formed", GOOD.replace("Two", "\ud800")),
     ("filter: no solution", ""),
