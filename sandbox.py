@@ -308,8 +308,7 @@ class Sandbox:
     async def _attempt(self, code, seed=0, timeout=10.0, output_chars=10_000):
         self._check_open()
         if self.deaths >= MAX_DEATHS:
-            raise UserError(f"the sandbox's process died {self.deaths} times without finishing a "
-                            "snippet in between; is something killing it?")
+            raise UserError(f"the sandbox died {self.deaths} times without finishing a snippet in between")
         if self.socket is None:
             self._start()
         if not self.futures:
