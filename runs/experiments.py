@@ -144,9 +144,14 @@ def main(folder, figures):
     print(f"# Findings\n\n{count} runs of the default task at commit {', '.join(commits)}, one thread each, two side by side; each "
           f"row's seeds are in it. Commands: `bash runs/experiments.sh` (the flags stand there); this file: `bash "
           f"runs/results.sh`. \"After\" is the last checkpoint on fresh test problems; gains are paired by problem. "
-          f"Expectations were written before the runs (`expectations.md`).\n")
+          f"Expectations were written before the runs (`expectations.md`). Seconds are not comparable from row to "
+          f"row: other processes ran beside them.\n")
+    unanswered = [q for q in questions if not q["answer"]]
+    questions = [q for q in questions if q["answer"]]
     for q in questions:
         print(f"- [{q['finding']}](#{q['id']})")
+    titles = "; ".join(q["title"] for q in unanswered)
+    print(f"\nNot run yet, though their flags and commands are there: {titles}.")
     for q in questions:
         print(f"\n<a id=\"{q['id']}\"></a>\n\n## {q['title']}\n\n{q['question']}\n\n*Expected:* {q['expected']}\n")
         if q["id"] == "dynamics":
