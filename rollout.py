@@ -1,7 +1,6 @@
 """Batched generation with a manual KV cache that stops at </code>, runs the snippet, and resumes.
 
 One tick of `generate`:
-
     1. rows whose tool result is due rejoin; queued rows fill free cache slots
     2. ONE forward call over a flat stream: one token of a decoding row, closing tag and
        interpreter text of a resuming one, the prompt of a new one
@@ -187,8 +186,7 @@ class KVCache:
         return config.num_hidden_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
-        shape = self.shape(config, n_slots, max_tokens)
-        self.kv = torch.zeros((2, *shape), dtype=dtype, device=device)
+        self.kv = torch.zeros(2, *self.shape(config, n_slots, max_tokens), dtype=dtype, device=device)
         self.k, self.v = self.kv
         self.lengths = [0] * n_slots
 
@@ -212,7 +210,6 @@ class Packing:
         if n:
             # A view up to the highest slot used: to gather the used ones would copy the cache (21
             # ms per layer against 1, at 128 rows). Idle slots see one key, to no effect.
-            self.decode_slots = self.slot_of_token[:n]
             seen = np.ones(max(slots[:n]) + 1, dtype=np.int64)
             seen[slots[:n]] = [p + 1 for p in past[:n]]
             self.longest = int(seen.max())
@@ -279,13 +276,14 @@ def whole_sequences(q, k, v, packing, scale):
 def one_token_each(q, k_cache, v_cache, packing, scale):
     """Decoding: the first n tokens are one of each of n rows. q (H, T, D) -> (n, H, D)."""
     n, n_view, heads = packing.n_decode, packing.bias.shape[0], k_cache.shape[1]
+    slots = packing.slot_of_token[:n]
     # Query heads of one key head become queries of one sequence: no key is repeated.
     grouped = q.new_zeros(n_view, *q.shape[::2])  # (slots, H, D)
-    grouped[packing.decode_slots] = q[:, :n].transpose(0, 1)
+    grouped[slots] = q[:, :n].transpose(0, 1)
     grouped = grouped.view(n_view, heads, -1, q.shape[2])  # (slots, K, H/K, D)
     keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
     decoded = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=packing.bias, scale=scale)
-    return decoded.reshape(n_view, *q.shape[::2])[packing.decode_slots]
+    return decoded.reshape(n_view, *q.shape[::2])[slots]
 
 
 AttentionInterface.register("retool", packed_attention)
@@ -392,9 +390,9 @@ def end_tokens(model, tokenizer):
 def load_config(path, tokenizer=()):
     """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
     config = from_checkpoint(AutoConfig, path)
-    if config.vocab_size < len(tokenizer):
-        raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, the tokenizer "
-                        f"{len(tokenizer)} tokens")
+    rows, tokens = config.vocab_size, len(tokenizer)
+    if rows < tokens:
+        raise UserError(f"{path}: the model has {rows} rows of embeddings, the tokenizer {tokens} tokens")
     return config
 
 
@@ -475,8 +473,7 @@ def make_example(ids, loss_mask, **per_token):
     """An Example of columns aligned with the tokens: only here are they shifted."""
     columns = {"loss_mask": loss_mask, "sampled": loss_mask} | per_token
     return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
-                   **{name: torch.as_tensor(values, dtype=torch.float32)[1:]
-                      for name, values in columns.items()})
+                   **{name: torch.as_tensor(x, dtype=torch.float32)[1:] for name, x in columns.items()})
 
 
 def pack(lengths, token_budget, world):
@@ -661,8 +658,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
                          f"{model.config.max_position_embeddings} positions")
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
-    keys = prompt_keys or range(len(prompts))
-    rows = [Row(Trajectory(i, j, prompt), keys[i], prompt)
+    rows = [Row(Trajectory(i, j, prompt), prompt_keys[i] if prompt_keys else i, prompt)
             for i, prompt in enumerate(prompts) for j in range(n_samples)]
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
     await engine.run()

@@ -53,6 +53,7 @@ import linecache
 import logging
 import math
 import os
+import pathlib
 import random
 import resource
 import select
@@ -95,12 +96,9 @@ class UserError(Exception):
 
 @dataclasses.dataclass
 class SandboxResult:
-    """What one snippet did.
-
-    status: ok | error | timeout | output_limit | killed | sandbox_error, which is our own fault:
-        drop the rollout, never score it, never show it to the model.
-    """
-    status: str
+    """What one snippet did. sandbox_error is our own fault: drop the rollout, never score it,
+    never show it to the model."""
+    status: str  # ok | error | timeout | output_limit | killed | sandbox_error
     output: str  # for the model: at most output_chars characters, plus notices in brackets
     seconds: float = 0.0  # of wall time from fork to exit
 
@@ -245,10 +243,9 @@ class Sandbox:
         """Try each kind of attack and each limit. The one-line report, or UserError."""
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            canary = os.path.join(folder, "canary")
-            with open(canary, "w") as file:
-                file.write("canary")
-            code = f"canary, source, attacks = {(canary, os.path.abspath(__file__), ATTACKS)!r}{PROBE}"
+            canary = pathlib.Path(folder, "canary")
+            canary.write_text("canary")
+            code = f"canary, source, attacks = {(str(canary), os.path.abspath(__file__), ATTACKS)!r}{PROBE}"
             attacked = await self._attempt(code)
             layers = json.loads(os.pread(self.layers_file.fileno(), 1 << 16, 0) or b'{"missing": []}')
             missing = ", ".join(layers["missing"])
@@ -256,8 +253,7 @@ class Sandbox:
                 raise UserError(f"the sandbox does not start: it lacks {missing} (see --unsafe_sandbox)")
             if attacked.status != "ok":
                 raise UserError(f"the sandbox does not start: {attacked.output} (see stderr)")
-            with open(canary) as file:
-                intact = os.listdir(folder) == ["canary"] and file.read() == "canary"
+            intact = os.listdir(folder) == ["canary"] and canary.read_text() == "canary"
         loop, memory, output = await asyncio.gather(
             self._attempt("while True: pass", timeout=0.1), self._attempt("bytearray(1 << 40)"),
             self._attempt("print('x' * (1 << 22))"))
@@ -341,8 +337,7 @@ class Sandbox:
     def _start(self):
         """Start a zygote. Requests may be sent at once: the socket holds them."""
         # Message boundaries keep descriptors with their request; on macOS fixed sizes do.
-        kind = socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM
-        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM)
         for end in (ours, theirs):
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for all in flight
@@ -485,9 +480,8 @@ def limits(config):
     """The rlimits of a snippet: {name: (soft, hard)}."""
     # CORE 1: none at all. 0 would still start the crash handler of a host that has one.
     core = int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)
-    cpu_seconds = math.ceil(config["timeout"]) + WALL_FACTOR  # the zygote's deadline comes first
     numbers = {"CORE": core, "FSIZE": OUTPUT_BYTES, "MEMLOCK": 0, "STACK": STACK_BYTES, "NOFILE": 64,
-               "CPU": cpu_seconds}
+               "CPU": math.ceil(config["timeout"]) + WALL_FACTOR}  # the zygote's deadline comes first
     pairs = {name: (number, number) for name, number in numbers.items()}
     if LINUX:
         mapped = int(process_file("self", "statm").split()[0]) * resource.getpagesize()
