@@ -11,7 +11,7 @@ What the paper leaves open, and what is done here:
     perfect batch, in which only a few responses differ, from amplifying noise.
  3. Losses are sums over trainable tokens, divided once by their number in the minibatch.
  4. A truncated response scores -1, is terminal (nothing is bootstrapped), stays in the loss.
- 5. The KL coefficient is 0.0 as in the paper, so there is no reference model.
+ 5. The KL coefficient is 0.0 as in the paper; only with --kl_coef is there a reference model.
  6. Clip range, value clip, gamma and lambda are those of public recipes.
 
     torchrun --nproc_per_node 2 ppo.py               # the whole method on two CPU cores
@@ -504,6 +504,8 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
+        if trainer.is_synced_after(step):  # of earlier updates
+            sync_weights(trainer.actor, trainer.sampler)
         return metrics, trajectories
     for t in chosen:
         t.example = trajectory_example(t, token_rewards(t, args.reward, args.reward_scale),
