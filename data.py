@@ -307,7 +307,8 @@ def count_pairs(draw):
     code = tool_call(f"r=range(1,{n}+1)\nprint(sum((x+y)%{m}==0 for x in r for y in r))")
     if n > 1200:
         code += "Too slow. Count the remainders.\n" + tool_call(
-            f"n,m={n},{m}\nc=[(n-r)//m+(r>0) for r in range(m)]\nprint(sum(c[r]*c[-r] for r in range(m)))", answer)
+            f"n,m={n},{m}\nc=[(n-r)//m+(r>0) for r in range(m)]\n"
+            "print(sum(c[r]*c[-r] for r in range(m)))", answer)
     return (n, m), text, code, answer
 
 
