@@ -806,38 +806,35 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     if traces_file and len(rows) < 2:
         raise UserError(f"{traces_file}: needs at least two traces, one is held out")
     recipe = warm_start_recipe(args, rows)
-    shared = [None]
-    if rank == 0:  # curation runs once
-        folder = Path(args.warm_start_dir) / digest(vars(recipe))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_suffix(".lock"), "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
-        traces = None
-        if folder.is_dir():
-            print(f"warm start: reusing {folder}")
-        elif rows:
-            split = len(rows) - max(1, len(rows) // 50)
-            traces = rows[:split], rows[split:]
-        else:
-            *traces, counts = await cold_start_traces(recipe, make_sandbox(args), folder.parent)
-            print(f"curation: {counts}")
-        shared = [(folder, traces)]
-    dist.broadcast_object_list(shared)
-    folder, traces = shared[0]
-    if traces:
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(exist_ok=True)
-        metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial,
-                                  args.sft_save_every, rank, world, device, deadline)
-        if rank == 0:
-            print("warm start: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            record = vars(args) | {"versions": versions()}
-            (partial / "arguments.json").write_text(json.dumps(record, indent=1))
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-            partial.rename(folder)  # only a finished warm start is ever found under its name
-    dist.barrier()
-    if rank == 0:
-        lock.close()
+    folder, shared = Path(args.warm_start_dir) / digest(vars(recipe)), [None]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock") if rank == 0 else os.devnull, "w") as lock:
+        if rank == 0:  # curation runs once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
+            traces = None
+            if folder.is_dir():
+                print(f"warm start: reusing {folder}")
+            elif rows:
+                split = len(rows) - max(1, len(rows) // 50)
+                traces = rows[:split], rows[split:]
+            else:
+                *traces, counts = await cold_start_traces(recipe, make_sandbox(args), folder.parent)
+                print(f"curation: {counts}")
+            shared = [(folder, traces)]
+        dist.broadcast_object_list(shared)
+        folder, traces = shared[0]
+        if traces:
+            partial = folder.with_suffix(".partial")
+            partial.mkdir(exist_ok=True)
+            metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial,
+                                      args.sft_save_every, rank, world, device, deadline)
+            if rank == 0:
+                print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
+                record = vars(args) | {"versions": versions()}
+                (partial / "arguments.json").write_text(json.dumps(record, indent=1))
+                shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+                partial.rename(folder)  # only a finished one is ever found under its name
+        dist.barrier()
     return folder
 
 
