@@ -139,11 +139,11 @@ class Pieces(dict):
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.anchor = encode_text(tokenizer, "x")[-1]
+        self.anchor_length = len(tokenizer.decode([self.anchor]))
 
     def __missing__(self, token):
-        alone, text = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-                       for ids in ([self.anchor], [self.anchor, token]))
-        self[token] = text[len(alone):]
+        text = self.tokenizer.decode([self.anchor, token], clean_up_tokenization_spaces=False)
+        self[token] = text[self.anchor_length:]
         return self[token]
 
 
