@@ -225,8 +225,8 @@ def cosine(step, steps, warmup, floor=0.0):
 
 
 def is_void(trajectory):
-    """Whether the last turn has neither snippet nor answer (arXiv 2509.02479); earlier turns end with
-    a snippet."""
+    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier ones
+    end with a snippet."""
     return trajectory.answer is None
 
 

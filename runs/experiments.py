@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval import bootstrap, markdown  # noqa: E402
 
 TEXTS = Path(__file__).parent / "experiments.json"  # questions, expectations, answers
@@ -16,7 +16,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # 
 
 
 def load(folder):
-    """{name: {seed: run}}; a run: {"steps": rows, "evaluations": {label: metrics}, "arguments", "minutes"}."""
+    """{name: {seed: run}}; a run: {"steps": rows, "evaluations": {label: metrics}, "commit"}."""
     runs = {}
     for path in sorted(Path(folder).glob("*/metrics.jsonl")):
         name, seed = path.parent.name.rsplit("-", 1)
@@ -24,8 +24,7 @@ def load(folder):
         record = json.loads((path.parent / "arguments.json").read_text())
         runs.setdefault(name, {})[int(seed)] = {
             "steps": [row for row in rows if "step" in row], "commit": record["commit"],
-            "evaluations": {row["evaluation"]: row for row in rows if "evaluation" in row},
-            "minutes": rows[-1]["seconds_total"] / 60, "arguments": record["arguments"]}
+            "evaluations": {row["evaluation"]: row for row in rows if "evaluation" in row}}
     return runs
 
 

@@ -3,7 +3,6 @@ processes."""
 import asyncio
 import contextlib
 import copy
-import gc
 import importlib.util
 import io
 import json
@@ -271,7 +270,6 @@ def run_here(*flags, script=ppo):
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
                 err.write(str(stop.code))
-    gc.collect()  # closes files that the end of a process would close
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
