@@ -926,7 +926,7 @@ async def main(rank, world, device):
                     top_p=args.top_p, seed=args.seed, **rollout_settings(args))
                 first = next(iter(found.values()), metrics)
                 found[name] = metrics | {"ood_drop": metrics["accuracy"] - first["accuracy"]}
-                for t in trajectories if writes else ():  # token by token: not for nobody
+                for t in trajectories if writes else ():
                     row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
                     responses.write(json.dumps({"model": path, "set": name} | row) + "\n")
             if rank == 0:
