@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import TRIVIAL, embedded_problem  # noqa: E402
 from eval import bootstrap, markdown  # noqa: E402
+from rollout import CODE_OPEN  # noqa: E402
 
 TEXTS = Path(__file__).parent / "experiments.json"  # questions, expectations, answers
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: colour-blind safe
@@ -100,40 +102,122 @@ def corrections(folder):
                      for row in rows)
 
 
+def calls_needed(count=2000):
+    """{family: calls of its solutions with code, on average}; 0 where no tool is needed."""
+    found = {}
+    for i in range(count):
+        problem = embedded_problem("train", "calls", i)
+        found.setdefault(problem.family, []).append(problem.by_code.count(CODE_OPEN))
+    return {name: 0.0 if name in {f.__name__ for f in TRIVIAL} else np.mean(calls) for name, calls in found.items()}
+
+
+def families(runs, names):
+    """By family, ordered by the calls of its solutions: accuracy and share of code, before -> after."""
+    rows = []
+    for family, calls in sorted(calls_needed().items(), key=lambda item: (item[1], item[0])):
+        row = [family, f"{calls:.1f}"]
+        for name in names:
+            found = [[run["evaluations"][label]["families"].get(family) for run in runs[name].values()]
+                     for label in ("test before", "test after")]
+            for metric in ("accuracy", "code_ratio"):
+                row.append(" -> ".join(f"{100 * np.mean([m[metric] for m in seeds if m]):.0f}" for seeds in found))
+        rows.append(row)
+    header = [f"{name}, {what} %" for name in names for what in ("accuracy", "code")]
+    return markdown(["family", "calls", *header], rows)
+
+
+def purposes(runs, names):
+    """Shares of the purposes of snippets on test problems, before -> after, means over seeds."""
+    found = {name: [[run["evaluations"][label]["purposes"] for run in runs[name].values()]
+                    for label in ("test before", "test after")] for name in names}
+    kinds = sorted({kind for columns in found.values() for seeds in columns for m in seeds for kind in m})
+    return markdown(["purpose, % of snippets", *names], [
+        [kind, *(" -> ".join(f"{100 * np.mean([m.get(kind, 0) for m in seeds]):.1f}" for seeds in columns)
+                 for columns in found.values())] for kind in kinds])
+
+
+def memorisation(folder, names):
+    """Losses of the warm start on its own traces and on others (warm_start.txt), and what it answers right
+    on the problems of 256 of its traces and on fresh ones (memorisation.json)."""
+    right = json.loads((Path(folder) / "memorisation.json").read_text())
+    rows = []
+    for name, traces in names.items():
+        text = (Path(folder) / name / "warm_start.txt").read_text()
+        losses = dict(zip(*[iter(text.removeprefix("warm start: ").split())] * 2))
+        rows.append([traces, *losses.values(), *(
+            f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}" for m in right[name])])
+    return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
+
+
+def delays(folder):
+    """`python tests/bench_rollout.py --delays --model CHECKPOINT` of the trained default."""
+    rows = json.loads((Path(folder) / "delays.json").read_text())
+    return markdown(["seconds per call", "rejoin_ticks", "rollout of 256, s", "accuracy %"], [
+        [f"{row['delay']}", f"{row['rejoin_ticks']}", f"{row['rollout_seconds']:.2f}", f"{100 * row['accuracy']:.1f}"]
+        for row in rows])
+
+
 AXES = {"steps": ("PPO step", lambda row: 1), "tokens": ("sampled tokens, thousands", lambda row: 256e-3 * row[
     "response_tokens_sampled"]), "minutes": ("minutes of training", lambda row: sum(
         value for key, value in row.items() if key.startswith("seconds_")) / 60)}
 
 
-def figure(runs, names, axis, metric="accuracy", width=520, height=300):
-    """An SVG: the metric over steps, tokens or minutes; a line for each name's mean, a band for its range."""
-    label, cost = AXES[axis]
-    curves = []
-    for name in names:
-        seeds = [run["steps"] for run in runs.get(name, {}).values()]
-        if seeds:
-            x = np.mean([np.cumsum([cost(row) for row in rows]) for rows in seeds], axis=0)
-            y = 100 * np.array([[row[metric] for row in rows] for rows in seeds])
-            curves.append((name, x, y.mean(0), y.min(0), y.max(0)))
-    most = max(x[-1] for _, x, *_ in curves)
-    at = lambda x, y: f"{50 + (width - 160) * x / most:.1f},{height - 40 - (height - 60) * y / 100:.1f}"  # noqa: E731
+def plot(curves, label, title, width=520, height=300, limits=(0, 100)):
+    """An SVG of curves [(name, x, y, least y, most y)]."""
+    bottom, top = limits
+    first, most = min(x[0] for _, x, *_ in curves), max(x[-1] for _, x, *_ in curves)
+    at = lambda x, y: (f"{50 + (width - 160) * (x - first) / (most - first):.1f},"  # noqa: E731
+                       f"{height - 40 - (height - 60) * (y - bottom) / (top - bottom):.1f}")
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
              f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>']
-    for y in range(0, 101, 20):
-        parts.append(f'<path d="M{at(0, y)} L{at(most, y)}" stroke="#ddd"/>'
-                     f'<text x="42" y="{height - 36 - (height - 60) * y / 100:.0f}" text-anchor="end">{y}</text>')
+    for i in range(6):
+        y = bottom + (top - bottom) * i / 5
+        parts.append(f'<path d="M{at(first, y)} L{at(most, y)}" stroke="#ddd"/><text x="42" '
+                     f'y="{float(at(first, y).split(",")[1]) + 4:.0f}" text-anchor="end">{y:.3g}</text>')
     for i in range(5):
-        x, y = at(most * i / 4, 0).split(",")
-        parts.append(f'<text x="{x}" y="{float(y) + 16}" text-anchor="middle">{most * i / 4:.3g}</text>')
+        x = first + (most - first) * i / 4
+        left, below = at(x, bottom).split(",")
+        parts.append(f'<text x="{left}" y="{float(below) + 16}" text-anchor="middle">{x:.3g}</text>')
     parts.append(f'<text x="{50 + (width - 160) / 2}" y="{height - 6}" text-anchor="middle">{label}</text>'
-                 f'<text x="10" y="14">{metric.replace("_", " ")} of the sampled responses, %</text>')
+                 f'<text x="10" y="14">{title}</text>')
+    heights = []  # of the names, which must not cover each other
     for (name, x, mean, low, high), colour in zip(curves, COLOURS):
         band = [at(a, b) for a, b in zip(x, high)] + [at(a, b) for a, b in zip(x[::-1], low[::-1])]
         parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/><polyline points='
                      f'"{" ".join(at(*p) for p in zip(x, mean))}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        x, y = at(x[-1], mean[-1]).split(",")
-        parts.append(f'<text x="{float(x) + 5:.1f}" y="{float(y) + 4:.1f}" fill="{colour}">{name}</text>')
+        left, y = map(float, at(x[-1], mean[-1]).split(","))
+        while any(abs(y - other) < 13 for other in heights):
+            y += 1
+        heights.append(y)
+        parts.append(f'<text x="{left + 5:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
     return "\n".join(parts) + "\n</svg>\n"
+
+
+def learning_curves(runs, names, axis, metric="accuracy"):
+    """The metric over steps, tokens or minutes; a line for each name's mean, a band for its range."""
+    (label, cost), scale, curves = AXES[axis], DYNAMICS[metric], []
+    for name in names:
+        seeds = [run["steps"] for run in runs.get(name, {}).values()]
+        if seeds:
+            x = np.mean([np.cumsum([cost(row) for row in rows]) for rows in seeds], axis=0)
+            y = scale * np.array([[row[metric] for row in rows] for rows in seeds])
+            curves.append((name, x, y.mean(0), y.min(0), y.max(0)))
+    top = 100 if scale == 100 else 1.1 * max(high.max() for *_, high in curves)
+    unit = ", %" if scale == 100 else ""
+    return plot(curves, label, f"{metric.replace('_', ' ')} of the sampled responses{unit}", limits=(0, top))
+
+
+def price_curve(runs):
+    """Accuracy and shares of code on test problems after training, over the price of a call."""
+    prices = {0.0: runs["retool"]} | {float(name.split("-")[1]): found for name, found in runs.items()
+                                      if name.startswith("cost-")}
+    prices = dict(sorted(prices.items()))
+    curves = []
+    for label, metric in (("code needed", "code_ratio_needed"), ("code trivial", "code_ratio_trivial"),
+                          ("accuracy", "accuracy")):
+        y = [[100 * run["evaluations"]["test after"][metric] for run in found.values()] for found in prices.values()]
+        curves.append((label, np.array(list(prices)), *(np.array([f(v) for v in y]) for f in (np.mean, min, max))))
+    return plot(curves, "price of a call (a right answer pays 1, a wrong one -1)", "after 24 steps, %")
 
 
 def main(folder, figures):
@@ -151,19 +235,20 @@ def main(folder, figures):
         print(f"- [{q['finding']}](#{q['id']})")
     titles = "; ".join(q["title"] for q in unanswered)
     print(f"\nNot run yet, though their flags and commands are there: {titles}.")
+    parts = {"table": lambda q: table(runs, q["runs"], q.get("base", "retool")),
+             "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
+             "families": lambda q: families(runs, q["runs"]), "delays": lambda q: delays(folder),
+             "memorisation": lambda q: memorisation(folder, q["runs"])}
     for q in questions:
         print(f"\n<a id=\"{q['id']}\"></a>\n\n## {q['title']}\n\n{q['question']}\n\n*Expected:* {q['expected']}\n")
-        if q["id"] == "dynamics":
-            print(dynamics(runs, q["runs"]))
-        else:
-            print(table(runs, q["runs"], q.get("base", "retool")))
-        if q["id"] == "details":
-            print("\n" + dynamics(runs, ["retool", "kl-0.1", "entropy-0.01"]))
-        for axis in q.get("figures", []):
-            path = Path(figures) / f"{q['id']}_{axis}.svg"
+        print("\n\n".join(parts[part](q) for part in q.get("parts", ["table"])))
+        for name in q.get("figures", []):  # an axis, an axis and a metric, or "price"
+            axis, _, metric = name.partition(" ")
+            path = Path(figures) / f"{q['id']}_{name.replace(' ', '_')}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(figure(runs, q["runs"], axis))
-            print(f"\n![{q['title']}, over {axis}](figures/{path.name})")
+            path.write_text(price_curve(runs) if axis == "price" else
+                            learning_curves(runs, q["runs"], axis, metric or "accuracy"))
+            print(f"\n![{q['title']}, {metric or 'accuracy'} over {axis}](figures/{path.name})")
         print(f"\n*Answer:* {q['finding']} {q['answer']}")
         if q["id"] == "dynamics":
             print("\n" + corrections(folder))

@@ -3,12 +3,14 @@
     python tests/bench_rollout.py                # the embedded model, random weights
     python tests/bench_rollout.py --model DIR    # a checkpoint, on a GPU if there is one
     python tests/bench_rollout.py --slow_tools   # do snippets that sleep hold up a rollout?
+    python tests/bench_rollout.py --delays --model DIR   # what a distant sandbox would cost a trained checkpoint
     python tests/bench_rollout.py --plain        # text without tools against plain `generate`; operations per tick
     python tests/bench_rollout.py --pages        # attention over a paged cache against slots
 """
 import argparse
 import asyncio
 import copy
+import itertools
 import json
 import math
 import resource
@@ -22,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sft  # noqa: E402
-from data import embedded_problem, encode_prompt  # noqa: E402
+from data import embedded_problem, embedded_rows, encode_prompt, load_template  # noqa: E402
+from eval import stated_answer  # noqa: E402
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, KVCache, Pieces, encode_interpreter,  # noqa: E402
                      encode_text, forward_step, generate, load_model, sample, split_segments,
                      strip_fence)
@@ -174,6 +177,40 @@ async def slow_tools(model, tokenizer, rows=128, repeats=3):
                   f"{stats['tool_wait_seconds']:.1f} s without a row to decode", flush=True)
     ratio = np.median(seconds["0.5"]) / np.median(seconds["0.0"])
     print(f"snippets that sleep 0.5 s: {ratio:.2f} times the wall time of instant ones")
+
+
+class Distant:
+    """A sandbox whose answers arrive so many seconds later, as from another machine."""
+
+    def __init__(self, sandbox, seconds):
+        self.sandbox, self.seconds = sandbox, seconds
+
+    async def run(self, *arguments, **options):
+        result = await self.sandbox.run(*arguments, **options)
+        await asyncio.sleep(self.seconds)
+        return result
+
+
+async def delays(model, tokenizer, rows=256, repeats=3):
+    """Rollouts as the default makes them, with 0 to 2 s of delay per call, in turns: prints the median seconds and the
+    share of right answers, then JSON. Without rejoin_ticks=0 the tokens do not depend on the clock (asserted)."""
+    problems, found, same = embedded_rows("test", rows), {}, {}
+    prompts = [encode_prompt(tokenizer, load_template("plain"), row["question"]) for row in problems]
+    async with Sandbox(workers=2, timeout=0.5) as sandbox:
+        for ticks, delay in list(itertools.product((4, 0), (0.0, 0.1, 0.5, 2.0))) * repeats:
+            begin = time.perf_counter()
+            trajectories = await generate(model, tokenizer, prompts, Distant(sandbox, delay), n_slots=128,
+                                          max_response_tokens=320, rejoin_ticks=ticks)
+            found.setdefault((ticks, delay), []).append(time.perf_counter() - begin)
+            tokens = [t.response_ids for t in trajectories]
+            assert not ticks or tokens == same.setdefault(ticks, tokens)
+            right = np.mean([stated_answer(t, tokenizer) == row["answer"] for t, row in zip(trajectories, problems)])
+            found[ticks, delay, "right"] = float(right)
+    table = [{"rejoin_ticks": ticks, "delay": delay, "rollout_seconds": float(np.median(found[ticks, delay])),
+              "accuracy": found[ticks, delay, "right"]} for ticks, delay, *rest in found if not rest]
+    for row in table:
+        print(*(f"{name} {value:.3g}" for name, value in row.items()))
+    print(json.dumps(table))
 
 
 class Operations(TorchDispatchMode):
@@ -338,6 +375,7 @@ def main():
                         help="tried for both engines")
     parser.add_argument("--slow_tools", action="store_true",
                         help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
+    parser.add_argument("--delays", action="store_true", help="instead: rollouts of --model with delayed calls")
     parser.add_argument("--pages", action="store_true", help="instead: a paged cache against slots")
     parser.add_argument("--plain", action="store_true", help="instead: text without tools against `generate`")
     args = parser.parse_args()
@@ -355,6 +393,8 @@ def main():
     ours.eval()
     if args.pages:
         return pages(config)
+    if args.delays:
+        return asyncio.run(delays(ours, tokenizer))
     if args.slow_tools:
         return asyncio.run(slow_tools(ours, tokenizer))
     # a copy of the configuration: transformers would write "sdpa" into the one of `ours` as well
