@@ -137,15 +137,15 @@ def purposes(runs, names):
 
 
 def memorisation(folder, names):
-    """Losses of the warm start on its own traces and on others (warm_start.txt), and what it answers right
-    on the problems of 256 of its traces and on fresh ones (memorisation.json)."""
-    right = json.loads((Path(folder) / "memorisation.json").read_text())
+    """{run: number of traces}. Losses of its warm start on its own traces and on others (warm_start.txt), and
+    what that answers right on the problems of 256 of its traces and on fresh ones."""
     rows = []
     for name, traces in names.items():
-        text = (Path(folder) / name / "warm_start.txt").read_text()
-        losses = dict(zip(*[iter(text.removeprefix("warm start: ").split())] * 2))
-        rows.append([traces, *losses.values(), *(
-            f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}" for m in right[name])])
+        text = (Path(folder) / name / "warm_start.txt").read_text().removeprefix("warm start: ").split()
+        record = json.loads((Path(folder) / "memorisation" / f"{traces}.json").read_text())
+        [found] = record["results"].values()
+        rows.append([f"{traces:,}", *text[1::2], *(f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}"
+                                                   for m in found.values())])
     return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
 
 

@@ -16,6 +16,7 @@ one() {  # NAME SEED FLAGS...
     python ppo.py --run_dir "$folder" --seed "$2" --sft_seed "$2" "${@:3}" > "$folder.log" 2>&1 || return
   fi
   mkdir -p "$OUT/$1-$2" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/$1-$2/"
+  grep -a '^warm start: ' "$folder.log" > "$OUT/$1-$2/warm_start.txt"  # its losses, or which one was reused
 }
 export -f one
 
@@ -56,4 +57,20 @@ list() {
   echo "traces-2000 $first --sft_traces 2000"
 }
 list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
+
+# What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
+first=${SEEDS:-21} && first=${first%% *}
+python -c "import data, json; [print(json.dumps(row)) for row in data.embedded_rows('train', 256, $first)]" > out/experiments/seen.jsonl
+mkdir -p "$OUT/memorisation"
+for n in 500 2000 6000; do
+  [ -e "$OUT/memorisation/$n.json" ] && continue
+  checkpoint=$(python sft.py --sft_traces $n --sft_seed "$first" | sed -n 's/^checkpoint: //p')
+  python eval.py --model "$checkpoint" --problems out/experiments/seen.jsonl,test --limit 256 --samples 2 \
+    --max_prompt_tokens 512 --max_response_tokens 320 --n_slots 128 --output out/experiments/memorisation-$n.json
+  cp out/experiments/memorisation-$n.json "$OUT/memorisation/$n.json"
+done
+
+# What a distant sandbox would cost the trained model.
+[ -e "$OUT/delays.json" ] || python tests/bench_rollout.py --delays --model "out/experiments/retool-$first/checkpoint" |
+  tail -n 1 > "$OUT/delays.json"
 bash runs/results.sh
