@@ -60,7 +60,7 @@ def table(runs, names, base):
     for name in names:
         found = runs.get(name, {})
         if not found:
-            rows.append([name, "not run"] + [""] * 9)
+            rows.append([name, "not run"] + [""] * 10)
             continue
         after = [run["evaluations"]["test after"] for run in found.values()]
         before, large = ([run["evaluations"][label]["accuracy"] for run in found.values()]
@@ -69,12 +69,14 @@ def table(runs, names, base):
         steps = [[row for row in run["steps"] if "seconds_rollout" in row] for run in found.values()]
         seconds = [np.mean([row["seconds_rollout"] + row["seconds_score"] + row["seconds_update"] for row in s])
                    for s in steps if s]
+        reached = [next((row["step"] + 1 for row in run["steps"] if row["accuracy"] >= 0.9), None)
+                   for run in found.values()]
         rows.append([
             name, ", ".join(map(str, found)), spread(before), spread([m["accuracy"] for m in after]),
-            paired(found, runs.get(base, {})), spread(large), *map(spread, columns),
+            paired(found, runs.get(base, {})), "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
             spread([m["snippets_per_response"] for m in after], 1, 2),
             spread([m["response_tokens"] for m in after], 1, 0), spread(seconds, 1)])
-    return markdown(["", "seeds", "before %", "after %", f"gain over {base}, points (95 %)", "ood_large %",
+    return markdown(["", "seeds", "before %", "after %", f"gain over {base}, points (95 %)", "steps to 90 %", "ood_large %",
                      "code needed %", "code trivial %", "snippets", "tokens", "s / step"], rows)
 
 
@@ -147,6 +149,13 @@ def memorisation(folder, names):
         rows.append([f"{traces:,}", *text[1::2], *(f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}"
                                                    for m in found.values())])
     return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
+
+
+def untrained(folder):
+    """eval.py on the embedded model with random weights."""
+    [found] = json.loads((Path(folder) / "untrained.json").read_text())["results"].values()
+    return "\n".join(f"Untrained, {split}: {100 * m['accuracy']:.1f} % right, {100 * m['code_ratio']:.1f} % with code, "
+                     f"{100 * m['truncated']:.0f} % cut at the limit ({m['problems']} problems)." for split, m in found.items())
 
 
 def delays(folder):
@@ -222,6 +231,7 @@ def price_curve(runs):
 
 def main(folder, figures):
     runs, questions = load(folder), json.loads(TEXTS.read_text())
+    pretrained = load(Path(folder).parent / "smollm2")
     commits = sorted({run["commit"][:7] for found in runs.values() for run in found.values()})
     count = sum(map(len, runs.values()))
     print(f"# Findings\n\n{count} runs of the default task at commit {', '.join(commits)}, one thread each, two side by side; each "
@@ -229,6 +239,7 @@ def main(folder, figures):
           f"runs/results.sh`. \"After\" is the last checkpoint on fresh test problems; gains are paired by problem. "
           f"Expectations were written before the runs (`expectations.md`). Seconds are not comparable from row to "
           f"row: other processes ran beside them.\n")
+    runs |= pretrained
     unanswered = [q for q in questions if not q["answer"]]
     questions = [q for q in questions if q["answer"]]
     for q in questions:
@@ -238,7 +249,7 @@ def main(folder, figures):
     parts = {"table": lambda q: table(runs, q["runs"], q.get("base", "retool")),
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "delays": lambda q: delays(folder),
-             "memorisation": lambda q: memorisation(folder, q["runs"])}
+             "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: untrained(folder)}
     for q in questions:
         print(f"\n<a id=\"{q['id']}\"></a>\n\n## {q['title']}\n\n{q['question']}\n\n*Expected:* {q['expected']}\n")
         print("\n\n".join(parts[part](q) for part in q.get("parts", ["table"])))

@@ -70,6 +70,14 @@ for n in 500 2000 6000; do
   cp out/experiments/memorisation-$n.json "$OUT/memorisation/$n.json"
 done
 
+# The same model, untrained.
+if [ ! -e "$OUT/untrained.json" ]; then
+  checkpoint=$(python sft.py --sft_steps 2 --sft_warmup 1 --sft_lr 0 --sft_muon_lr 0 --sft_seed "$first" | sed -n 's/^checkpoint: //p')
+  python eval.py --model "$checkpoint" --samples 2 --max_prompt_tokens 512 --max_response_tokens 320 --n_slots 128 \
+    --output out/experiments/untrained.json
+  cp out/experiments/untrained.json "$OUT/untrained.json"
+fi
+
 # What a distant sandbox would cost the trained model.
 [ -e "$OUT/delays.json" ] || python tests/bench_rollout.py --delays --model "out/experiments/retool-$first/checkpoint" |
   tail -n 1 > "$OUT/delays.json"

