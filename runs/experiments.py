@@ -171,22 +171,24 @@ AXES = {"steps": ("PPO step", lambda row: 1), "tokens": ("sampled tokens, thousa
         value for key, value in row.items() if key.startswith("seconds_")) / 60)}
 
 
-def plot(curves, label, title, width=520, height=300, limits=(0, 100)):
-    """An SVG of curves [(name, x, y, least y, most y)]."""
-    bottom, top = limits
-    first, most = min(x[0] for _, x, *_ in curves), max(x[-1] for _, x, *_ in curves)
-    at = lambda x, y: (f"{50 + (width - 160) * (x - first) / (most - first):.1f},"  # noqa: E731
-                       f"{height - 40 - (height - 60) * (y - bottom) / (top - bottom):.1f}")
+def ticks(most):
+    """Round numbers from 0 to at most `most`, four to eight of them."""
+    step = next(s * 10.0**k for k in range(-3, 9) for s in (1, 2, 5) if most / (s * 10.0**k) < 8)
+    return [step * i for i in range(int(most / step + 1e-9) + 1)]
+
+
+def plot(curves, label, title, top=100, width=520, height=310):
+    """An SVG of curves [(name, x, y, least y, most y)], both axes from 0."""
+    most = max(x[-1] for _, x, *_ in curves)
+    at = lambda x, y: f"{50 + (width - 160) * x / most:.1f},{height - 40 - (height - 70) * y / top:.1f}"  # noqa: E731
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
              f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>']
-    for i in range(6):
-        y = bottom + (top - bottom) * i / 5
-        parts.append(f'<path d="M{at(first, y)} L{at(most, y)}" stroke="#ddd"/><text x="42" '
-                     f'y="{float(at(first, y).split(",")[1]) + 4:.0f}" text-anchor="end">{y:.3g}</text>')
-    for i in range(5):
-        x = first + (most - first) * i / 4
-        left, below = at(x, bottom).split(",")
-        parts.append(f'<text x="{left}" y="{float(below) + 16}" text-anchor="middle">{x:.3g}</text>')
+    for y in ticks(top):
+        parts.append(f'<path d="M{at(0, y)} L{at(most, y)}" stroke="#ddd"/><text x="42" '
+                     f'y="{float(at(0, y).split(",")[1]) + 4:.0f}" text-anchor="end">{y:.4g}</text>')
+    for x in ticks(most):
+        left, below = at(x, 0).split(",")
+        parts.append(f'<text x="{left}" y="{float(below) + 16}" text-anchor="middle">{x:.4g}</text>')
     parts.append(f'<text x="{50 + (width - 160) / 2}" y="{height - 6}" text-anchor="middle">{label}</text>'
                  f'<text x="10" y="14">{title}</text>')
     heights = []  # of the names, which must not cover each other
@@ -213,7 +215,7 @@ def learning_curves(runs, names, axis, metric="accuracy"):
             curves.append((name, x, y.mean(0), y.min(0), y.max(0)))
     top = 100 if scale == 100 else 1.1 * max(high.max() for *_, high in curves)
     unit = ", %" if scale == 100 else ""
-    return plot(curves, label, f"{metric.replace('_', ' ')} of the sampled responses{unit}", limits=(0, top))
+    return plot(curves, label, f"{metric.replace('_', ' ')} of the sampled responses{unit}", top)
 
 
 def price_curve(runs):
