@@ -683,10 +683,8 @@ def check_combinations(parser, args, flags):
     idle |= flags & {"code_share", "warm_start_dir", "mask_failed"}
     if args.model and not args.resume and idle:
         parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
-    if not args.model:
-        if args.tools == "off" and args.code_share:
-            parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
-        sft.check_warm_start(parser, args)
+    if not args.model and args.tools == "off" and args.code_share:
+        parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
     if args.advantage != "gae":
         if args.samples_per_prompt < 2:
             parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")

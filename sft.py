@@ -15,7 +15,6 @@ trainable tokens, divided once by their global number: packing and ranks do not 
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
     python sft.py curate --input gsm8k_train.jsonl --decontaminate gsm8k_test.jsonl --output traces.jsonl
     python sft.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces once more
-    python sft.py show traces.jsonl
 """
 import argparse
 import asyncio
@@ -53,8 +52,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
                   encode_prompt, extract_answer, field_names, load_problems, load_template,
                   question_words, read_row, read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes, describe_error,
-                  find_checkpoint, given, in_range, is_equivalent, make_sandbox, need_values,
+from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes, find_checkpoint,
+                  given, in_range, is_equivalent, make_sandbox, need_values,
                   run_script, save_checkpoint, syntax_tree, training_state, zero_moments)
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
                      break_tags, collate, encode_response, encode_text, generate, load_config,
@@ -502,11 +501,8 @@ def summarise(records):
     examples = {reason: [record for record in records if record["reason"] == reason][:3]
                 for reason in reasons if reason != "kept"}
     traces = [record["trace"] for record in records if record["reason"] == "kept"]
-    snippets = sum(trace["messages"][1]["content"].count(CODE_OPEN) for trace in traces)
     return traces, {"rows": len(records), "kept": len(traces),
-                    "kept_share": len(traces) / max(1, len(records)),
-                    "reasons": dict(sorted(reasons.items())),
-                    "snippets_per_trace": snippets / max(1, len(traces))}, examples
+                    "reasons": dict(sorted(reasons.items()))}, examples
 
 
 def add_curate_arguments(parser):
@@ -888,14 +884,12 @@ def add_warm_start_arguments(parser):
     add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
 
 
-def check_warm_start(parser, args):
-    if args.sft_warmup >= args.sft_steps:
-        parser.error(f"--sft_warmup {args.sft_warmup} leaves nothing of --sft_steps {args.sft_steps}")
-
-
 async def main(rank, world, device):
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    if sys.argv[1:2] == ["curate"]:
+        add_curate_arguments(parser)
+        return await curate_file(parser.parse_args(sys.argv[2:]))
     add_warm_start_arguments(parser)
     add_trainer_arguments(parser)
     add_format_arguments(parser)
@@ -907,7 +901,6 @@ async def main(rank, world, device):
         need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
         if not args.traces:
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
-    check_warm_start(parser, args)
     check_mesh(args.replicas, world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
     if rank == 0:
@@ -917,29 +910,5 @@ async def main(rank, world, device):
         print(f"checkpoint: {folder}")
 
 
-def main_curation():
-    """`python sft.py curate ...` and `python sft.py show FILE`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_curate_arguments(commands.add_parser("curate", help="real data -> verified traces",
-                                             formatter_class=Help))
-    shown = commands.add_parser("show", help="print traces")
-    shown.add_argument("file", help="JSONL of traces")
-    shown.add_argument("--n", type=at_least(0), default=10, help="how many")
-    args = parser.parse_args()
-    if args.command == "curate":
-        return asyncio.run(curate_file(args))
-    for trace in load_traces(args.file)[:args.n]:
-        print(f"{'=' * 100}\n{trace['question']}\n{'-' * 100}\n{trace['response']}")
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["curate"], ["show"]):  # these two need no process group
-        try:
-            main_curation()
-        except (UserError, OSError) as error:
-            sys.exit(describe_error(error))
-        except KeyboardInterrupt:
-            sys.exit("interrupted; what is finished is kept, the same command goes on")
-    else:
-        run_script(main)
+    run_script(main)
