@@ -224,12 +224,6 @@ def cosine(step, steps, warmup, floor=0.0):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def is_void(trajectory):
-    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier ones
-    end with a snippet."""
-    return trajectory.answer is None
-
-
 class Critic(nn.Module):
     """The policy's network with a scalar head, which starts at zero."""
 
@@ -506,7 +500,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
               and (t.finish_reason == "eos" or not args.drop_truncated)
-              and not (args.drop_void and is_void(t))]
+              and not (args.drop_void and t.answer is None)]  # arXiv 2509.02479
     metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
@@ -518,7 +512,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
                                        args.mask_interpreter == "on")
     examples = [t.example for t in chosen]
     trainer.score(examples)
-    metrics |= score_metrics(chosen)
+    metrics |= score_metrics(examples)
     if step == 0 or trainer.is_synced_after(step - 1):
         check_sampler(examples, args.dtype, step)
     clock.append(time.perf_counter())
@@ -549,26 +543,14 @@ def trajectory_example(t, rewards, mask_interpreter=True):
                         sampler_logprobs=before + t.logprobs, rewards=before + rewards)
 
 
-def score_metrics(trajectories):
-    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
-    examples, gaps = [t.example for t in trajectories], {"prose": [], "code": [], "after_interpreter": []}
-    mask, entropy = (torch.cat(column) for column in zip(*((e.loss_mask, e.entropy) for e in examples)))
-    for t in trajectories:
-        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:]  # (response tokens,)
-        code = torch.zeros(len(gap), dtype=torch.bool)
-        for call in t.tool_calls:
-            code[call.start:call.end] = True
-        sampled = torch.tensor(t.loss_mask, dtype=torch.bool)
-        after = sampled & (sampled.cumprod(0) == 0)  # a call in front of it
-        gaps["code"].append(gap[code])
-        gaps["prose"].append(gap[sampled & ~code & ~after])
-        gaps["after_interpreter"].append(gap[after & ~code])
-    gaps = {f"sampler_difference_{name}": torch.cat(found) for name, found in gaps.items()}
-    whole = torch.cat(list(gaps.values()))
+def score_metrics(examples):
+    """Mean reward, entropy, and how far sampler and trainer are apart."""
+    mask, sampled, entropy, gap = (torch.cat(column) for column in zip(
+        *((e.loss_mask, e.sampled, e.entropy, sampler_gap(e)) for e in examples)))
     return {"reward": mean([e.rewards.sum().item() for e in examples]),
             "entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "sampler_difference": whole.mean().item(), "sampler_difference_max": whole.max().item(),
-            **{name: mean(found.tolist()) for name, found in gaps.items()}}
+            "sampler_difference": (gap.sum() / sampled.sum()).item(),
+            "sampler_difference_max": gap.max().item()}
 
 
 def sampler_gap(e):
