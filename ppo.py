@@ -261,16 +261,12 @@ class Prompts:
 
     def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens, split="train"):
         self.seed, self.tokenizer, self.template, self.split = seed, tokenizer, template, split
-        self.skipped = self.duplicates = 0
-        self.rows = None
+        self.rows, self.skipped, self.duplicates = None, 0, 0
         if problems is not None:
             unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
-            self.duplicates = len(problems) - len(unique)
-            # A token has at least one byte: only what could be too long is encoded.
-            self.rows = [row for row in unique.values()
-                         if len(row["question"].encode()) + len(template.encode()) + 200 <= max_prompt_tokens
-                         or len(self.encode(row)["prompt"]) <= max_prompt_tokens]
-            self.skipped = len(unique) - len(self.rows)
+            self.rows = [row for row in map(self.encode, unique.values())
+                         if len(row["prompt"]) <= max_prompt_tokens]
+            self.duplicates, self.skipped = len(problems) - len(unique), len(unique) - len(self.rows)
             if not self.rows:
                 raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
                                 f"{max_prompt_tokens}")
@@ -285,7 +281,7 @@ class Prompts:
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
-        return self.encode(self.rows[self.order(epoch)[index]])
+        return self.rows[self.order(epoch)[index]]
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
