@@ -70,6 +70,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -620,7 +621,8 @@ def run_script(main):
 def describe_error(error):
     """One line for what the user or the machine has to change, None for a bug."""
     # A loss that is not finite; a path or a disk (a TimeoutError is an OSError without errno).
-    if isinstance(error, (UserError, FloatingPointError)) or (isinstance(error, OSError) and error.errno):
+    if (isinstance(error, (UserError, FloatingPointError, SafetensorError))
+            or (isinstance(error, OSError) and error.errno)):
         return f"error: {error}"
 
 

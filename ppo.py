@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -785,11 +784,7 @@ class RunFolder:
             file.close()
         if self.tracker:
             self.tracker.finish()
-        try:
-            model.save_pretrained(self.path / "checkpoint")
-        except SafetensorError as error:
-            raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
-                            "last checkpoint is there; --resume writes this again") from None
+        model.save_pretrained(self.path / "checkpoint")
         tokenizer.save_pretrained(self.path / "checkpoint")
         (self.path / "report.html").write_text(report_page([self.path]), encoding="utf-8")
         if self.results:

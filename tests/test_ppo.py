@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -601,7 +600,7 @@ def test_runs_of_different_settings_are_never_averaged_and_torn_files_are_named(
         runs_tables([text])
 
 
-def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch):
+def test_failures_at_the_very_end_are_one_line(tokenizer, monkeypatch):
     """Guards against tracebacks for a table of nothing but sandbox errors, and for a disk that is full when
     the finished model is written."""
     async def only_failures(model, tokenizer, prompts, *arguments, **settings):
@@ -611,12 +610,8 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch)
     problems = [{"question": "1+1?", "answer": "2", "family": "sums"}] * 2
     with pytest.raises(UserError, match="test: the sandbox failed in every response"):
         asyncio.run(evaluation.evaluate(None, tokenizer, problems, "{question}", None, 0, 1, "test", 99))
-
-    def full(folder):
-        raise SafetensorError("I/O error: No space left on device")
-
-    with pytest.raises(UserError, match="checkpoint cannot be written .*No space left.*disk full"):
-        ppo.RunFolder(tmp_path, 0).finish(SimpleNamespace(save_pretrained=full), tokenizer)
+    full = SafetensorError("I/O error: No space left on device")
+    assert evaluation.describe_error(full) == "error: I/O error: No space left on device"
 
 
 def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
