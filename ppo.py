@@ -46,7 +46,7 @@ from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_argume
                   at_least, check_positions, collapse_metrics, describe_trajectory, evaluate,
                   evaluation_table, find_checkpoint, given, in_range, make_sandbox, mean,
                   need_values, percent, report_page, rollout_metrics, rollout_settings, run_script,
-                  sample_all, save_checkpoint, training_state, zero_moments)
+                  sample_all, save_checkpoint, sync_to_disk, training_state, zero_moments)
 from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
 from sft import add_trainer_arguments, check_mesh, shard, sharding_settings, sync_weights
@@ -713,15 +713,19 @@ def evaluation_sets(args):
 
 
 class RunFolder:
-    """What a run leaves behind. Every rank has one, rank 0 alone writes.
+    """What a run leaves behind. Every rank has one, rank 0 alone writes, and never over another run.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
     old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.
     """
 
-    def __init__(self, path, rank):
-        self.path, self.rank = path, rank
+    def __init__(self, args, rank):
+        path = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
+        dist.broadcast_object_list(path)  # the ranks' clocks may differ
+        self.path, self.rank = Path(path[0]), rank
         self.files, self.results, self.tracker = {}, {}, None
+        if rank == 0 and not args.resume and self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"--run_dir {self.path}: not empty; nothing is overwritten (--resume goes on)")
 
     def write_arguments(self, args, world, device):
         """What the run was started with; a resumed run adds a line about itself."""
@@ -730,16 +734,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if args.resume:
             before = json.loads((self.path / "arguments.json").read_text())
-            record = before | {"resumed": before.get("resumed", []) + [record]}
+            record = {"resumed": before.get("resumed", []) + [record]}
         self.add_to_arguments(record | {"arguments": vars(args)})
 
     def add_to_arguments(self, entries):
         path, partial = self.path / "arguments.json", self.path / "arguments.partial"
         record = json.loads(path.read_text()) if path.exists() else {}
-        with open(partial, "w") as file:
-            json.dump(record | entries, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(json.dumps(record | entries, indent=1))
+        sync_to_disk(partial)
         partial.rename(path)
 
     def open(self, sizes):
@@ -775,7 +777,6 @@ class RunFolder:
     def sizes(self):
         """Bytes of the JSONL files, once they are on the disk."""
         for file in self.files.values():
-            file.flush()
             os.fsync(file.fileno())
         return {name: os.path.getsize(self.path / name) for name in self.files}
 
@@ -793,20 +794,10 @@ class RunFolder:
             print(table)
 
 
-def choose_run_folder(args, rank):
-    """The RunFolder, the same on all ranks; UserError rather than overwriting anything."""
-    name = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)  # the ranks' clocks may differ
-    run = Path(name[0])
-    if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
-        raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
-    return RunFolder(run, rank)
-
-
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
     deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    run = choose_run_folder(args, rank)
+    run = RunFolder(args, rank)
     # Before the warm start: a bad file should not be found minutes later.
     check_mesh(args.replicas, world)
     folder = run.path / "model"
