@@ -557,7 +557,8 @@ def describe_trajectory(t, tokenizer, problem):
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group, or one's own; yields (rank, world size, device)."""
+    """Join torchrun's process group, or one's own; yields (rank, world size, device). Only rank 0
+    prints."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone | os.environ)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
@@ -576,7 +577,8 @@ def distributed():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timedelta(hours=2))
     try:
-        yield rank, world, device
+        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
+            yield rank, world, device
     finally:
         dist.destroy_process_group()
 
@@ -912,8 +914,7 @@ async def main(rank, world, device):
     results = {path: {} for path in tokenizers}
     GOES_ON[0] = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
-        if rank == 0:
-            print(sandbox.report)
+        print(sandbox.report)
         for path, found in results.items():
             model, tokenizer = load_model(path, device, args.dtype), tokenizers[path]
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
@@ -929,8 +930,7 @@ async def main(rank, world, device):
                 for t in trajectories if writes else ():
                     row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
                     responses.write(json.dumps({"model": path, "set": name} | row) + "\n")
-            if rank == 0:
-                print(f"{path}\n{evaluation_table(found)}")
+            print(f"{path}\n{evaluation_table(found)}")
     responses.close()
     if writes:
         record = {"arguments": vars(args), "sandbox": sandbox.report, "results": results}

@@ -867,12 +867,12 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 seed=0, **rollout_settings(args))
             run.write("metrics.jsonl", {"evaluation": label} | found[label])
         run.results |= found
-        if rank == 0 and sets:
+        if sets:
             print(evaluation_table(found), flush=True)
 
     async with make_sandbox(args) as sandbox:
+        print(sandbox.report)
         if rank == 0:
-            print(sandbox.report)
             run.add_to_arguments({"sandbox": sandbox.report})
         if start["step"] == 0:
             await evaluate_all("before")
@@ -885,8 +885,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             for t in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + t.prompt_index]
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))
-            if rank == 0:
-                tqdm.write(step_line(done, args.steps, metrics))
+            tqdm.write(step_line(done, args.steps, metrics))
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 await evaluate_all(f"step {done}")
             is_over = all_sum(rank == 0 and time.monotonic() > deadline, trainer.device) > 0
@@ -895,7 +894,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
                 seconds_checkpoint = time.perf_counter() - clock
             if is_over and done < args.steps:
-                return rank or print(f"--minutes are over after step {done}: {GOES_ON[0]}")
+                return print(f"--minutes are over after step {done}: {GOES_ON[0]}")
         await evaluate_all("after")
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})

@@ -748,8 +748,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
                             {"step": step + 1, "bytes": os.fstat(file.fileno()).st_size}, 1, rank)
             if stops:
-                if rank == 0:
-                    print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
+                print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
                 sys.exit(0)
     seen, unseen = (batch_loss(policy, batch, *settings)
                     for batch in (examples[:len(held_out)], held_out))
@@ -903,11 +902,9 @@ async def main(rank, world, device):
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
     check_mesh(args.replicas, world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
-    if rank == 0:
-        print(json.dumps(vars(args)))
+    print(json.dumps(vars(args)))
     folder = await warm_start(args, rank, world, device, args.traces, begin + 60 * (args.minutes or math.inf))
-    if rank == 0:
-        print(f"checkpoint: {folder}")
+    print(f"checkpoint: {folder}")
 
 
 if __name__ == "__main__":
