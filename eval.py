@@ -776,25 +776,6 @@ def save_checkpoint(folder, state, record, keep, rank):
     """
     partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
 
-    def refuse(error):
-        raise UserError(f"checkpoint of step {record['step']} cannot be written ({error}); the ones before "
-                        f"it in {folder} are intact")
-
-    def on_rank_0(action):
-        error = [None]
-        if rank == 0:
-            try:
-                action()
-            except OSError as problem:
-                error = [str(problem)]
-        dist.broadcast_object_list(error)  # every rank stops, or none
-        if error[0]:
-            refuse(error[0])
-
-    def begin():
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-        partial.mkdir(parents=True)
-
     def publish():
         manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
         manifest["files"][".metadata"] = file_hash(partial / ".metadata")
@@ -811,14 +792,19 @@ def save_checkpoint(folder, state, record, keep, rank):
         for old in found[:later][:-keep] + found[later:]:
             shutil.rmtree(old)
 
-    on_rank_0(begin)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    dist.barrier()
     try:
         dcp.save(state, checkpoint_id=partial)
-    except CheckpointException as error:  # the same on all ranks
-        refuse(f"{str(error).strip().splitlines()[-1]}: disk full?")
-    hashes = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
-    on_rank_0(publish)
+        hashes = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
+        if rank == 0:
+            publish()
+    except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
+        raise UserError(f"checkpoint of step {record['step']} cannot be written "
+                        f"({str(error).strip().splitlines()[-1]}): disk full? The ones before it in "
+                        f"{folder} are intact") from None
 
 
 def find_checkpoint(folder, rank):
