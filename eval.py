@@ -808,7 +808,8 @@ def save_checkpoint(folder, state, record, keep, rank):
 
 
 def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks, or (None, None)."""
+    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
+    a run that begins) if there is none."""
     found = [newest_checkpoint(folder) if rank == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
@@ -827,7 +828,7 @@ def newest_checkpoint(folder):
         print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
     if any(folder.glob("step-*")):
         raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
-    return None, None
+    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
 
 
 # ------------------------------------------------------------------------------------------------------------

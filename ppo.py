@@ -287,9 +287,6 @@ class Prompts:
         return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
 
 
-START = {"step": 0, "seconds": 0.0, "bytes": {}}  # before the first checkpoint
-
-
 class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
@@ -808,8 +805,7 @@ async def main(rank, world, device):
         raise UserError(f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
     template, sets = load_template(args.prompt_template), evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    checkpoint, start = find_checkpoint(run.path / "checkpoints", rank) if args.resume else (None, None)
-    start = start or START  # new, or killed before the first checkpoint
+    checkpoint, start = find_checkpoint(run.path / "checkpoints", rank)
     if args.export and not checkpoint:
         raise UserError(f"--resume {run.path}: there is no checkpoint to export")
     if start["step"] > args.steps:

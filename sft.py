@@ -722,10 +722,10 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
     path, record = find_checkpoint(folder / "checkpoints", rank)
     if path:
         dcp.load(state, checkpoint_id=path)
-    start, size = (record["step"], record["bytes"]) if path else (0, 0)
+    start = record["step"]
     file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     if rank == 0:
-        file.truncate(size)
+        file.truncate(record["bytes"].get("metrics.jsonl", 0))
     order = batches(len(examples), recipe.sft_batch_size, recipe.sft_seed)
     order = itertools.islice(order, start, None)
     bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
@@ -746,7 +746,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
         if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
-                            {"step": step + 1, "bytes": os.fstat(file.fileno()).st_size}, 1, rank)
+                            {"step": step + 1, "bytes": {"metrics.jsonl": os.fstat(file.fileno()).st_size}}, 1, rank)
             if stops:
                 print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
                 sys.exit(0)
