@@ -49,7 +49,7 @@ from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_argume
                   sample_all, save_checkpoint, sync_to_disk, training_state, zero_moments)
 from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
-from sft import add_trainer_arguments, check_mesh, shard, sharding_settings, sync_weights
+from sft import add_trainer_arguments, check_mesh, shard, sync_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -299,7 +299,7 @@ class Trainer:
 
         def sharded(kind, path):
             lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
-            return shard(kind(lm), lm, **sharding_settings(args))
+            return shard(kind(lm), lm, args)
 
         self.modules = {"actor": sharded(Policy, model_path)}
         if args.advantage == "gae":

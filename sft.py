@@ -544,35 +544,30 @@ def add_trainer_arguments(parser):
         help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
 
 
-def sharding_settings(args):
-    """The keyword arguments of `shard`."""
-    return {"dtype": args.dtype, "replicas": args.replicas, "cpu_offload": args.cpu_offload,
-            "activation_checkpointing": args.activation_checkpointing}
-
-
 def check_mesh(replicas, world):
     """UserError where the ranks cannot be arranged as so many copies of a sharded model."""
     if world % replicas:
         raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
 
 
-def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
+def shard(module, lm, settings):
     """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
-    the rest belongs to the root. With replicas the ranks form a grid (replicas, shards): hybrid
-    sharding. The module may lie in host memory: its units go to the GPU one by one. Master
-    weights, gradients between ranks and optimiser states are fp32 in any case."""
+    the rest belongs to the root. settings: --dtype and the trainer's flags. With replicas the ranks
+    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units go
+    to the GPU one by one. Master weights, gradients between ranks and optimiser states are fp32."""
     world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
-    if replicas > 1:
-        mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    if settings.replicas > 1:
+        grid = settings.replicas, world // settings.replicas
+        mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(kind, (world,))
     lm.eval()
-    if activation_checkpointing:
+    if settings.activation_checkpointing:
         for layer in lm.model.layers:
             layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    precision = MixedPrecisionPolicy(DTYPES[dtype], torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    precision = MixedPrecisionPolicy(DTYPES[settings.dtype], torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if settings.cpu_offload else OffloadPolicy()
     for unit in [*lm.model.layers, module]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return module
@@ -745,8 +740,9 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
         stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
         if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
+            sizes = {"metrics.jsonl": os.fstat(file.fileno()).st_size}
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
-                            {"step": step + 1, "bytes": {"metrics.jsonl": os.fstat(file.fileno()).st_size}}, 1, rank)
+                            {"step": step + 1, "bytes": sizes}, 1, rank)
             if stops:
                 print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
                 sys.exit(0)
@@ -770,8 +766,8 @@ def warm_start_recipe(args, traces=()):
     """All that decides a warm start's result, which is kept under its hash: the code below sees
     no other argument that could change it. (The number of ranks only changes rounding.)"""
     names = """model task sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
-        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
-        mask_failed""".split()
+        sft_seed token_budget activation_checkpointing cpu_offload replicas dtype max_interpreter_tokens
+        sandbox_timeout sft_mask_interpreter mask_failed""".split()
     files = sorted(Path(args.model).glob("*")) if args.model else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
@@ -821,8 +817,8 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
         if traces:
             partial = folder.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
-            metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial,
-                                      args.sft_save_every, rank, world, device, deadline)
+            metrics = train_on_traces(*traces, recipe, partial, args.sft_save_every, rank, world,
+                                      device, deadline)
             if rank == 0:
                 print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
                 record = vars(args) | {"versions": versions()}
@@ -833,8 +829,7 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     return folder
 
 
-def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
-                    deadline):
+def train_on_traces(traces, held_out, recipe, folder, save_every, rank, world, device, deadline):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics."""
     config, tokenizer = starting_point(recipe.model)
     settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
@@ -847,7 +842,7 @@ def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank
     start = recipe.model, config, recipe.sft_seed
     plain = starting_model(*start) if rank == 0 else None  # to be saved
     policy = Policy(starting_model(*start))
-    shard(policy, policy.lm, **sharding)
+    shard(policy, policy.lm, recipe)
     metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
                     deadline)
     sync_weights(policy, plain)
