@@ -49,7 +49,7 @@ from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_argume
                   sample_all, save_checkpoint, sync_to_disk, training_state, zero_moments)
 from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
-from sft import add_trainer_arguments, check_mesh, shard, sync_weights
+from sft import add_trainer_arguments, check_mesh, clipped_step, shard, sync_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -415,7 +415,9 @@ class Trainer:
                     sums.update(metrics)
             counted += total
             for name in learning:
-                norms.setdefault(name, []).append(self.optimizer_step(name, step))
+                norms.setdefault(name, []).append(clipped_step(
+                    self.modules[name], [self.optimizers[name]], self.args.max_grad_norm,
+                    f"step {step}: gradient norm of the {name}"))
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
         for name, value in metrics.items():
             if not math.isfinite(value):
@@ -469,16 +471,6 @@ class Trainer:
         loss, metrics = value_loss(values, flat.values, flat.returns, flat.loss_mask, self.args.value_clip)
         metrics["value_loss"] = loss
         return loss, {name: value.item() for name, value in metrics.items()}
-
-    def optimizer_step(self, name, step):
-        """Clip and apply the gradient of "actor" or "critic"; returns its norm before."""
-        module, optimizer = self.modules[name], self.optimizers[name]
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm).full_tensor().item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: gradient norm of the {name} is {norm}")
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
 
 
 async def train_step(trainer, prompts, sandbox, tokenizer, step):

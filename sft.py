@@ -654,6 +654,18 @@ def batch_loss(policy, batch, token_budget, rank, world, device, backward=False)
     return all_sum(token_sum, device) / total
 
 
+def clipped_step(module, optimizers, max_norm, what):
+    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the weights
+    as they were, where that is not finite."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{what} is {norm}")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
 def batches(n, batch_size, seed):
     """Endless lists of batch_size of n indices, shuffled anew every epoch."""
     rng, order = random.Random(seed), []
@@ -729,12 +741,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
         loss = batch_loss(policy, batch, *settings, backward=True)
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
-        if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"warm start step {step}: loss {loss}, gradient norm {norm}")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: loss {loss}, gradient norm")
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
