@@ -163,10 +163,8 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
         flat = flat | ((advantages < 0) & (surrogate < dual_clip * advantages))
         surrogate = torch.where(advantages < 0, surrogate.clamp(min=dual_clip * advantages), surrogate)
     loss = -(weights * surrogate * loss_mask).sum()
-    with torch.no_grad():
-        metrics = {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum(),
-                   "clip_fraction": (flat * loss_mask).sum()}
-    return loss, metrics
+    return loss, {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum().detach(),
+                  "clip_fraction": (flat * loss_mask).sum()}
 
 
 def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
@@ -190,9 +188,7 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * torch.maximum(plain_error, clipped_error).sum()
-    with torch.no_grad():
-        metrics = {"value_clip_fraction": (clipped_error > plain_error).sum()}
-    return loss, metrics
+    return loss, {"value_clip_fraction": (clipped_error > plain_error).sum()}
 
 
 def token_rewards(trajectory, kind="outcome", scale=0.1):
@@ -345,9 +341,8 @@ class Trainer:
         for indices in shares[self.rank]:
             yield indices, *collate([examples[i] for i in indices], self.device)
 
-    def actor_logprobs(self, flat, packing, **options):
-        return self.actor(flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature,
-                          **options)
+    def logprobs(self, policy, flat, packing, **options):
+        return policy(flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature, **options)
 
     @torch.no_grad()
     def fill(self, examples, compute):
@@ -355,11 +350,10 @@ class Trainer:
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
             found = compute(flat, packing)
-            if indices:
-                # clone: a view would be pickled with the whole micro-batch behind it
-                parts = zip(*([x.clone() for x in column.cpu().split(packing.lengths)]
-                              for column in found.values()))
-                mine += [(i, dict(zip(found, columns))) for i, columns in zip(indices, parts)]
+            # clone: a view would be pickled with the whole micro-batch behind it
+            parts = zip(*([x.clone() for x in column.cpu().split(packing.lengths)]
+                          for column in found.values()))
+            mine += [(i, dict(zip(found, columns))) for i, columns in zip(indices, parts)]
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
         for index, columns in (row for part in gathered for row in part):
@@ -368,12 +362,12 @@ class Trainer:
     def score(self, examples):
         """Fill what the models say before the update: logprobs, entropy, values, reference_logprobs."""
         def compute(flat, packing):
-            found = dict(zip(("logprobs", "entropy"), self.actor_logprobs(flat, packing, with_entropy=True)))
+            scores = self.logprobs(self.actor, flat, packing, with_entropy=True)
+            found = dict(zip(("logprobs", "entropy"), scores))
             if self.critic:
                 found["values"] = self.critic(flat.input_ids, packing)
             if self.reference:
-                found["reference_logprobs"] = self.reference(
-                    flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature)
+                found["reference_logprobs"] = self.logprobs(self.reference, flat, packing)
             return found
 
         self.fill(examples, compute)
@@ -382,7 +376,7 @@ class Trainer:
         """Fill pi_new / pi_old of responses that are kept to be looked at."""
         if examples:
             self.fill(examples, lambda flat, packing: {"ratios": (
-                self.actor_logprobs(flat, packing) - flat.logprobs).exp()})
+                self.logprobs(self.actor, flat, packing) - flat.logprobs).exp()})
 
     def estimate(self, examples, groups):
         """Fill advantages and returns of every example; returns the explained variance (None
@@ -412,7 +406,7 @@ class Trainer:
                                      self.actor_loss(flat, packing, unchanged=number == 0))
                     # FSDP averages the ranks' gradients; a factor of world makes that their sum.
                     (loss / total * self.world).backward()
-                    sums.update(metrics)
+                    sums.update({key: value.item() for key, value in metrics.items()})
             counted += total
             for name in learning:
                 norms.setdefault(name, []).append(clipped_step(
@@ -445,7 +439,7 @@ class Trainer:
     def actor_loss(self, flat, packing, unchanged):
         """(policy loss, metrics), sums over tokens. unchanged: no update since `score`."""
         args, mask = self.args, flat.loss_mask
-        logprobs = self.actor_logprobs(flat, packing, with_entropy=args.entropy_coef > 0)
+        logprobs = self.logprobs(self.actor, flat, packing, with_entropy=args.entropy_coef > 0)
         if args.entropy_coef:
             logprobs, entropy = logprobs
         if unchanged:
@@ -463,14 +457,13 @@ class Trainer:
         if self.reference:
             metrics["reference_kl"] = reference_kl(logprobs, flat.reference_logprobs, mask)
             loss = loss + args.kl_coef * metrics["reference_kl"]
-        return loss, {name: value.item() for name, value in metrics.items()}
+        return loss, metrics
 
     def critic_loss(self, flat, packing):
         """(value loss, metrics), sums over tokens."""
         values = self.critic(flat.input_ids, packing)
         loss, metrics = value_loss(values, flat.values, flat.returns, flat.loss_mask, self.args.value_clip)
-        metrics["value_loss"] = loss
-        return loss, {name: value.item() for name, value in metrics.items()}
+        return loss, metrics | {"value_loss": loss}
 
 
 async def train_step(trainer, prompts, sandbox, tokenizer, step):
@@ -690,11 +683,7 @@ def commit():
 def evaluation_sets(args):
     """{name: problems} to evaluate on before and after training."""
     if args.eval_data:
-        files = args.eval_data.split(",")
-        sets = {Path(name).stem: load_problems(name) for name in files}
-        if len(sets) < len(files):
-            raise UserError(f"--eval_data {args.eval_data}: two files of the same name")
-        return sets
+        return {name: load_problems(name) for name in args.eval_data.split(",")}
     if args.train_data != "embedded":
         return {}
     return {name: embedded_rows(sft.split_name(args.task, name), args.eval_problems // (1 + (name != "test")))
