@@ -607,7 +607,6 @@ def parse_arguments(argv=None):
     add("--resume", default="",
         help="run folder to go on with, under its arguments except those given here")
     add("--export", default="", help="with --resume: only write its newest checkpoint here")
-    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
     add("--track", choices=("", "wandb", "trackio"), default="", help="send each step's metrics there too")
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")

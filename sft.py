@@ -353,23 +353,23 @@ def local_model(path, temperature, max_tokens):
     return complete
 
 
-def make_rewriter(name, model, url, temperature, max_tokens, seed):
+def make_rewriter(args):
     """rewrite(records of rows) -> a candidate, or None, for each."""
-    if name in ("local", "api") and not model:
-        raise UserError(f"--rewriter {name} needs --model")
-    if name == "local":
-        complete = local_model(model, temperature, max_tokens)
-    elif name == "api":
-        complete = api_model(model, url, temperature, max_tokens)
+    if args.rewriter in ("local", "api") and not args.model:
+        raise UserError(f"--rewriter {args.rewriter} needs --model")
+    if args.rewriter == "local":
+        complete = local_model(args.model, args.temperature, args.max_tokens)
+    elif args.rewriter == "api":
+        complete = api_model(args.model, args.api_url, args.temperature, args.max_tokens)
 
     async def rewrite(records):
-        if name == "calculator":
+        if args.rewriter == "calculator":
             return [calculator(record["solution"], record["own"]) for record in records]
-        if name == "program":
+        if args.rewriter == "program":
             return [program(record["solution"], record["own"], record["question"]) for record in records]
         prompts = [REWRITE_PROMPT.replace("{solution}", record["solution"])
                    .replace("{question}", record["question"]) for record in records]
-        return await complete(prompts, [seed + record["row"] for record in records])
+        return await complete(prompts, [args.seed + record["row"] for record in records])
     return rewrite
 
 
@@ -450,9 +450,7 @@ async def curate_file(args):
     names = (args.question_field, args.answer_field, args.solution_field)
     run = SimpleNamespace(
         layouts=[names] if any(names) else LAYOUTS, template=load_template(args.prompt_template),
-        rewrite=make_rewriter(args.rewriter, args.model, args.api_url, args.temperature, args.max_tokens,
-                              args.seed),
-        family=Path(args.input).stem, max_tokens=args.max_tokens,
+        rewrite=make_rewriter(args), family=Path(args.input).stem, max_tokens=args.max_tokens,
         tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else embedded_tokenizer(),
         evaluation={key: f"{Path(file).name}:{number}" for file in args.decontaminate
                     for number, problem in enumerate(load_problems(file), 1)
@@ -542,6 +540,7 @@ def add_trainer_arguments(parser):
     add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
     add("--replicas", type=at_least(1), default=1,
         help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
+    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
 
 
 def check_mesh(replicas, world):
@@ -895,8 +894,6 @@ async def main(rank, world, device):
     add_trainer_arguments(parser)
     add_format_arguments(parser)
     parser.add_argument("--traces", default="", help="a file or hub id; empty: the embedded ones")
-    parser.add_argument("--minutes", type=in_range(0.0), default=0.0,
-                        help="stop with a checkpoint after so many; 0: no limit")
     args = parser.parse_args()
     if args.model:
         need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
