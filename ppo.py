@@ -287,7 +287,7 @@ class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
     def __init__(self, args, model_path, rank, world, device, weights=True):
-        """weights: False where `load` brings them."""
+        """weights: False where a checkpoint brings them."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
         # Tensor parallelism would begin here, with a copy split over a node's GPUs for
         # `generate` and `sync_weights`.
@@ -311,25 +311,14 @@ class Trainer:
         self.actor_start = args.critic_warmup if self.critic else 0  # the first step in which it learns
 
     def state(self):
-        """All that a step changes, and the reference, as tensors by name. No random state: prompts,
-        noise, minibatches and learning rates are functions of seed and step."""
+        """All that a step changes, and the reference, as tensors by name, for checkpoints. No random
+        state: prompts, noise, minibatches and learning rates are functions of seed and step."""
         state = {}
         for name, module in self.modules.items():
             state |= training_state(name, module, *filter(None, [self.optimizers.get(name)]))
         if self.args.sync_every > 1:  # the sampler is not the actor
             state |= {f"sampler.{name}": p.detach() for name, p in self.sampler.named_parameters()}
         return state
-
-    def save(self, folder, step, seconds, sizes):
-        """A checkpoint; sizes: the JSONL files' bytes, to which a resumed run cuts them."""
-        record = {"step": step, "seconds": seconds, "bytes": sizes}
-        save_checkpoint(folder, self.state(), record, self.args.keep_checkpoints, self.rank)
-
-    def load(self, checkpoint):
-        """Go on from a checkpoint's folder."""
-        dcp.load(self.state(), checkpoint_id=checkpoint)
-        if self.args.sync_every == 1:
-            sync_weights(self.actor, self.sampler)
 
     def is_synced_after(self, step):
         """Whether the sampler gets the actor's weights at the end of a step; after the last it does."""
@@ -752,7 +741,7 @@ class RunFolder:
             self.tracker.log(metrics, step=metrics["step"])
 
     def sizes(self):
-        """Bytes of the JSONL files, once they are on the disk."""
+        """Bytes of the JSONL files, once they are on the disk; a resumed run cuts them to these."""
         for file in self.files.values():
             os.fsync(file.fileno())
         return {name: os.path.getsize(self.path / name) for name in self.files}
@@ -805,7 +794,9 @@ async def main(rank, world, device):
     prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens,
                       sft.split_name(args.task, "train"))
     if checkpoint:
-        trainer.load(checkpoint)
+        dcp.load(trainer.state(), checkpoint_id=checkpoint)
+        if args.sync_every == 1:
+            sync_weights(trainer.actor, trainer.sampler)
     if args.export:
         if rank == 0:
             trainer.sampler.save_pretrained(args.export)
@@ -867,7 +858,8 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             is_over = all_sum(rank == 0 and time.monotonic() > deadline, trainer.device) > 0
             if done % args.save_every == 0 or done == args.steps or is_over:
                 clock = time.perf_counter()
-                trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
+                record = {"step": done, "seconds": clock - begin, "bytes": run.sizes()}
+                save_checkpoint(run.path / "checkpoints", trainer.state(), record, args.keep_checkpoints, rank)
                 seconds_checkpoint = time.perf_counter() - clock
             if is_over and done < args.steps:
                 return print(f"--minutes are over after step {done}: {GOES_ON[0]}")

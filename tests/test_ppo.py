@@ -438,14 +438,18 @@ def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
         planner.print_plan(ppo.parse_arguments([*flags, "--replicas", "3"]), 8, 141)
 
 
+def save(trainer, folder, step):
+    evaluation.save_checkpoint(folder, trainer.state(), {"step": step}, trainer.args.keep_checkpoints, 0)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
-    trainer.save(tmp_path, 1, 0.0, {})
+    save(trainer, tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards are larger
     with pytest.raises(UserError, match="disk full.*intact"):
-        trainer.save(tmp_path, 2, 0.0, {})
+        save(trainer, tmp_path, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def full(*args, **kwargs):
@@ -454,7 +458,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(sft.Path, "write_text", full)
         with pytest.raises(UserError, match="No space left on device.*intact"):
-            trainer.save(tmp_path, 2, 0.0, {})
+            save(trainer, tmp_path, 2)
     assert evaluation.find_checkpoint(tmp_path, 0)[1]["step"] == 1
 
 
@@ -464,10 +468,10 @@ def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_exa
     trainer, _ = trainer_and_examples
     folder = tmp_path / "checkpoints"
     for step in (1, 5):
-        trainer.save(folder, step, 0.0, {})
+        save(trainer, folder, step)
     (folder / "step-000005" / "manifest.json").write_text("{")
     assert evaluation.find_checkpoint(folder, 0)[1]["step"] == 1
-    trainer.save(folder, 2, 0.0, {})
+    save(trainer, folder, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     for path in folder.iterdir():
         (path / ".metadata").write_text("")
