@@ -289,8 +289,6 @@ class Trainer:
     def __init__(self, args, model_path, rank, world, device, weights=True):
         """weights: False where a checkpoint brings them."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
-        # Tensor parallelism would begin here, with a copy split over a node's GPUs for
-        # `generate` and `sync_weights`.
         self.sampler = load_model(model_path, device, args.dtype, weights)
 
         def sharded(kind, path):
@@ -620,29 +618,28 @@ def check_combinations(parser, args, flags):
     """parser.error for flags that contradict each other or do nothing. flags: those given."""
     if args.export and not args.resume:
         parser.error("--export needs --resume")
-    fixed = {"run_dir", "model", "critic_model", "preset", "train_data", "advantage", "kl_coef", "sync_every"}
-    if args.resume and (idle := flags & fixed):
-        parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
+    idle = [  # (whether it holds that, with this flag, those do nothing)
+        (args.resume, "--resume", {"run_dir", "model", "critic_model", "preset", "train_data", "advantage",
+                                   "kl_coef", "sync_every"}),
+        (args.model and not args.resume, "--model", {f for f in flags if f.startswith("sft_")} | {
+            "code_share", "warm_start_dir", "mask_failed"}),
+        (args.advantage != "gae", f"--advantage {args.advantage}", {
+            "critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma", "lam_actor", "lam_critic",
+            "whiten_floor", "gae_unit"}),
+        (args.reward == "outcome", "--reward outcome", {"reward_scale"})]
+    for holds, flag, others in idle:
+        if holds and others & flags:
+            parser.error(f"--{min(others & flags)} has no effect with {flag}")
     if args.model and not (args.resume or args.preset):
         rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
         need_values(parser, flags, [*rates, "sandbox_timeout", "max_prompt_tokens", "max_response_tokens"])
-    idle = {f for f in flags if f.startswith("sft_")}
-    idle |= flags & {"code_share", "warm_start_dir", "mask_failed"}
-    if args.model and not args.resume and idle:
-        parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
     if not args.model and args.tools == "off" and args.code_share:
         parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
-    if args.advantage != "gae":
-        if args.samples_per_prompt < 2:
-            parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
-        if idle := flags & {"critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma",
-                            "lam_actor", "lam_critic", "whiten_floor", "gae_unit"}:
-            parser.error(f"--{min(idle)} has no effect with --advantage {args.advantage}")
-    elif args.critic_warmup + args.lr_warmup >= args.steps:
+    if args.advantage != "gae" and args.samples_per_prompt < 2:
+        parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
+    if args.advantage == "gae" and args.critic_warmup + args.lr_warmup >= args.steps:
         parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing "
                      f"of --steps {args.steps}")
-    if args.reward == "outcome" and "reward_scale" in flags:
-        parser.error("--reward_scale has no effect with --reward outcome")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
