@@ -10,7 +10,7 @@ The keys of metrics.jsonl. Of responses, without those in which the sandbox itse
   accuracy            share of responses that are correct (avg@n)
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed a snippet
-  code_lines          executed per response, no blanks or comments; code_lines_per_snippet
+  code_lines          executed per response, no blanks or comments
   pass_last_correct   share whose last snippet ran without error, of correct responses with
                       code; pass_last_incorrect of incorrect ones
   timing_first        start of the first snippet / response length; timing_mean of all snippets
@@ -33,16 +33,14 @@ Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in triv
   snippet failed; both of responses with code), literal_prints (snippets that compute nothing),
   void_turns (responses whose last turn has neither snippet nor answer)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
-  response was left to train on), reward (mean sum over a response), entropy of the policy
-  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl (with
-  --kl_coef) as in ppo.py's losses
-  explained_variance of the returns by the critic: 1 is perfect; grad_norm_actor, grad_norm_critic:
-  before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic
-  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|
-  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout,
-  seconds_score, seconds_update, seconds_sync, seconds_ratios (of the responses that are kept),
-  seconds_checkpoint (the save before this step),
-  tool_wait_seconds (no row could be decoded), seconds_total (the run's last line)
+  response was left to train on), reward (sum over a response), entropy of the policy; approx_kl,
+  clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl as in ppo.py's losses;
+  explained_variance of the returns by the critic (1 is perfect); grad_norm_actor, grad_norm_critic
+  before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic;
+  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|;
+  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout, seconds_score,
+  seconds_update, seconds_sync, seconds_ratios (of responses that are kept), seconds_checkpoint
+  (the save before), tool_wait_seconds (no row could be decoded), seconds_total (the last line)
 """
 import argparse
 import ast
@@ -343,7 +341,6 @@ def rollout_metrics(trajectories):
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
         "code_lines": mean([sum(code_lines(c.code) for c in t.tool_calls) for t in kept]),
-        "code_lines_per_snippet": mean([code_lines(c.code) for c in calls]),
         "pass_last_correct": mean(right), "pass_last_correct_count": len(right),
         "pass_last_incorrect": mean(wrong), "pass_last_incorrect_count": len(wrong),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
@@ -735,8 +732,7 @@ def check_positions(config, args):
 
 
 def zero_moments(optimizer):
-    """Give an AdamW the moments it would make at its first step. Without them the helpers of
-    torch take a real step to make them when saving, and saving would change the run."""
+    """Give an AdamW the moments it would make at its first step: a checkpoint is loaded into them."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -870,7 +866,6 @@ def parse_arguments():
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="of the sampling noise and of the embedded problems")
     add("--output", default="", help="JSON file for metrics, journal and responses beside it; or the page")
-    add("--chunk", type=at_least(1), default=512, help="responses per line of the journal")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
@@ -905,8 +900,8 @@ async def main(rank, world, device):
         for path, found in results.items():
             model, tokenizer = load_model(path, device, args.dtype), tokenizers[path]
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
-            sample = functools.partial(sample_new, journal, max(1, args.chunk // args.samples),
-                                       [weights, args.sandbox_timeout])
+            chunk = max(1, 512 // args.samples)  # problems per line of the journal
+            sample = functools.partial(sample_new, journal, chunk, [weights, args.sandbox_timeout])
             for name, problems in sets.items():
                 metrics, trajectories = await evaluate(
                     model, tokenizer, problems, template, sandbox, rank, world, f"{path} {name}",

@@ -475,8 +475,7 @@ async def curate_file(args):
                 records += done[key]
                 bar.update(len(chunk))
     traces, summary, examples = summarise(records)
-    details = {"arguments": vars(args), "examples": examples}
-    report.write_text(json.dumps(summary | details, indent=1))
+    report.write_text(json.dumps(summary | {"arguments": vars(args), "examples": examples}, indent=1))
     if traces:
         partial.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
         partial.rename(output)
