@@ -856,7 +856,8 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             if done % args.save_every == 0 or done == args.steps or is_over:
                 clock = time.perf_counter()
                 record = {"step": done, "seconds": clock - begin, "bytes": run.sizes()}
-                save_checkpoint(run.path / "checkpoints", trainer.state(), record, args.keep_checkpoints, rank)
+                save_checkpoint(run.path / "checkpoints", trainer.state(), record,
+                                args.keep_checkpoints, rank)
                 seconds_checkpoint = time.perf_counter() - clock
             if is_over and done < args.steps:
                 return print(f"--minutes are over after step {done}: {GOES_ON[0]}")
