@@ -11,8 +11,7 @@ The keys of metrics.jsonl. Of responses, without those in which the sandbox itse
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed a snippet
   code_lines          executed per response, no blanks or comments
-  pass_last_correct   share whose last snippet ran without error, of correct responses with
-                      code; pass_last_incorrect of incorrect ones
+  pass_last_correct   of correct ones with code, share whose last snippet ran; pass_last_incorrect
   timing_first        start of the first snippet / response length; timing_mean of all snippets
   self_correction     P(the next snippet runs | the previous one failed)
   corrected_share     correct responses with at least one failed snippet
@@ -33,14 +32,15 @@ Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in triv
   snippet failed; both of responses with code), literal_prints (snippets that compute nothing),
   void_turns (responses whose last turn has neither snippet nor answer)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
-  response was left to train on), reward (sum over a response), entropy of the policy; approx_kl,
-  clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl as in ppo.py's losses;
-  explained_variance of the returns by the critic (1 is perfect); grad_norm_actor, grad_norm_critic
-  before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic;
-  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|;
-  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout, seconds_score,
-  seconds_update, seconds_sync, seconds_ratios (of responses that are kept), seconds_checkpoint
-  (the save before), tool_wait_seconds (no row could be decoded), seconds_total (the last line)
+  response was left to train on), reward (sum over a response), entropy of the policy;
+  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl as in
+  ppo.py's losses; explained_variance of the returns by the critic (1 is perfect);
+  grad_norm_actor, grad_norm_critic before clipping, mean over minibatches, null while frozen;
+  lr_factor_actor, lr_factor_critic; sampler_difference, sampler_difference_max: |log-probability
+  of the sampler - of the trainer|; rollout_tokens_per_second (sampled),
+  train_tokens_per_second; seconds_rollout, seconds_score, seconds_update, seconds_sync,
+  seconds_ratios (of responses that are kept), seconds_checkpoint (the save before),
+  tool_wait_seconds (no row could be decoded), seconds_total (the last line)
 """
 import argparse
 import ast
@@ -554,8 +554,8 @@ def describe_trajectory(t, tokenizer, problem):
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group, or one's own; yields (rank, world size, device). Only rank 0
-    prints."""
+    """Join torchrun's process group, or one's own; yields (rank, world size, device). Of all
+    ranks only the first prints."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone | os.environ)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
@@ -732,7 +732,7 @@ def check_positions(config, args):
 
 
 def zero_moments(optimizer):
-    """Give an AdamW the moments it would make at its first step: a checkpoint is loaded into them."""
+    """Give an AdamW the moments of its first step: a checkpoint is loaded into them."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),

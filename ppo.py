@@ -309,8 +309,8 @@ class Trainer:
         self.actor_start = args.critic_warmup if self.critic else 0  # the first step in which it learns
 
     def state(self):
-        """All that a step changes, and the reference, as tensors by name, for checkpoints. No random
-        state: prompts, noise, minibatches and learning rates are functions of seed and step."""
+        """All that a step changes, and the reference, as tensors by name. No random state:
+        prompts, noise, minibatches and learning rates are functions of seed and step."""
         state = {}
         for name, module in self.modules.items():
             state |= training_state(name, module, *filter(None, [self.optimizers.get(name)]))
@@ -329,7 +329,8 @@ class Trainer:
             yield indices, *collate([examples[i] for i in indices], self.device)
 
     def logprobs(self, policy, flat, packing, **options):
-        return policy(flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature, **options)
+        return policy(flat.input_ids, flat.targets, flat.loss_mask, packing,
+                      self.args.temperature, **options)
 
     @torch.no_grad()
     def fill(self, examples, compute):
@@ -600,8 +601,7 @@ def parse_arguments(argv=None):
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.preset:
-        settings = {name: value for name, value in PAPER.items() if not name.startswith("sft_")}
-        parser.set_defaults(**settings)
+        parser.set_defaults(**{k: value for k, value in PAPER.items() if not k.startswith("sft_")})
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
@@ -676,7 +676,7 @@ def evaluation_sets(args):
 
 
 class RunFolder:
-    """What a run leaves behind. Every rank has one, rank 0 alone writes, and never over another run.
+    """What a run leaves behind. Every rank has one; rank 0 alone writes, and over no other run.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
     old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.
@@ -688,7 +688,7 @@ class RunFolder:
         self.path, self.rank = Path(path[0]), rank
         self.files, self.results, self.tracker = {}, {}, None
         if rank == 0 and not args.resume and self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"--run_dir {self.path}: not empty; nothing is overwritten (--resume goes on)")
+            raise UserError(f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
 
     def write_arguments(self, args, world, device):
         """What the run was started with; a resumed run adds a line about itself."""
@@ -724,7 +724,7 @@ class RunFolder:
             self.files[name].write(json.dumps(row) + "\n")
 
     def track(self, package, args):
-        """Open a run of wandb or trackio, whose calls are alike; what `write_step` writes goes there too."""
+        """Open a run of wandb or trackio, whose calls are alike; metrics of steps go there too."""
         if package and self.rank == 0:
             try:
                 self.tracker = __import__(package)
@@ -732,13 +732,8 @@ class RunFolder:
                 raise UserError(f"--track {package}: not installed (pip install {package})") from None
             self.tracker.init(project="retool", name=self.path.name, config=vars(args))
 
-    def write_step(self, metrics):
-        self.write("metrics.jsonl", metrics)
-        if self.tracker:
-            self.tracker.log(metrics, step=metrics["step"])
-
     def sizes(self):
-        """Bytes of the JSONL files, once they are on the disk; a resumed run cuts them to these."""
+        """Bytes of the JSONL files, now on the disk; a resumed run cuts them to these."""
         for file in self.files.values():
             os.fsync(file.fileno())
         return {name: os.path.getsize(self.path / name) for name in self.files}
@@ -807,10 +802,8 @@ async def main(rank, world, device):
             trainer.sampler.config.save_pretrained(folder)
             trainer.sampler.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
-              f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
-        if args.resume:
-            print(f"{run.path}: goes on after step {start['step']}")
+        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; {prompts.skipped} prompts too "
+              f"long, {prompts.duplicates} duplicates left out; goes on after step {start['step']}")
     run.open(start["bytes"])
     await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline)
 
@@ -845,7 +838,9 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             done = step + 1
             metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
             metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
-            run.write_step({"step": step} | metrics)
+            run.write("metrics.jsonl", {"step": step} | metrics)
+            if run.tracker:
+                run.tracker.log({"step": step} | metrics, step=step)
             for t in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + t.prompt_index]
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))

@@ -52,8 +52,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
                   encode_prompt, extract_answer, field_names, load_problems, load_template,
                   question_words, read_row, read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes, find_checkpoint,
-                  given, in_range, is_equivalent, make_sandbox, need_values,
+from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes,
+                  find_checkpoint, given, in_range, is_equivalent, make_sandbox, need_values,
                   run_script, save_checkpoint, syntax_tree, training_state, zero_moments)
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
                      break_tags, collate, encode_response, encode_text, generate, load_config,
@@ -475,7 +475,8 @@ async def curate_file(args):
                 records += done[key]
                 bar.update(len(chunk))
     traces, summary, examples = summarise(records)
-    report.write_text(json.dumps(summary | {"arguments": vars(args), "examples": examples}, indent=1))
+    details = {"arguments": vars(args), "examples": examples}
+    report.write_text(json.dumps(summary | details, indent=1))
     if traces:
         partial.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
         partial.rename(output)
@@ -550,9 +551,9 @@ def check_mesh(replicas, world):
 
 def shard(module, lm, settings):
     """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
-    the rest belongs to the root. settings: --dtype and the trainer's flags. With replicas the ranks
-    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units go
-    to the GPU one by one. Master weights, gradients between ranks and optimiser states are fp32."""
+    the rest belongs to the root. settings: dtype and the trainer's flags. With replicas the ranks
+    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units
+    go to the GPU one by one. Master weights, gradients and optimiser states are fp32."""
     world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
     if settings.replicas > 1:
         grid = settings.replicas, world // settings.replicas
@@ -653,8 +654,8 @@ def batch_loss(policy, batch, token_budget, rank, world, device, backward=False)
 
 
 def clipped_step(module, optimizers, max_norm, what):
-    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the weights
-    as they were, where that is not finite."""
+    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the
+    weights as they were, where that is not finite."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"{what} is {norm}")
@@ -739,7 +740,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
         loss = batch_loss(policy, batch, *settings, backward=True)
-        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: loss {loss}, gradient norm")
+        norm = clipped_step(policy, optimizers, 1.0, f"step {step}: loss {loss}, gradient norm")
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")

@@ -638,7 +638,7 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     result = run_here(*PPO, *OWN, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
                     "--eval_data", str(problems), "--run_dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "prompts left out: 1 too long, 3 duplicates" in result.stdout
+    assert "1 prompts too long, 3 duplicates left out" in result.stdout
     rows = metrics_of(tmp_path / "run")
     steps, evaluations = [r for r in rows if "step" in r], [r for r in rows if "evaluation" in r]
     assert len(steps) == 2 and all(r["code_ratio"] == 0 and not r["sandbox_outcomes"] for r in steps)
