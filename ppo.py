@@ -259,8 +259,8 @@ class Prompts:
         self.rows, self.skipped, self.duplicates = None, 0, 0
         if problems is not None:
             unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
-            self.rows = [row for row in map(self.encode, unique.values())
-                         if len(row["prompt"]) <= max_prompt_tokens]
+            self.rows = [row for row in unique.values()
+                         if len(self.encode(row)["prompt"]) <= max_prompt_tokens]
             self.duplicates, self.skipped = len(problems) - len(unique), len(unique) - len(self.rows)
             if not self.rows:
                 raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
@@ -276,7 +276,7 @@ class Prompts:
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
-        return self.rows[self.order(epoch)[index]]
+        return self.encode(self.rows[self.order(epoch)[index]])
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
