@@ -740,7 +740,7 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
         loss = batch_loss(policy, batch, *settings, backward=True)
-        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}, loss {loss}: norm")
+        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: gradient norm")
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
