@@ -10,9 +10,8 @@ The keys of metrics.jsonl. Of responses, without those in which the sandbox itse
   accuracy            share of responses that are correct (avg@n)
   response_tokens     mean length; response_tokens_sampled leaves interpreter text out
   code_ratio          share of responses that executed a snippet
-  code_lines          executed per response, no blanks or comments; code_lines_per_snippet
-  pass_last_correct   share whose last snippet ran without error, of correct responses with
-                      code; pass_last_incorrect of incorrect ones
+  code_lines          executed per response, no blanks or comments
+  pass_last_correct   of correct ones with code, share whose last snippet ran; pass_last_incorrect
   timing_first        start of the first snippet / response length; timing_mean of all snippets
   self_correction     P(the next snippet runs | the previous one failed)
   corrected_share     correct responses with at least one failed snippet
@@ -33,18 +32,15 @@ Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in triv
   snippet failed; both of responses with code), literal_prints (snippets that compute nothing),
   void_turns (responses whose last turn has neither snippet nor answer)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
-  response was left to train on), reward (mean sum over a response), entropy of the policy
-  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl (with
-  --kl_coef) as in ppo.py's losses
-  explained_variance of the returns by the critic: 1 is perfect; grad_norm_actor, grad_norm_critic:
-  before clipping, mean over minibatches, null while frozen; lr_factor_actor, lr_factor_critic
-  sampler_difference, sampler_difference_max: |log-probability of the sampler - of the trainer|;
-  its mean over snippets: sampler_difference_code, over other text before the first call:
-  sampler_difference_prose, after it: sampler_difference_after_interpreter
-  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout,
-  seconds_score, seconds_update, seconds_sync, seconds_ratios (of the responses that are kept),
-  seconds_checkpoint (the save before this step),
-  tool_wait_seconds (no row could be decoded), seconds_total (the run's last line)
+  response was left to train on), reward (sum over a response), entropy of the policy;
+  approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl as in
+  ppo.py's losses; explained_variance of the returns by the critic (1 is perfect);
+  grad_norm_actor, grad_norm_critic before clipping, mean over minibatches, null while frozen;
+  lr_factor_actor, lr_factor_critic; sampler_difference, sampler_difference_max: |log-probability
+  of the sampler - of the trainer|; rollout_tokens_per_second (sampled),
+  train_tokens_per_second; seconds_rollout, seconds_score, seconds_update, seconds_sync,
+  seconds_ratios (of responses that are kept), seconds_checkpoint (the save before),
+  tool_wait_seconds (no row could be decoded), seconds_total (the last line)
 """
 import argparse
 import ast
@@ -72,6 +68,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -344,7 +341,6 @@ def rollout_metrics(trajectories):
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
         "code_lines": mean([sum(code_lines(c.code) for c in t.tool_calls) for t in kept]),
-        "code_lines_per_snippet": mean([code_lines(c.code) for c in calls]),
         "pass_last_correct": mean(right), "pass_last_correct_count": len(right),
         "pass_last_incorrect": mean(wrong), "pass_last_incorrect_count": len(wrong),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
@@ -558,7 +554,8 @@ def describe_trajectory(t, tokenizer, problem):
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group, or one's own; yields (rank, world size, device)."""
+    """Join torchrun's process group, or one's own; yields (rank, world size, device). Of all
+    ranks only the first prints."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone | os.environ)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
@@ -577,7 +574,8 @@ def distributed():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timedelta(hours=2))
     try:
-        yield rank, world, device
+        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
+            yield rank, world, device
     finally:
         dist.destroy_process_group()
 
@@ -622,7 +620,8 @@ def run_script(main):
 def describe_error(error):
     """One line for what the user or the machine has to change, None for a bug."""
     # A loss that is not finite; a path or a disk (a TimeoutError is an OSError without errno).
-    if isinstance(error, (UserError, FloatingPointError)) or (isinstance(error, OSError) and error.errno):
+    if (isinstance(error, (UserError, FloatingPointError, SafetensorError))
+            or (isinstance(error, OSError) and error.errno)):
         return f"error: {error}"
 
 
@@ -733,8 +732,7 @@ def check_positions(config, args):
 
 
 def zero_moments(optimizer):
-    """Give an AdamW the moments it would make at its first step. Without them the helpers of
-    torch take a real step to make them when saving, and saving would change the run."""
+    """Give an AdamW the moments of its first step: a checkpoint is loaded into them."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -774,25 +772,6 @@ def save_checkpoint(folder, state, record, keep, rank):
     """
     partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
 
-    def refuse(error):
-        raise UserError(f"checkpoint of step {record['step']} cannot be written ({error}); the ones before "
-                        f"it in {folder} are intact")
-
-    def on_rank_0(action):
-        error = [None]
-        if rank == 0:
-            try:
-                action()
-            except OSError as problem:
-                error = [str(problem)]
-        dist.broadcast_object_list(error)  # every rank stops, or none
-        if error[0]:
-            refuse(error[0])
-
-    def begin():
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-        partial.mkdir(parents=True)
-
     def publish():
         manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
         manifest["files"][".metadata"] = file_hash(partial / ".metadata")
@@ -809,18 +788,24 @@ def save_checkpoint(folder, state, record, keep, rank):
         for old in found[:later][:-keep] + found[later:]:
             shutil.rmtree(old)
 
-    on_rank_0(begin)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    dist.barrier()
     try:
         dcp.save(state, checkpoint_id=partial)
-    except CheckpointException as error:  # the same on all ranks
-        refuse(f"{str(error).strip().splitlines()[-1]}: disk full?")
-    hashes = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
-    on_rank_0(publish)
+        hashes = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
+        if rank == 0:
+            publish()
+    except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
+        raise UserError(f"checkpoint of step {record['step']} cannot be written "
+                        f"({str(error).strip().splitlines()[-1]}): disk full? The ones before it in "
+                        f"{folder} are intact") from None
 
 
 def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks, or (None, None)."""
+    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
+    a run that begins) if there is none."""
     found = [newest_checkpoint(folder) if rank == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
@@ -839,7 +824,7 @@ def newest_checkpoint(folder):
         print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
     if any(folder.glob("step-*")):
         raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
-    return None, None
+    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -881,7 +866,6 @@ def parse_arguments():
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="of the sampling noise and of the embedded problems")
     add("--output", default="", help="JSON file for metrics, journal and responses beside it; or the page")
-    add("--chunk", type=at_least(1), default=512, help="responses per line of the journal")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
@@ -912,13 +896,12 @@ async def main(rank, world, device):
     results = {path: {} for path in tokenizers}
     GOES_ON[0] = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
-        if rank == 0:
-            print(sandbox.report)
+        print(sandbox.report)
         for path, found in results.items():
             model, tokenizer = load_model(path, device, args.dtype), tokenizers[path]
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
-            sample = functools.partial(sample_new, journal, max(1, args.chunk // args.samples),
-                                       [weights, args.sandbox_timeout])
+            chunk = max(1, 512 // args.samples)  # problems per line of the journal
+            sample = functools.partial(sample_new, journal, chunk, [weights, args.sandbox_timeout])
             for name, problems in sets.items():
                 metrics, trajectories = await evaluate(
                     model, tokenizer, problems, template, sandbox, rank, world, f"{path} {name}",
@@ -929,8 +912,7 @@ async def main(rank, world, device):
                 for t in trajectories if writes else ():
                     row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
                     responses.write(json.dumps({"model": path, "set": name} | row) + "\n")
-            if rank == 0:
-                print(f"{path}\n{evaluation_table(found)}")
+            print(f"{path}\n{evaluation_table(found)}")
     responses.close()
     if writes:
         record = {"arguments": vars(args), "sandbox": sandbox.report, "results": results}

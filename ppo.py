@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -47,10 +46,10 @@ from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_argume
                   at_least, check_positions, collapse_metrics, describe_trajectory, evaluate,
                   evaluation_table, find_checkpoint, given, in_range, make_sandbox, mean,
                   need_values, percent, report_page, rollout_metrics, rollout_settings, run_script,
-                  sample_all, save_checkpoint, training_state, zero_moments)
+                  sample_all, save_checkpoint, sync_to_disk, training_state, zero_moments)
 from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
 from sandbox import UserError
-from sft import add_trainer_arguments, check_mesh, shard, sharding_settings, sync_weights
+from sft import add_trainer_arguments, check_mesh, clipped_step, shard, sync_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -164,10 +163,8 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
         flat = flat | ((advantages < 0) & (surrogate < dual_clip * advantages))
         surrogate = torch.where(advantages < 0, surrogate.clamp(min=dual_clip * advantages), surrogate)
     loss = -(weights * surrogate * loss_mask).sum()
-    with torch.no_grad():
-        metrics = {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum(),
-                   "clip_fraction": (flat * loss_mask).sum()}
-    return loss, metrics
+    return loss, {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum().detach(),
+                  "clip_fraction": (flat * loss_mask).sum()}
 
 
 def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
@@ -191,9 +188,7 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * torch.maximum(plain_error, clipped_error).sum()
-    with torch.no_grad():
-        metrics = {"value_clip_fraction": (clipped_error > plain_error).sum()}
-    return loss, metrics
+    return loss, {"value_clip_fraction": (clipped_error > plain_error).sum()}
 
 
 def token_rewards(trajectory, kind="outcome", scale=0.1):
@@ -222,12 +217,6 @@ def cosine(step, steps, warmup, floor=0.0):
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def is_void(trajectory):
-    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier ones
-    end with a snippet."""
-    return trajectory.answer is None
 
 
 class Critic(nn.Module):
@@ -267,16 +256,12 @@ class Prompts:
 
     def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens, split="train"):
         self.seed, self.tokenizer, self.template, self.split = seed, tokenizer, template, split
-        self.skipped = self.duplicates = 0
-        self.rows = None
+        self.rows, self.skipped, self.duplicates = None, 0, 0
         if problems is not None:
             unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
-            self.duplicates = len(problems) - len(unique)
-            # A token has at least one byte: only what could be too long is encoded.
             self.rows = [row for row in unique.values()
-                         if len(row["question"].encode()) + len(template.encode()) + 200 <= max_prompt_tokens
-                         or len(self.encode(row)["prompt"]) <= max_prompt_tokens]
-            self.skipped = len(unique) - len(self.rows)
+                         if len(self.encode(row)["prompt"]) <= max_prompt_tokens]
+            self.duplicates, self.skipped = len(problems) - len(unique), len(unique) - len(self.rows)
             if not self.rows:
                 raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
                                 f"{max_prompt_tokens}")
@@ -298,22 +283,17 @@ class Prompts:
         return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
 
 
-START = {"step": 0, "seconds": 0.0, "bytes": {}}  # before the first checkpoint
-
-
 class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
     def __init__(self, args, model_path, rank, world, device, weights=True):
-        """weights: False where `load` brings them."""
+        """weights: False where a checkpoint brings them."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
-        # Tensor parallelism would begin here, with a copy split over a node's GPUs for
-        # `generate` and `sync_weights`.
         self.sampler = load_model(model_path, device, args.dtype, weights)
 
         def sharded(kind, path):
             lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
-            return shard(kind(lm), lm, **sharding_settings(args))
+            return shard(kind(lm), lm, args)
 
         self.modules = {"actor": sharded(Policy, model_path)}
         if args.advantage == "gae":
@@ -329,25 +309,14 @@ class Trainer:
         self.actor_start = args.critic_warmup if self.critic else 0  # the first step in which it learns
 
     def state(self):
-        """All that a step changes, and the reference, as tensors by name. No random state: prompts,
-        noise, minibatches and learning rates are functions of seed and step."""
+        """All that a step changes, and the reference, as tensors by name. No random state:
+        prompts, noise, minibatches and learning rates are functions of seed and step."""
         state = {}
         for name, module in self.modules.items():
             state |= training_state(name, module, *filter(None, [self.optimizers.get(name)]))
         if self.args.sync_every > 1:  # the sampler is not the actor
             state |= {f"sampler.{name}": p.detach() for name, p in self.sampler.named_parameters()}
         return state
-
-    def save(self, folder, step, seconds, sizes):
-        """A checkpoint; sizes: the JSONL files' bytes, to which a resumed run cuts them."""
-        record = {"step": step, "seconds": seconds, "bytes": sizes}
-        save_checkpoint(folder, self.state(), record, self.args.keep_checkpoints, self.rank)
-
-    def load(self, checkpoint):
-        """Go on from a checkpoint's folder."""
-        dcp.load(self.state(), checkpoint_id=checkpoint)
-        if self.args.sync_every == 1:
-            sync_weights(self.actor, self.sampler)
 
     def is_synced_after(self, step):
         """Whether the sampler gets the actor's weights at the end of a step; after the last it does."""
@@ -359,9 +328,9 @@ class Trainer:
         for indices in shares[self.rank]:
             yield indices, *collate([examples[i] for i in indices], self.device)
 
-    def actor_logprobs(self, flat, packing, **options):
-        return self.actor(flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature,
-                          **options)
+    def logprobs(self, policy, flat, packing, **options):
+        return policy(flat.input_ids, flat.targets, flat.loss_mask, packing,
+                      self.args.temperature, **options)
 
     @torch.no_grad()
     def fill(self, examples, compute):
@@ -369,11 +338,10 @@ class Trainer:
         mine = []
         for indices, flat, packing in self.micro_batches(examples):
             found = compute(flat, packing)
-            if indices:
-                # clone: a view would be pickled with the whole micro-batch behind it
-                parts = zip(*([x.clone() for x in column.cpu().split(packing.lengths)]
-                              for column in found.values()))
-                mine += [(i, dict(zip(found, columns))) for i, columns in zip(indices, parts)]
+            # clone: a view would be pickled with the whole micro-batch behind it
+            parts = zip(*([x.clone() for x in column.cpu().split(packing.lengths)]
+                          for column in found.values()))
+            mine += [(i, dict(zip(found, columns))) for i, columns in zip(indices, parts)]
         gathered = [None] * self.world
         dist.all_gather_object(gathered, mine)
         for index, columns in (row for part in gathered for row in part):
@@ -382,12 +350,12 @@ class Trainer:
     def score(self, examples):
         """Fill what the models say before the update: logprobs, entropy, values, reference_logprobs."""
         def compute(flat, packing):
-            found = dict(zip(("logprobs", "entropy"), self.actor_logprobs(flat, packing, with_entropy=True)))
+            scores = self.logprobs(self.actor, flat, packing, with_entropy=True)
+            found = dict(zip(("logprobs", "entropy"), scores))
             if self.critic:
                 found["values"] = self.critic(flat.input_ids, packing)
             if self.reference:
-                found["reference_logprobs"] = self.reference(
-                    flat.input_ids, flat.targets, flat.loss_mask, packing, self.args.temperature)
+                found["reference_logprobs"] = self.logprobs(self.reference, flat, packing)
             return found
 
         self.fill(examples, compute)
@@ -396,7 +364,7 @@ class Trainer:
         """Fill pi_new / pi_old of responses that are kept to be looked at."""
         if examples:
             self.fill(examples, lambda flat, packing: {"ratios": (
-                self.actor_logprobs(flat, packing) - flat.logprobs).exp()})
+                self.logprobs(self.actor, flat, packing) - flat.logprobs).exp()})
 
     def estimate(self, examples, groups):
         """Fill advantages and returns of every example; returns the explained variance (None
@@ -426,10 +394,12 @@ class Trainer:
                                      self.actor_loss(flat, packing, unchanged=number == 0))
                     # FSDP averages the ranks' gradients; a factor of world makes that their sum.
                     (loss / total * self.world).backward()
-                    sums.update(metrics)
+                    sums.update({key: value.item() for key, value in metrics.items()})
             counted += total
             for name in learning:
-                norms.setdefault(name, []).append(self.optimizer_step(name, step))
+                norms.setdefault(name, []).append(clipped_step(
+                    self.modules[name], [self.optimizers[name]], self.args.max_grad_norm,
+                    f"step {step}: gradient norm of the {name}"))
         metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
         for name, value in metrics.items():
             if not math.isfinite(value):
@@ -457,7 +427,7 @@ class Trainer:
     def actor_loss(self, flat, packing, unchanged):
         """(policy loss, metrics), sums over tokens. unchanged: no update since `score`."""
         args, mask = self.args, flat.loss_mask
-        logprobs = self.actor_logprobs(flat, packing, with_entropy=args.entropy_coef > 0)
+        logprobs = self.logprobs(self.actor, flat, packing, with_entropy=args.entropy_coef > 0)
         if args.entropy_coef:
             logprobs, entropy = logprobs
         if unchanged:
@@ -475,24 +445,13 @@ class Trainer:
         if self.reference:
             metrics["reference_kl"] = reference_kl(logprobs, flat.reference_logprobs, mask)
             loss = loss + args.kl_coef * metrics["reference_kl"]
-        return loss, {name: value.item() for name, value in metrics.items()}
+        return loss, metrics
 
     def critic_loss(self, flat, packing):
         """(value loss, metrics), sums over tokens."""
         values = self.critic(flat.input_ids, packing)
         loss, metrics = value_loss(values, flat.values, flat.returns, flat.loss_mask, self.args.value_clip)
-        metrics["value_loss"] = loss
-        return loss, {name: value.item() for name, value in metrics.items()}
-
-    def optimizer_step(self, name, step):
-        """Clip and apply the gradient of "actor" or "critic"; returns its norm before."""
-        module, optimizer = self.modules[name], self.optimizers[name]
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm).full_tensor().item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: gradient norm of the {name} is {norm}")
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
+        return loss, metrics | {"value_loss": loss}
 
 
 async def train_step(trainer, prompts, sandbox, tokenizer, step):
@@ -506,7 +465,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
               and (t.finish_reason == "eos" or not args.drop_truncated)
-              and not (args.drop_void and is_void(t))]
+              and not (args.drop_void and t.answer is None)]  # arXiv 2509.02479
     metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
@@ -518,7 +477,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
                                        args.mask_interpreter == "on")
     examples = [t.example for t in chosen]
     trainer.score(examples)
-    metrics |= score_metrics(chosen)
+    metrics |= score_metrics(examples)
     if step == 0 or trainer.is_synced_after(step - 1):
         check_sampler(examples, args.dtype, step)
     clock.append(time.perf_counter())
@@ -549,26 +508,14 @@ def trajectory_example(t, rewards, mask_interpreter=True):
                         sampler_logprobs=before + t.logprobs, rewards=before + rewards)
 
 
-def score_metrics(trajectories):
-    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
-    examples, gaps = [t.example for t in trajectories], {"prose": [], "code": [], "after_interpreter": []}
-    mask, entropy = (torch.cat(column) for column in zip(*((e.loss_mask, e.entropy) for e in examples)))
-    for t in trajectories:
-        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:]  # (response tokens,)
-        code = torch.zeros(len(gap), dtype=torch.bool)
-        for call in t.tool_calls:
-            code[call.start:call.end] = True
-        sampled = torch.tensor(t.loss_mask, dtype=torch.bool)
-        after = sampled & (sampled.cumprod(0) == 0)  # a call in front of it
-        gaps["code"].append(gap[code])
-        gaps["prose"].append(gap[sampled & ~code & ~after])
-        gaps["after_interpreter"].append(gap[after & ~code])
-    gaps = {f"sampler_difference_{name}": torch.cat(found) for name, found in gaps.items()}
-    whole = torch.cat(list(gaps.values()))
+def score_metrics(examples):
+    """Mean reward, entropy, and how far sampler and trainer are apart."""
+    mask, sampled, entropy, gap = (torch.cat(column) for column in zip(
+        *((e.loss_mask, e.sampled, e.entropy, sampler_gap(e)) for e in examples)))
     return {"reward": mean([e.rewards.sum().item() for e in examples]),
             "entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "sampler_difference": whole.mean().item(), "sampler_difference_max": whole.max().item(),
-            **{name: mean(found.tolist()) for name, found in gaps.items()}}
+            "sampler_difference": (gap.sum() / sampled.sum()).item(),
+            "sampler_difference_max": gap.max().item()}
 
 
 def sampler_gap(e):
@@ -648,15 +595,13 @@ def parse_arguments(argv=None):
     add("--resume", default="",
         help="run folder to go on with, under its arguments except those given here")
     add("--export", default="", help="with --resume: only write its newest checkpoint here")
-    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
     add("--track", choices=("", "wandb", "trackio"), default="", help="send each step's metrics there too")
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
     args = parser.parse_args(argv)
     if args.preset:
-        settings = {name: value for name, value in PAPER.items() if not name.startswith("sft_")}
-        parser.set_defaults(**settings)
+        parser.set_defaults(**{k: value for k, value in PAPER.items() if not k.startswith("sft_")})
     if args.resume:
         try:
             record = json.loads((Path(args.resume) / "arguments.json").read_text())
@@ -673,31 +618,28 @@ def check_combinations(parser, args, flags):
     """parser.error for flags that contradict each other or do nothing. flags: those given."""
     if args.export and not args.resume:
         parser.error("--export needs --resume")
-    fixed = {"run_dir", "model", "critic_model", "preset", "train_data", "advantage", "kl_coef", "sync_every"}
-    if args.resume and (idle := flags & fixed):
-        parser.error(f"--{min(idle)} has no effect with --resume: the run's own is used")
+    idle = [  # (whether it holds that, with this flag, those do nothing)
+        (args.resume, "--resume", {"run_dir", "model", "critic_model", "preset", "train_data", "advantage",
+                                   "kl_coef", "sync_every"}),
+        (args.model and not args.resume, "--model", {f for f in flags if f.startswith("sft_")} | {
+            "code_share", "warm_start_dir", "mask_failed"}),
+        (args.advantage != "gae", f"--advantage {args.advantage}", {
+            "critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma", "lam_actor", "lam_critic",
+            "whiten_floor", "gae_unit"}),
+        (args.reward == "outcome", "--reward outcome", {"reward_scale"})]
+    for holds, flag, others in idle:
+        if holds and others & flags:
+            parser.error(f"--{min(others & flags)} has no effect with {flag}")
     if args.model and not (args.resume or args.preset):
         rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
         need_values(parser, flags, [*rates, "sandbox_timeout", "max_prompt_tokens", "max_response_tokens"])
-    idle = {f for f in flags if f.startswith("sft_")}
-    idle |= flags & {"code_share", "warm_start_dir", "mask_failed"}
-    if args.model and not args.resume and idle:
-        parser.error(f"--{min(idle)} has no effect with --model: there is no warm start (see sft.py)")
-    if not args.model:
-        if args.tools == "off" and args.code_share:
-            parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
-        sft.check_warm_start(parser, args)
-    if args.advantage != "gae":
-        if args.samples_per_prompt < 2:
-            parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
-        if idle := flags & {"critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma",
-                            "lam_actor", "lam_critic", "whiten_floor", "gae_unit"}:
-            parser.error(f"--{min(idle)} has no effect with --advantage {args.advantage}")
-    elif args.critic_warmup + args.lr_warmup >= args.steps:
+    if not args.model and args.tools == "off" and args.code_share:
+        parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
+    if args.advantage != "gae" and args.samples_per_prompt < 2:
+        parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
+    if args.advantage == "gae" and args.critic_warmup + args.lr_warmup >= args.steps:
         parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing "
                      f"of --steps {args.steps}")
-    if args.reward == "outcome" and "reward_scale" in flags:
-        parser.error("--reward_scale has no effect with --reward outcome")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
@@ -726,11 +668,7 @@ def commit():
 def evaluation_sets(args):
     """{name: problems} to evaluate on before and after training."""
     if args.eval_data:
-        files = args.eval_data.split(",")
-        sets = {Path(name).stem: load_problems(name) for name in files}
-        if len(sets) < len(files):
-            raise UserError(f"--eval_data {args.eval_data}: two files of the same name")
-        return sets
+        return {name: load_problems(name) for name in args.eval_data.split(",")}
     if args.train_data != "embedded":
         return {}
     return {name: embedded_rows(sft.split_name(args.task, name), args.eval_problems // (1 + (name != "test")))
@@ -738,15 +676,19 @@ def evaluation_sets(args):
 
 
 class RunFolder:
-    """What a run leaves behind. Every rank has one, rank 0 alone writes.
+    """What a run leaves behind. Every rank has one; rank 0 alone writes, and over no other run.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
     old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.
     """
 
-    def __init__(self, path, rank):
-        self.path, self.rank = path, rank
+    def __init__(self, args, rank):
+        path = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
+        dist.broadcast_object_list(path)  # the ranks' clocks may differ
+        self.path, self.rank = Path(path[0]), rank
         self.files, self.results, self.tracker = {}, {}, None
+        if rank == 0 and not args.resume and self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
 
     def write_arguments(self, args, world, device):
         """What the run was started with; a resumed run adds a line about itself."""
@@ -755,16 +697,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if args.resume:
             before = json.loads((self.path / "arguments.json").read_text())
-            record = before | {"resumed": before.get("resumed", []) + [record]}
+            record = {"resumed": before.get("resumed", []) + [record]}
         self.add_to_arguments(record | {"arguments": vars(args)})
 
     def add_to_arguments(self, entries):
         path, partial = self.path / "arguments.json", self.path / "arguments.partial"
         record = json.loads(path.read_text()) if path.exists() else {}
-        with open(partial, "w") as file:
-            json.dump(record | entries, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(json.dumps(record | entries, indent=1))
+        sync_to_disk(partial)
         partial.rename(path)
 
     def open(self, sizes):
@@ -784,7 +724,7 @@ class RunFolder:
             self.files[name].write(json.dumps(row) + "\n")
 
     def track(self, package, args):
-        """Open a run of wandb or trackio, whose calls are alike; what `write_step` writes goes there too."""
+        """Open a run of wandb or trackio, whose calls are alike; metrics of steps go there too."""
         if package and self.rank == 0:
             try:
                 self.tracker = __import__(package)
@@ -792,15 +732,9 @@ class RunFolder:
                 raise UserError(f"--track {package}: not installed (pip install {package})") from None
             self.tracker.init(project="retool", name=self.path.name, config=vars(args))
 
-    def write_step(self, metrics):
-        self.write("metrics.jsonl", metrics)
-        if self.tracker:
-            self.tracker.log(metrics, step=metrics["step"])
-
     def sizes(self):
-        """Bytes of the JSONL files, once they are on the disk."""
+        """Bytes of the JSONL files, now on the disk; a resumed run cuts them to these."""
         for file in self.files.values():
-            file.flush()
             os.fsync(file.fileno())
         return {name: os.path.getsize(self.path / name) for name in self.files}
 
@@ -809,11 +743,7 @@ class RunFolder:
             file.close()
         if self.tracker:
             self.tracker.finish()
-        try:
-            model.save_pretrained(self.path / "checkpoint")
-        except SafetensorError as error:
-            raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
-                            "last checkpoint is there; --resume writes this again") from None
+        model.save_pretrained(self.path / "checkpoint")
         tokenizer.save_pretrained(self.path / "checkpoint")
         (self.path / "report.html").write_text(report_page([self.path]), encoding="utf-8")
         if self.results:
@@ -822,20 +752,10 @@ class RunFolder:
             print(table)
 
 
-def choose_run_folder(args, rank):
-    """The RunFolder, the same on all ranks; UserError rather than overwriting anything."""
-    name = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)  # the ranks' clocks may differ
-    run = Path(name[0])
-    if rank == 0 and not args.resume and run.exists() and any(run.iterdir()):
-        raise UserError(f"--run_dir {run}: not empty; nothing is overwritten (--resume goes on with a run)")
-    return RunFolder(run, rank)
-
-
 async def main(rank, world, device):
     args, begin = parse_arguments(), time.perf_counter()
     deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    run = choose_run_folder(args, rank)
+    run = RunFolder(args, rank)
     # Before the warm start: a bad file should not be found minutes later.
     check_mesh(args.replicas, world)
     folder = run.path / "model"
@@ -846,8 +766,7 @@ async def main(rank, world, device):
         raise UserError(f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
     template, sets = load_template(args.prompt_template), evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    checkpoint, start = find_checkpoint(run.path / "checkpoints", rank) if args.resume else (None, None)
-    start = start or START  # new, or killed before the first checkpoint
+    checkpoint, start = find_checkpoint(run.path / "checkpoints", rank)
     if args.export and not checkpoint:
         raise UserError(f"--resume {run.path}: there is no checkpoint to export")
     if start["step"] > args.steps:
@@ -867,7 +786,9 @@ async def main(rank, world, device):
     prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens,
                       sft.split_name(args.task, "train"))
     if checkpoint:
-        trainer.load(checkpoint)
+        dcp.load(trainer.state(), checkpoint_id=checkpoint)
+        if args.sync_every == 1:
+            sync_weights(trainer.actor, trainer.sampler)
     if args.export:
         if rank == 0:
             trainer.sampler.save_pretrained(args.export)
@@ -881,10 +802,8 @@ async def main(rank, world, device):
             trainer.sampler.config.save_pretrained(folder)
             trainer.sampler.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
-              f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
-        if args.resume:
-            print(f"{run.path}: goes on after step {start['step']}")
+        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; {prompts.skipped} prompts too "
+              f"long, {prompts.duplicates} duplicates left out; goes on after step {start['step']}")
     run.open(start["bytes"])
     await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline)
 
@@ -905,12 +824,12 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                 seed=0, **rollout_settings(args))
             run.write("metrics.jsonl", {"evaluation": label} | found[label])
         run.results |= found
-        if rank == 0 and sets:
+        if sets:
             print(evaluation_table(found), flush=True)
 
     async with make_sandbox(args) as sandbox:
+        print(sandbox.report)
         if rank == 0:
-            print(sandbox.report)
             run.add_to_arguments({"sandbox": sandbox.report})
         if start["step"] == 0:
             await evaluate_all("before")
@@ -919,21 +838,24 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             done = step + 1
             metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
             metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
-            run.write_step({"step": step} | metrics)
+            run.write("metrics.jsonl", {"step": step} | metrics)
+            if run.tracker:
+                run.tracker.log({"step": step} | metrics, step=step)
             for t in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + t.prompt_index]
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))
-            if rank == 0:
-                tqdm.write(step_line(done, args.steps, metrics))
+            tqdm.write(step_line(done, args.steps, metrics))
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 await evaluate_all(f"step {done}")
             is_over = all_sum(rank == 0 and time.monotonic() > deadline, trainer.device) > 0
             if done % args.save_every == 0 or done == args.steps or is_over:
                 clock = time.perf_counter()
-                trainer.save(run.path / "checkpoints", done, clock - begin, run.sizes())
+                record = {"step": done, "seconds": clock - begin, "bytes": run.sizes()}
+                save_checkpoint(run.path / "checkpoints", trainer.state(), record,
+                                args.keep_checkpoints, rank)
                 seconds_checkpoint = time.perf_counter() - clock
             if is_over and done < args.steps:
-                return rank or print(f"--minutes are over after step {done}: {GOES_ON[0]}")
+                return print(f"--minutes are over after step {done}: {GOES_ON[0]}")
         await evaluate_all("after")
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})

@@ -15,7 +15,6 @@ trainable tokens, divided once by their global number: packing and ranks do not 
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
     python sft.py curate --input gsm8k_train.jsonl --decontaminate gsm8k_test.jsonl --output traces.jsonl
     python sft.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces once more
-    python sft.py show traces.jsonl
 """
 import argparse
 import asyncio
@@ -53,7 +52,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
                   encode_prompt, extract_answer, field_names, load_problems, load_template,
                   question_words, read_row, read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes, describe_error,
+from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes,
                   find_checkpoint, given, in_range, is_equivalent, make_sandbox, need_values,
                   run_script, save_checkpoint, syntax_tree, training_state, zero_moments)
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
@@ -354,23 +353,23 @@ def local_model(path, temperature, max_tokens):
     return complete
 
 
-def make_rewriter(name, model, url, temperature, max_tokens, seed):
+def make_rewriter(args):
     """rewrite(records of rows) -> a candidate, or None, for each."""
-    if name in ("local", "api") and not model:
-        raise UserError(f"--rewriter {name} needs --model")
-    if name == "local":
-        complete = local_model(model, temperature, max_tokens)
-    elif name == "api":
-        complete = api_model(model, url, temperature, max_tokens)
+    if args.rewriter in ("local", "api") and not args.model:
+        raise UserError(f"--rewriter {args.rewriter} needs --model")
+    if args.rewriter == "local":
+        complete = local_model(args.model, args.temperature, args.max_tokens)
+    elif args.rewriter == "api":
+        complete = api_model(args.model, args.api_url, args.temperature, args.max_tokens)
 
     async def rewrite(records):
-        if name == "calculator":
+        if args.rewriter == "calculator":
             return [calculator(record["solution"], record["own"]) for record in records]
-        if name == "program":
+        if args.rewriter == "program":
             return [program(record["solution"], record["own"], record["question"]) for record in records]
         prompts = [REWRITE_PROMPT.replace("{solution}", record["solution"])
                    .replace("{question}", record["question"]) for record in records]
-        return await complete(prompts, [seed + record["row"] for record in records])
+        return await complete(prompts, [args.seed + record["row"] for record in records])
     return rewrite
 
 
@@ -451,9 +450,7 @@ async def curate_file(args):
     names = (args.question_field, args.answer_field, args.solution_field)
     run = SimpleNamespace(
         layouts=[names] if any(names) else LAYOUTS, template=load_template(args.prompt_template),
-        rewrite=make_rewriter(args.rewriter, args.model, args.api_url, args.temperature, args.max_tokens,
-                              args.seed),
-        family=Path(args.input).stem, max_tokens=args.max_tokens,
+        rewrite=make_rewriter(args), family=Path(args.input).stem, max_tokens=args.max_tokens,
         tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else embedded_tokenizer(),
         evaluation={key: f"{Path(file).name}:{number}" for file in args.decontaminate
                     for number, problem in enumerate(load_problems(file), 1)
@@ -502,11 +499,8 @@ def summarise(records):
     examples = {reason: [record for record in records if record["reason"] == reason][:3]
                 for reason in reasons if reason != "kept"}
     traces = [record["trace"] for record in records if record["reason"] == "kept"]
-    snippets = sum(trace["messages"][1]["content"].count(CODE_OPEN) for trace in traces)
     return traces, {"rows": len(records), "kept": len(traces),
-                    "kept_share": len(traces) / max(1, len(records)),
-                    "reasons": dict(sorted(reasons.items())),
-                    "snippets_per_trace": snippets / max(1, len(traces))}, examples
+                    "reasons": dict(sorted(reasons.items()))}, examples
 
 
 def add_curate_arguments(parser):
@@ -546,12 +540,7 @@ def add_trainer_arguments(parser):
     add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
     add("--replicas", type=at_least(1), default=1,
         help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
-
-
-def sharding_settings(args):
-    """The keyword arguments of `shard`."""
-    return {"dtype": args.dtype, "replicas": args.replicas, "cpu_offload": args.cpu_offload,
-            "activation_checkpointing": args.activation_checkpointing}
+    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
 
 
 def check_mesh(replicas, world):
@@ -560,23 +549,24 @@ def check_mesh(replicas, world):
         raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
 
 
-def shard(module, lm, dtype, replicas, cpu_offload, activation_checkpointing):
+def shard(module, lm, settings):
     """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
-    the rest belongs to the root. With replicas the ranks form a grid (replicas, shards): hybrid
-    sharding. The module may lie in host memory: its units go to the GPU one by one. Master
-    weights, gradients between ranks and optimiser states are fp32 in any case."""
+    the rest belongs to the root. settings: dtype and the trainer's flags. With replicas the ranks
+    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units
+    go to the GPU one by one. Master weights, gradients and optimiser states are fp32."""
     world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
-    if replicas > 1:
-        mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    if settings.replicas > 1:
+        grid = settings.replicas, world // settings.replicas
+        mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(kind, (world,))
     lm.eval()
-    if activation_checkpointing:
+    if settings.activation_checkpointing:
         for layer in lm.model.layers:
             layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    precision = MixedPrecisionPolicy(DTYPES[dtype], torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    precision = MixedPrecisionPolicy(DTYPES[settings.dtype], torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if settings.cpu_offload else OffloadPolicy()
     for unit in [*lm.model.layers, module]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return module
@@ -663,6 +653,18 @@ def batch_loss(policy, batch, token_budget, rank, world, device, backward=False)
     return all_sum(token_sum, device) / total
 
 
+def clipped_step(module, optimizers, max_norm, what):
+    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the
+    weights as they were, where that is not finite."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{what} is {norm}")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
 def batches(n, batch_size, seed):
     """Endless lists of batch_size of n indices, shuffled anew every epoch."""
     rng, order = random.Random(seed), []
@@ -726,10 +728,10 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
     path, record = find_checkpoint(folder / "checkpoints", rank)
     if path:
         dcp.load(state, checkpoint_id=path)
-    start, size = (record["step"], record["bytes"]) if path else (0, 0)
+    start = record["step"]
     file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     if rank == 0:
-        file.truncate(size)
+        file.truncate(record["bytes"].get("metrics.jsonl", 0))
     order = batches(len(examples), recipe.sft_batch_size, recipe.sft_seed)
     order = itertools.islice(order, start, None)
     bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
@@ -738,22 +740,17 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
         loss = batch_loss(policy, batch, *settings, backward=True)
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
-        if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"warm start step {step}: loss {loss}, gradient norm {norm}")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: gradient norm")
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
         stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
         if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
+            sizes = {"metrics.jsonl": os.fstat(file.fileno()).st_size}
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
-                            {"step": step + 1, "bytes": os.fstat(file.fileno()).st_size}, 1, rank)
+                            {"step": step + 1, "bytes": sizes}, 1, rank)
             if stops:
-                if rank == 0:
-                    print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
+                print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
                 sys.exit(0)
     seen, unseen = (batch_loss(policy, batch, *settings)
                     for batch in (examples[:len(held_out)], held_out))
@@ -775,8 +772,8 @@ def warm_start_recipe(args, traces=()):
     """All that decides a warm start's result, which is kept under its hash: the code below sees
     no other argument that could change it. (The number of ranks only changes rounding.)"""
     names = """model task sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
-        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
-        mask_failed""".split()
+        sft_seed token_budget activation_checkpointing cpu_offload replicas dtype max_interpreter_tokens
+        sandbox_timeout sft_mask_interpreter mask_failed""".split()
     files = sorted(Path(args.model).glob("*")) if args.model else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
@@ -826,8 +823,8 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
         if traces:
             partial = folder.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
-            metrics = train_on_traces(*traces, recipe, sharding_settings(args), partial,
-                                      args.sft_save_every, rank, world, device, deadline)
+            metrics = train_on_traces(*traces, recipe, partial, args.sft_save_every, rank, world,
+                                      device, deadline)
             if rank == 0:
                 print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
                 record = vars(args) | {"versions": versions()}
@@ -838,8 +835,7 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     return folder
 
 
-def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
-                    deadline):
+def train_on_traces(traces, held_out, recipe, folder, save_every, rank, world, device, deadline):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics."""
     config, tokenizer = starting_point(recipe.model)
     settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
@@ -852,7 +848,7 @@ def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank
     start = recipe.model, config, recipe.sft_seed
     plain = starting_model(*start) if rank == 0 else None  # to be saved
     policy = Policy(starting_model(*start))
-    shard(policy, policy.lm, **sharding)
+    shard(policy, policy.lm, recipe)
     metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
                     deadline)
     sync_weights(policy, plain)
@@ -888,58 +884,27 @@ def add_warm_start_arguments(parser):
     add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
 
 
-def check_warm_start(parser, args):
-    if args.sft_warmup >= args.sft_steps:
-        parser.error(f"--sft_warmup {args.sft_warmup} leaves nothing of --sft_steps {args.sft_steps}")
-
-
 async def main(rank, world, device):
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    if sys.argv[1:2] == ["curate"]:
+        add_curate_arguments(parser)
+        return await curate_file(parser.parse_args(sys.argv[2:]))
     add_warm_start_arguments(parser)
     add_trainer_arguments(parser)
     add_format_arguments(parser)
     parser.add_argument("--traces", default="", help="a file or hub id; empty: the embedded ones")
-    parser.add_argument("--minutes", type=in_range(0.0), default=0.0,
-                        help="stop with a checkpoint after so many; 0: no limit")
     args = parser.parse_args()
     if args.model:
         need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
         if not args.traces:
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
-    check_warm_start(parser, args)
     check_mesh(args.replicas, world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
-    if rank == 0:
-        print(json.dumps(vars(args)))
+    print(json.dumps(vars(args)))
     folder = await warm_start(args, rank, world, device, args.traces, begin + 60 * (args.minutes or math.inf))
-    if rank == 0:
-        print(f"checkpoint: {folder}")
-
-
-def main_curation():
-    """`python sft.py curate ...` and `python sft.py show FILE`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_curate_arguments(commands.add_parser("curate", help="real data -> verified traces",
-                                             formatter_class=Help))
-    shown = commands.add_parser("show", help="print traces")
-    shown.add_argument("file", help="JSONL of traces")
-    shown.add_argument("--n", type=at_least(0), default=10, help="how many")
-    args = parser.parse_args()
-    if args.command == "curate":
-        return asyncio.run(curate_file(args))
-    for trace in load_traces(args.file)[:args.n]:
-        print(f"{'=' * 100}\n{trace['question']}\n{'-' * 100}\n{trace['response']}")
+    print(f"checkpoint: {folder}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["curate"], ["show"]):  # these two need no process group
-        try:
-            main_curation()
-        except (UserError, OSError) as error:
-            sys.exit(describe_error(error))
-        except KeyboardInterrupt:
-            sys.exit("interrupted; what is finished is kept, the same command goes on")
-    else:
-        run_script(main)
+    run_script(main)

@@ -1,5 +1,6 @@
 """Which checkpoints are computed right, and are the others refused in one line?"""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def test_dropout_stays_off_where_activations_are_checkpointed():
     arguments = flat.input_ids, flat.targets, flat.loss_mask, packing
     expected = Policy(model)(*arguments)
     with evaluation.distributed():
-        policy = sft.shard(Policy(model), model, "fp32", 1, False, True)
+        policy = sft.shard(Policy(model), model, SimpleNamespace(
+            dtype="fp32", replicas=1, cpu_offload=False, activation_checkpointing=True))
         assert torch.allclose(policy(*arguments), expected, atol=1e-6)
         policy(*arguments).sum().backward()
 

@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,14 +438,18 @@ def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
         planner.print_plan(ppo.parse_arguments([*flags, "--replicas", "3"]), 8, 141)
 
 
+def save(trainer, folder, step):
+    evaluation.save_checkpoint(folder, trainer.state(), {"step": step}, trainer.args.keep_checkpoints, 0)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
-    trainer.save(tmp_path, 1, 0.0, {})
+    save(trainer, tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards are larger
     with pytest.raises(UserError, match="disk full.*intact"):
-        trainer.save(tmp_path, 2, 0.0, {})
+        save(trainer, tmp_path, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def full(*args, **kwargs):
@@ -455,7 +458,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(sft.Path, "write_text", full)
         with pytest.raises(UserError, match="No space left on device.*intact"):
-            trainer.save(tmp_path, 2, 0.0, {})
+            save(trainer, tmp_path, 2)
     assert evaluation.find_checkpoint(tmp_path, 0)[1]["step"] == 1
 
 
@@ -465,10 +468,10 @@ def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_exa
     trainer, _ = trainer_and_examples
     folder = tmp_path / "checkpoints"
     for step in (1, 5):
-        trainer.save(folder, step, 0.0, {})
+        save(trainer, folder, step)
     (folder / "step-000005" / "manifest.json").write_text("{")
     assert evaluation.find_checkpoint(folder, 0)[1]["step"] == 1
-    trainer.save(folder, 2, 0.0, {})
+    save(trainer, folder, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     for path in folder.iterdir():
         (path / ".metadata").write_text("")
@@ -601,7 +604,7 @@ def test_runs_of_different_settings_are_never_averaged_and_torn_files_are_named(
         runs_tables([text])
 
 
-def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch):
+def test_failures_at_the_very_end_are_one_line(tokenizer, monkeypatch):
     """Guards against tracebacks for a table of nothing but sandbox errors, and for a disk that is full when
     the finished model is written."""
     async def only_failures(model, tokenizer, prompts, *arguments, **settings):
@@ -611,12 +614,8 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch)
     problems = [{"question": "1+1?", "answer": "2", "family": "sums"}] * 2
     with pytest.raises(UserError, match="test: the sandbox failed in every response"):
         asyncio.run(evaluation.evaluate(None, tokenizer, problems, "{question}", None, 0, 1, "test", 99))
-
-    def full(folder):
-        raise SafetensorError("I/O error: No space left on device")
-
-    with pytest.raises(UserError, match="checkpoint cannot be written .*No space left.*disk full"):
-        ppo.RunFolder(tmp_path, 0).finish(SimpleNamespace(save_pretrained=full), tokenizer)
+    full = SafetensorError("I/O error: No space left on device")
+    assert evaluation.describe_error(full) == "error: I/O error: No space left on device"
 
 
 def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
@@ -639,7 +638,7 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     result = run_here(*PPO, *OWN, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
                     "--eval_data", str(problems), "--run_dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "prompts left out: 1 too long, 3 duplicates" in result.stdout
+    assert "1 prompts too long, 3 duplicates left out" in result.stdout
     rows = metrics_of(tmp_path / "run")
     steps, evaluations = [r for r in rows if "step" in r], [r for r in rows if "evaluation" in r]
     assert len(steps) == 2 and all(r["code_ratio"] == 0 and not r["sandbox_outcomes"] for r in steps)
