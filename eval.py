@@ -732,7 +732,8 @@ def check_positions(config, args):
 
 
 def zero_moments(optimizer):
-    """Give an AdamW the moments of its first step: a checkpoint is loaded into them."""
+    """Give an AdamW the moments of its first step: a checkpoint is loaded into them. (The helpers
+    of torch would take a real step to make them, and saving would change the run.)"""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -866,6 +867,7 @@ def parse_arguments():
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0, help="of the sampling noise and of the embedded problems")
     add("--output", default="", help="JSON file for metrics, journal and responses beside it; or the page")
+    add("--chunk", type=at_least(1), default=512, help="responses per line of the journal")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
     args = parser.parse_args()
@@ -900,7 +902,7 @@ async def main(rank, world, device):
         for path, found in results.items():
             model, tokenizer = load_model(path, device, args.dtype), tokenizers[path]
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
-            chunk = max(1, 512 // args.samples)  # problems per line of the journal
+            chunk = max(1, args.chunk // args.samples)  # problems per line of the journal
             sample = functools.partial(sample_new, journal, chunk, [weights, args.sandbox_timeout])
             for name, problems in sets.items():
                 metrics, trajectories = await evaluate(

@@ -477,7 +477,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
                                        args.mask_interpreter == "on")
     examples = [t.example for t in chosen]
     trainer.score(examples)
-    metrics |= score_metrics(examples)
+    metrics |= score_metrics(chosen)
     if step == 0 or trainer.is_synced_after(step - 1):
         check_sampler(examples, args.dtype, step)
     clock.append(time.perf_counter())
@@ -508,14 +508,24 @@ def trajectory_example(t, rewards, mask_interpreter=True):
                         sampler_logprobs=before + t.logprobs, rewards=before + rewards)
 
 
-def score_metrics(examples):
-    """Mean reward, entropy, and how far sampler and trainer are apart."""
-    mask, sampled, entropy, gap = (torch.cat(column) for column in zip(
-        *((e.loss_mask, e.sampled, e.entropy, sampler_gap(e)) for e in examples)))
+def score_metrics(trajectories):
+    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
+    examples, gaps = [t.example for t in trajectories], {"prose": [], "code": [], "after_interpreter": []}
+    mask, entropy = (torch.cat(column) for column in zip(*((e.loss_mask, e.entropy) for e in examples)))
+    for t in trajectories:
+        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:].tolist()  # of each response token
+        in_code = {i for call in t.tool_calls for i in range(call.start, call.end)}
+        text = "prose"
+        for i, sampled in enumerate(t.loss_mask):
+            if not sampled:
+                text = "after_interpreter"
+                continue
+            gaps["code" if i in in_code else text].append(gap[i])
+    whole = sum(gaps.values(), [])
     return {"reward": mean([e.rewards.sum().item() for e in examples]),
             "entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "sampler_difference": (gap.sum() / sampled.sum()).item(),
-            "sampler_difference_max": gap.max().item()}
+            "sampler_difference": mean(whole), "sampler_difference_max": max(whole),
+            **{f"sampler_difference_{kind}": mean(found) for kind, found in gaps.items()}}
 
 
 def sampler_gap(e):
