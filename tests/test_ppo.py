@@ -818,7 +818,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--max_response_tokens", "1600"], "the model has 2048 positions"),
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file, and not a hub id (OWNER/NAME)"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
-    (["--model", "EMPTY"], "no config.json in there"),
+    (["--model", "EMPTY"], "no folder with a config.json"),
     (["--model", "no-such/model"], "no-such/model: cannot be loaded"),
     (["--model", "SILENT"], "needs vocabulary, EOS, chat template"),
     (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 896 tokens"),
