@@ -843,8 +843,8 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--track", "wandb"], "--track wandb: not installed (pip install wandb)"),
     (["--reward_scale", "1"], "--reward_scale has no effect with --reward outcome"),
     (["--gamma", "-3"], "argument --gamma: -3: must be at least 0.0 and at most 1.0"),
-    (["--train_data", "table.csv"], "table.csv:1: not JSON"),
-    (["--train_data", "array.json"], "needed is JSONL, one row per line"),
+    (["--train_data", "table.csv"], "table.csv:1: cannot be read as JSONL"),
+    (["--train_data", "array.json"], "JSONL (a row per line)"),
     (["--train_data", "nothing.jsonl"], "nothing.jsonl: no rows"),
     (["--prompts_per_step", "6", "--minibatches", "4"], "--minibatches 4 does not divide the responses per"),
 ])
