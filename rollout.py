@@ -645,7 +645,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
 
     prompts: lists of token ids. sandbox: an entered Sandbox (may be None with tools=False).
     prompt_keys: integers that name the prompts to the noise (default: their index).
-    stats: a dict that receives counts and seconds. sampling: the fields of `Sampling`.
+    stats: a dict that receives tool_wait_seconds. sampling: the fields of `Sampling`.
     Where memory limits the slots, rounding depends on it; UserError if no row fits.
     """
     settings = Sampling(**sampling)
@@ -658,7 +658,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
     await engine.run()
     if stats is not None:
-        stats |= engine.counts | {"ticks": engine.tick, "slots": engine.n_slots, "slot_tokens": longest}
+        stats["tool_wait_seconds"] = engine.tool_wait_seconds
     return [row.trajectory for row in rows]
 
 
@@ -675,14 +675,12 @@ class Engine:
         if budget < slot_bytes:
             raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
                             f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
-        self.n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
-        self.cache = KVCache(model.config, self.n_slots, longest, weight.dtype, weight.device)
-        self.free = list(range(self.n_slots))  # a heap: low slots keep the decode view short
+        n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
+        self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
+        self.free = list(range(n_slots))  # a heap: low slots keep the decode view short
         self.pieces, self.ends, self.tick = Pieces(tokenizer), end_tokens(model, tokenizer), 0
         self.shared = {}  # prompt index -> (logits after it, its k and v), for other samples
-        # slot_ticks, kv_tokens: slots in use and tokens in them, summed over ticks
-        self.counts = dict.fromkeys(["tokens_fed", "sampled", "slot_ticks", "kv_tokens"], 0)
-        self.counts["tool_wait_seconds"] = 0.0
+        self.tool_wait_seconds = 0.0
 
     async def run(self):
         try:
@@ -712,7 +710,7 @@ class Engine:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         due = [row for row in self.paused if (row.due <= self.tick if ticks else row.task.done())]
         await asyncio.gather(*[row.task for row in due])
-        self.counts["tool_wait_seconds"] += time.perf_counter() - begin
+        self.tool_wait_seconds += time.perf_counter() - begin
         for row in due:
             self.paused.remove(row)
             self.rejoin(row)
@@ -755,9 +753,6 @@ class Engine:
                           [t.sample_index for t in trajectories], [len(t.response_ids) for t in trajectories])
         uniform = torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
         tokens, logprobs = sample(logits, uniform.to(logits.device), settings.temperature, settings.top_p)
-        self.counts["sampled"] += len(rows)
-        self.counts["slot_ticks"] += self.n_slots - len(self.free)
-        self.counts["kv_tokens"] += sum(self.cache.lengths)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
             self.advance(row, token, logprob)
         self.tick += 1
@@ -768,7 +763,6 @@ class Engine:
         if rows:
             slots, pending = [row.slot for row in rows], [row.pending for row in rows]
             logits.append(forward_step(self.model, cache, slots, pending))
-            self.counts["tokens_fed"] += sum(map(len, pending))
         # Later samples need a prompt as a copy, for its slot may be refilled.
         waiting = self.queue[0].trajectory.prompt_index if self.queue else None
         for row in leaders:

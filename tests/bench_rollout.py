@@ -9,6 +9,7 @@
 """
 import argparse
 import asyncio
+import contextlib
 import copy
 import itertools
 import json
@@ -16,6 +17,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import rollout  # noqa: E402
 import sft  # noqa: E402
 from data import embedded_problem, embedded_rows, encode_prompt, load_template  # noqa: E402
 from eval import stated_answer  # noqa: E402
@@ -179,6 +182,25 @@ async def slow_tools(model, tokenizer, rows=128, repeats=3):
     print(f"snippets that sleep 0.5 s: {ratio:.2f} times the wall time of instant ones")
 
 
+@contextlib.contextmanager
+def watched():
+    """What `generate` asks of the model meanwhile: forward calls and tokens fed; slots, slots in use and tokens
+    in them, the latter summed over the calls."""
+    seen, forward_step = Counter(), rollout.forward_step
+
+    def watch(model, cache, slots, tokens):
+        logits = forward_step(model, cache, slots, tokens)
+        seen.update(calls=1, tokens_fed=sum(map(len, tokens)), kv_tokens=sum(cache.lengths),
+                    slots_used=sum(map(bool, cache.lengths)))
+        seen["slots"], seen["slot_tokens"] = len(cache.lengths), cache.k.shape[3]
+        return logits
+    rollout.forward_step = watch
+    try:
+        yield seen
+    finally:
+        rollout.forward_step = forward_step
+
+
 class Distant:
     """A sandbox whose answers arrive so many seconds later, as from another machine."""
 
@@ -308,17 +330,18 @@ async def benchmark(ours, twin, tokenizer, args):
         prompts, scripts, _ = workload
         limit = ours.config.max_position_embeddings - max(map(len, prompts))
         stats, begin = {}, time.perf_counter()
-        trajectories = await generate(
-            ours, tokenizer, prompts, sandbox, temperature=0, n_slots=n_slots, stats=stats,
-            max_response_tokens=min(limit, 1024), rejoin_ticks=rejoin_ticks,
-            logits_processor=follow(scripts, tokenizer.eos_token_id))
+        with watched() as seen:
+            trajectories = await generate(
+                ours, tokenizer, prompts, sandbox, temperature=0, n_slots=n_slots, stats=stats,
+                max_response_tokens=min(limit, 1024), rejoin_ticks=rejoin_ticks,
+                logits_processor=follow(scripts, tokenizer.eos_token_id))
         # What cannot be done without: reading all weights, and each row's keys and values, once per tick.
-        values = stats["ticks"] * weights + stats["kv_tokens"] * kv_values
-        found = {"seconds": time.perf_counter() - begin, "slots": stats["slots"],
-                 "kv_filled": stats["kv_tokens"] / (stats["slot_ticks"] * stats["slot_tokens"]),
-                 "kv_gib": stats["slots"] * stats["slot_tokens"] * kv_values * ours.dtype.itemsize / 2**30,
+        values = seen["calls"] * weights + seen["kv_tokens"] * kv_values
+        found = {"seconds": time.perf_counter() - begin, "slots": seen["slots"],
+                 "kv_filled": seen["kv_tokens"] / (seen["slots_used"] * seen["slot_tokens"]),
+                 "kv_gib": seen["slots"] * seen["slot_tokens"] * kv_values * ours.dtype.itemsize / 2**30,
                  "tool_wait_seconds": stats["tool_wait_seconds"]}
-        found["tokens_per_second"] = stats["sampled"] / found["seconds"]
+        found["tokens_per_second"] = sum(sum(t.loss_mask) for t in trajectories) / found["seconds"]
         found["bandwidth_share"] = values * ours.dtype.itemsize / bandwidth / found["seconds"]
         return [t.response_ids for t in trajectories], found
 

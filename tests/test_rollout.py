@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bench_rollout import watched
 from conftest import CONFIGS, StubSandbox, decode, run, scripted
 from transformers import AutoModelForCausalLM
 
@@ -123,30 +124,31 @@ def tokens_needed(trajectories):
 def test_no_token_is_computed_twice_or_for_nothing(model, tokenizer, n_slots):
     """Guards against prefilling a sibling's prompt again, recomputing after a tool, and feeding what nothing
     follows."""
-    prompts, stats = ragged_prompts(4, seed=3), {}
+    prompts = ragged_prompts(4, seed=3)
     call, eos = call_ids(tokenizer), tokenizer.eos_token_id
     scripts = {(i, j): [5] * (1 + 3 * i + j) + [[], call + [6], call + [6] + call][(i + j) % 3] + [7, eos]
                for i in range(4) for j in range(3)}
-    done = run(model, tokenizer, prompts, StubSandbox(), n_samples=3, n_slots=n_slots, rejoin_ticks=3,
-               stats=stats, max_response_tokens=200, logits_processor=scripted(scripts))
+    with watched() as seen:
+        done = run(model, tokenizer, prompts, StubSandbox(), n_samples=3, n_slots=n_slots, rejoin_ticks=3,
+                   max_response_tokens=200, logits_processor=scripted(scripts))
     assert {t.finish_reason for t in done} == {"eos"} and {len(t.tool_calls) for t in done} == {0, 1, 2}
     sampled = sum(sum(t.loss_mask) for t in done)
     forced = sum(t.loss_mask.count(0) for t in done)
-    assert stats["sampled"] == sampled
-    assert stats["tokens_fed"] == sum(map(len, prompts)) + sampled + forced - len(done) == tokens_needed(done)
+    assert seen["tokens_fed"] == sum(map(len, prompts)) + sampled + forced - len(done) == tokens_needed(done)
 
 
 def test_interpreter_tokens_that_nothing_follows_are_not_computed(model, tokenizer):
     """Guards against a forward call for interpreter text after which the row ends at its limit."""
-    call, stats = call_ids(tokenizer), {}
+    call = call_ids(tokenizer)
     limit = len(call) + 5
-    done = run(model, tokenizer, ragged_prompts(3), StubSandbox("12345\n"), n_slots=2,
-               max_response_tokens=limit, logits_processor=scripted(call), stats=stats)
+    with watched() as seen:
+        done = run(model, tokenizer, ragged_prompts(3), StubSandbox("12345\n"), n_slots=2,
+                   max_response_tokens=limit, logits_processor=scripted(call))
     for t in done:
         assert t.finish_reason == "length" and len(t.response_ids) == limit
         assert t.loss_mask == [1] * len(call) + [0] * 5
-    assert stats["tokens_fed"] == tokens_needed(done) == sum(map(len,
-                                                                 ragged_prompts(3))) + 3 * (len(call) - 1)
+    prompt_tokens = sum(map(len, ragged_prompts(3)))
+    assert seen["tokens_fed"] == tokens_needed(done) == prompt_tokens + 3 * (len(call) - 1)
 
 
 def test_progress_is_told_of_every_row_once(model, tokenizer):
@@ -698,15 +700,15 @@ def test_a_memory_budget_only_delays_rows(model, tokenizer, monkeypatch):
     prompts = ragged_prompts(9)
     settings = dict(tools=False, max_response_tokens=12, temperature=1.0)
     slot_gib = 2 * 2 * 2 * (max(map(len, prompts)) + 12) * 8 * 8 / 2**30  # k, v; L, K, S, D; float64
-    stats = {}
-    few = run(model, tokenizer, prompts, kv_gib=3.5 * slot_gib, stats=stats, **settings)
+    with watched() as seen:
+        few = run(model, tokenizer, prompts, kv_gib=3.5 * slot_gib, **settings)
     many = run(model, tokenizer, prompts, n_slots=3, **settings)
     assert [t.response_ids for t in few] == [t.response_ids for t in many]
-    assert stats["slots"] == 3 and stats["slot_tokens"] == max(map(len, prompts)) + 12
-    with monkeypatch.context() as patch:  # no budget: the free memory is one
+    assert seen["slots"] == 3 and seen["slot_tokens"] == max(map(len, prompts)) + 12
+    with monkeypatch.context() as patch, watched() as seen:  # no budget: the free memory is one
         patch.setattr(rollout, "free_bytes", lambda device: 2.5 * slot_gib * 2**30)
-        fewer = run(model, tokenizer, prompts, stats=stats, **settings)
-    assert [t.response_ids for t in fewer] == [t.response_ids for t in many] and stats["slots"] == 2
+        fewer = run(model, tokenizer, prompts, **settings)
+    assert [t.response_ids for t in fewer] == [t.response_ids for t in many] and seen["slots"] == 2
     assert 2**20 < rollout.free_bytes(torch.device("cpu")) < 2**50
     with pytest.raises(UserError, match="one row of 30 tokens needs .* of KV cache"):
         run(model, tokenizer, prompts, kv_gib=0.9 * slot_gib, **settings)
@@ -735,12 +737,13 @@ def test_prompts_beyond_the_prefill_budget_wait_a_tick(model, tokenizer, monkeyp
     """Guards against a first tick that computes the prompts of all slots, and against other tokens then."""
     prompts = ragged_prompts(9)
     settings = dict(tools=False, max_response_tokens=12, temperature=1.0)
-    at_once, one_by_one = {}, {}
-    expected = run(model, tokenizer, prompts, stats=at_once, **settings)
+    with watched() as at_once:
+        expected = run(model, tokenizer, prompts, **settings)
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 1)
-    found = run(model, tokenizer, prompts, stats=one_by_one, **settings)
+    with watched() as one_by_one:
+        found = run(model, tokenizer, prompts, **settings)
     assert [t.response_ids for t in found] == [t.response_ids for t in expected]
-    assert one_by_one["ticks"] >= at_once["ticks"] + 8 and one_by_one["tokens_fed"] == at_once["tokens_fed"]
+    assert one_by_one["calls"] >= at_once["calls"] + 8 and one_by_one["tokens_fed"] == at_once["tokens_fed"]
 
 
 def test_a_model_with_another_attention_is_refused(make_models, tokenizer):
