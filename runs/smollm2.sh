@@ -77,7 +77,7 @@ evaluate() {  # name, model, further flags
 }
 reinforce() {  # name, model, further flags: $OUT/name becomes the run
   [ -e "$OUT/$1/checkpoint" ] && return
-  local begin="--run_dir $OUT/$1 --model $2 --actor_lr 2e-5 --critic_lr 5e-5 --prompts_per_step 32 --minibatches 2 --critic_warmup 2 \
+  local begin="--run_dir $OUT/$1 --model $2 --actor_lr 3e-5 --critic_lr 1e-4 --prompts_per_step 32 --minibatches 2 --critic_warmup 2 \
     --steps 16 --token_budget 4096 --max_prompt_tokens 320 --max_response_tokens 256 --n_slots 64 --eval_problems 128 --eval_samples 1 \
     --save_every 4 $SHARED ${*:3}"
   [ -d "$OUT/$1/checkpoints" ] && begin="--resume $OUT/$1"
@@ -87,15 +87,13 @@ reinforce() {  # name, model, further flags: $OUT/name becomes the run
 FORMAT="--max_prompt_tokens 320 --max_response_tokens 384 --samples 1 --n_slots 64"
 
 # 4. Number problems: how many traces does it take, what does PPO add, and what without tools?
-timed warm_start numbers-100 "$OUT/numbers-100.jsonl" 40
-timed evaluate eval-100 "$OUT/numbers-100" $FORMAT --limit 128
-timed reinforce ppo-100 "$OUT/numbers-100"
-timed warm_start text-100 "$OUT/text-100.jsonl" 40
-timed reinforce ppo-text-100 "$OUT/text-100" --tools off
-for n in 300 1000; do
+for n in 100 300 1000; do
   timed warm_start numbers-$n "$OUT/numbers-$n.jsonl" 40
   timed evaluate eval-$n "$OUT/numbers-$n" $FORMAT --limit 128
 done
+timed reinforce ppo "$OUT/numbers-1000"
+timed warm_start text-1000 "$OUT/text-1000.jsonl" 40
+timed reinforce ppo-text "$OUT/text-1000" --tools off
 timed evaluate released "$MODEL" $FORMAT --limit 64
 timed evaluate prompted "$MODEL" $FORMAT --limit 64 --prompt_template retool
 
@@ -125,7 +123,7 @@ show = lambda m: f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f} 
 for name in ("released", "prompted", "eval-100", "eval-300", "eval-1000"):
     [found] = json.loads(Path(sys.argv[1], f"{name}.json").read_text())["results"].values()
     rows.append([name, str(found["test"]["problems"]), *(show(found[split]) for split in splits)])
-for name in ("ppo-100", "ppo-text-100"):
+for name in ("ppo", "ppo-text"):
     found = [json.loads(line) for line in open(f"{sys.argv[1]}/{name}/metrics.jsonl")]
     found = {row["evaluation"]: row for row in found if "evaluation" in row}
     for when in ("before", "after"):
