@@ -302,7 +302,8 @@ def free_bytes(device):
 
 @torch.inference_mode()
 def forward_step(model, cache, slots, tokens):
-    """Feed tokens[i] (a list) into slots[i] -> fp32 logits (N, V) after their last tokens."""
+    """Feed tokens[i] (a list) into slots[i] -> fp32 logits (N, V) after their last tokens. For 64
+    decoding rows of a 3-layer Qwen3 232 operations, views aside (bench_rollout.py --plain)."""
     device = cache.k.device
     packing = Packing([len(t) for t in tokens], device, cache, slots)
     flat = torch.tensor([t for row in tokens for t in row], device=device)[None]  # (1, T)
