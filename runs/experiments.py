@@ -56,12 +56,9 @@ def paired(runs, base, label="test after"):
 
 def table(runs, names, base):
     """A row per name: what its runs reached, and the gain over `base`."""
-    rows = []
-    for name in names:
-        found = runs.get(name, {})
-        if not found:
-            rows.append([name, "not run"] + [""] * 10)
-            continue
+    rows, missing = [], [name for name in names if name not in runs]
+    for name in (name for name in names if name in runs):
+        found = runs[name]
         after = [run["evaluations"]["test after"] for run in found.values()]
         before, large = ([run["evaluations"][label]["accuracy"] for run in found.values()]
                          for label in ("test before", "ood_large after"))
@@ -76,8 +73,9 @@ def table(runs, names, base):
             paired(found, runs.get(base, {})), "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
             spread([m["snippets_per_response"] for m in after], 1, 2),
             spread([m["response_tokens"] for m in after], 1, 0), spread(seconds, 1)])
+    left_out = f"\n\nNot run: {', '.join(missing)}." if missing else ""
     return markdown(["", "seeds", "before %", "after %", f"gain over {base}, points (95 %)", "steps to 90 %", "ood_large %",
-                     "code needed %", "code trivial %", "snippets", "tokens", "s / step"], rows)
+                     "code needed %", "code trivial %", "snippets", "tokens", "s / step"], rows) + left_out
 
 
 DYNAMICS = {"accuracy": 100, "response_tokens": 1, "code_ratio": 100, "code_lines": 1, "snippets_per_response": 1,
