@@ -167,7 +167,9 @@ def read_rows(source, split="train", config=None):
             import datasets
             if not is_file:
                 need_hub()
-            where = dict(path="parquet", data_files=str(source)) if is_file else dict(path=source, name=config)
+            where = {"path": source, "name": config}
+            if is_file:
+                where = {"path": "parquet", "data_files": str(source)}
             rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             if row != b"":  # an empty line
