@@ -149,10 +149,10 @@ def memorisation(folder, names):
     return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
 
 
-def untrained(folder):
-    """eval.py on the embedded model with random weights."""
-    [found] = json.loads((Path(folder) / "untrained.json").read_text())["results"].values()
-    return "\n".join(f"Untrained, {split}: {100 * m['accuracy']:.1f} % right, {100 * m['code_ratio']:.1f} % with code, "
+def evaluated(folder, name, who):
+    """What eval.py wrote of one checkpoint, a line for each set of problems."""
+    [found] = json.loads((Path(folder) / f"{name}.json").read_text())["results"].values()
+    return "\n".join(f"{who}, {split}: {100 * m['accuracy']:.1f} % right, {100 * m['code_ratio']:.1f} % with code, "
                      f"{100 * m['truncated']:.0f} % cut at the limit ({m['problems']} problems)." for split, m in found.items())
 
 
@@ -249,7 +249,8 @@ def main(folder, figures):
     parts = {"table": lambda q: table(runs, q["runs"], q.get("base", "retool")),
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "delays": lambda q: delays(folder),
-             "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: untrained(folder)}
+             "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: evaluated(folder, "untrained", "Untrained"),
+             "transfer": lambda q: evaluated(folder, "transfer", "Trained on numbers (the default)")}
     for q in questions:
         print(f"\n<a id=\"{q['id']}\"></a>\n\n## {q['title']}\n\n{q['question']}\n\n*Expected:* {q['expected']}\n")
         print("\n\n".join(parts[part](q) for part in q.get("parts", ["table"])))

@@ -78,6 +78,13 @@ if [ ! -e "$OUT/untrained.json" ]; then
   cp out/experiments/untrained.json "$OUT/untrained.json"
 fi
 
+# The model of numbers on the other task.
+if [ ! -e "$OUT/transfer.json" ]; then
+  python eval.py --model "out/experiments/retool-$first/checkpoint" --problems text_test --samples 2 --max_prompt_tokens 512 \
+    --max_response_tokens 320 --n_slots 128 --output out/experiments/transfer.json
+  cp out/experiments/transfer.json "$OUT/transfer.json"
+fi
+
 # What a distant sandbox would cost the trained model.
 [ -e "$OUT/delays.json" ] || python tests/bench_rollout.py --delays --model "out/experiments/retool-$first/checkpoint" |
   tail -n 1 > "$OUT/delays.json"
