@@ -234,7 +234,7 @@ def main(folder, figures):
     pretrained = load(Path(folder).parent / "smollm2")
     commits = sorted({run["commit"][:7] for found in runs.values() for run in found.values()})
     count = sum(map(len, runs.values()))
-    print(f"# Findings\n\n{count} runs of the default task at commit {', '.join(commits)}, one thread each, two side by side; each "
+    print(f"# Findings\n\n{count} runs of the default task at commit {', '.join(commits)}, one thread each, two side by side (retool: two ranks); each "
           f"row's seeds are in it. Commands: `bash runs/experiments.sh` (the flags stand there); this file: `bash "
           f"runs/results.sh`. \"After\" is the last checkpoint on fresh test problems; gains are paired by problem. "
           f"Expectations were written before the runs (`expectations.md`). Seconds are not comparable from row to "

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, a model that has seen English, on a CPU: the checkpoint, traces, warm starts, PPO and its text twin,
-# evaluations, a table. About two and a half hours on two cores with bf16 units, $OUT/minutes.txt says which stage took how long.
+# evaluations, a table. About two hours on two cores with bf16 units (added up from stages: never run in one go);
+# $OUT/minutes.txt says which stage took how long.
 #   bash runs/smollm2.sh
 #   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K too: train.jsonl, test.jsonl of github.com/openai/grade-school-math
 # Every stage is kept in $OUT: the same command goes on where it stopped. MINUTES=30 stops each training after so many.
