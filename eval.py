@@ -39,9 +39,9 @@ Of a step, means over its trainable tokens if nothing else is said: step, update
   lr_factor_actor, lr_factor_critic; sampler_difference, sampler_difference_max: |log-probability
   of the sampler - of the trainer|, its mean over snippets: sampler_difference_code, over other
   text before the first call: sampler_difference_prose, after: sampler_difference_after_interpreter;
-  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout, seconds_score, seconds_update, seconds_sync,
-  seconds_ratios (of responses that are kept), seconds_checkpoint (the save before),
-  tool_wait_seconds (no row could be decoded), seconds_total (the last line)
+  rollout_tokens_per_second (sampled), train_tokens_per_second; seconds_rollout, seconds_score,
+  seconds_update, seconds_sync, seconds_ratios (of responses that are kept), seconds_checkpoint
+  (the save before), tool_wait_seconds (no row could be decoded), seconds_total (the last line)
 """
 import argparse
 import ast
