@@ -245,7 +245,8 @@ def main(folder, figures):
     for q in questions:
         print(f"- [{q['finding']}](#{q['id']})")
     titles = "; ".join(q["title"] for q in unanswered)
-    print(f"\nNot run yet, though their flags and commands are there: {titles}.")
+    if titles:
+        print(f"\nNot run yet, though their flags and commands are there: {titles}.")
     parts = {"table": lambda q: table(runs, q["runs"], q.get("base", "retool")),
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "delays": lambda q: delays(folder),
