@@ -29,25 +29,25 @@ list() {
     for price in 0.1 0.3 0.6 1.2 1.8; do echo "cost-$price $seed --reward cost --reward_scale $price"; done
     for kind in executable bonus steps; do echo "reward-$kind $seed --reward $kind --reward_scale 0.3"; done
   done
-  local first=${seeds%% *} group="--samples_per_prompt 8 --prompts_per_step 32"
+  local first=${seeds%% *} group="--samples_per_prompt 8 --prompts_per_step 32" once="--eval_samples 1"
   echo "grpo $first --advantage grpo $group"
   echo "rloo $first --advantage rloo $group"
   echo "mask-off $first --mask_interpreter off"
   echo "task-text $first --task text"
-  echo "kl-0.1 $first --kl_coef 0.1"
-  echo "kl-0.01 $first --kl_coef 0.01"
-  echo "entropy-0.01 $first --entropy_coef 0.01"
+  echo "kl-0.1 $first --kl_coef 0.1 $once"
+  echo "kl-0.01 $first --kl_coef 0.01 $once"
+  echo "entropy-0.01 $first --entropy_coef 0.01 $once"
   echo "sync-4 $first --sync_every 4"
   echo "sync-4-weighted $first --sync_every 4 --importance token"
   echo "sync-16 $first --sync_every 16"
   echo "sync-16-weighted $first --sync_every 16 --importance token"
-  echo "no-critic-warmup $first --critic_warmup 0"
-  echo "lam-0.95 $first --lam_actor 0.95"
-  echo "lam-adaptive $first --lam_actor adaptive"
-  echo "turns $first --gae_unit turn"
-  echo "clip-0.2 $first --clip_high 0.2"
-  echo "no-whiten-floor $first --whiten_floor 1e-6"
-  echo "drop-void $first --drop_void"
+  echo "no-critic-warmup $first --critic_warmup 0 $once"
+  echo "lam-0.95 $first --lam_actor 0.95 $once"
+  echo "lam-adaptive $first --lam_actor adaptive $once"
+  echo "turns $first --gae_unit turn $once"
+  echo "clip-0.2 $first --clip_high 0.2 $once"
+  echo "no-whiten-floor $first --whiten_floor 1e-6 $once"
+  echo "drop-void $first --drop_void $once"
   echo "code-0.25 $first --code_share 0.25"
   echo "code-0.1 $first --code_share 0.1"
   echo "code-0.75 $first --code_share 0.75"
@@ -56,6 +56,8 @@ list() {
   echo "traces-500 $first --sft_traces 500"
   echo "traces-2000 $first --sft_traces 2000"
 }
+# As the default is run: another number of ranks would round otherwise.
+for seed in ${SEEDS:-21 22 23}; do torchrun --nproc_per_node 2 sft.py --sft_seed "$seed"; done
 list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
 
 # What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
