@@ -62,8 +62,8 @@ list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
 
 # What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
 first=${SEEDS:-21} && first=${first%% *}
+mkdir -p out/experiments "$OUT/memorisation"
 python -c "import data, json; [print(json.dumps(row)) for row in data.embedded_rows('train', 256, $first)]" > out/experiments/seen.jsonl
-mkdir -p "$OUT/memorisation"
 for n in 500 2000 6000; do
   [ -e "$OUT/memorisation/$n.json" ] && continue
   checkpoint=$(python sft.py --sft_traces $n --sft_seed "$first" | sed -n 's/^checkpoint: //p')
