@@ -813,7 +813,8 @@ async def main(rank, world, device):
             trainer.sampler.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         print(f"warm start ready after {time.perf_counter() - begin:.0f} s; {prompts.skipped} prompts too "
-              f"long, {prompts.duplicates} duplicates left out; goes on after step {start['step']}")
+              f"long, {prompts.duplicates} duplicates left out"
+              + f"; goes on after step {start['step']}" * bool(args.resume))
     run.open(start["bytes"])
     await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline)
 
