@@ -50,9 +50,13 @@ PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT.replace("\\\n
 
 def load_template(name):
     """"plain" (the question alone), "retool", or a file containing {question}."""
-    template = PROMPT_TEMPLATES.get(name) or Path(name).is_file() and Path(name).read_text()
-    if not template or "{question}" not in template:
-        raise UserError(f"--prompt_template {name}: not plain, retool, or a file that contains {{question}}")
+    if name in PROMPT_TEMPLATES:
+        return PROMPT_TEMPLATES[name]
+    if not Path(name).is_file():
+        raise UserError(f"--prompt_template {name}: neither {' nor '.join(PROMPT_TEMPLATES)} nor a file")
+    template = Path(name).read_text()
+    if "{question}" not in template:
+        raise UserError(f"--prompt_template {name}: the file does not contain {{question}}")
     return template
 
 
@@ -154,31 +158,37 @@ def read_row(row, layouts=LAYOUTS):
     return None
 
 
+def read_jsonl(path):
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, one row per "
+                                "line") from None
+
+
 def read_rows(source, split="train", config=None):
     """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
     is_file, ending = Path(source).is_file(), Path(source).suffix
     if not is_file and (ending in (".jsonl", ".parquet") or str(source).count("/") != 1):
         raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
-    number = 0
+    if is_file and ending != ".parquet":
+        yield from read_jsonl(source)
+        return
     try:
-        if is_file and ending != ".parquet":
-            rows = (line.strip() and json.loads(line) for line in open(source, "rb"))
-        else:
-            import datasets
-            if not is_file:
-                need_hub()
-            where = {"path": source, "name": config}
-            if is_file:
-                where = {"path": "parquet", "data_files": str(source)}
-            rows = datasets.load_dataset(**where, split=split, streaming=True)
+        import datasets
+        if not is_file:
+            need_hub()
+        where = dict(path="parquet", data_files=str(source)) if is_file else dict(path=source, name=config)
+        rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
-            if row != b"":  # an empty line
-                yield f"{source}:{number}", row
+            yield f"{source}:{number}", row
     except ImportError:
         raise UserError(f"{source}: needs the package datasets (pip install datasets)") from None
-    except (OSError, ValueError) as error:  # not JSON, not UTF-8, unreachable, gated, damaged, ...
-        raise UserError(f"{source}:{number + 1}: cannot be read as JSONL (a row per line), parquet or "
-                        f"hub id ({first_line(error)})") from None
+    except (OSError, ValueError) as error:  # unreachable, gated, damaged, ...
+        raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
 
 
 def load_problems(source):

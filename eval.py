@@ -69,7 +69,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -621,8 +620,7 @@ def run_script(main):
 def describe_error(error):
     """One line for what the user or the machine has to change, None for a bug."""
     # A loss that is not finite; a path or a disk (a TimeoutError is an OSError without errno).
-    if (isinstance(error, (UserError, FloatingPointError, SafetensorError))
-            or (isinstance(error, OSError) and error.errno)):
+    if isinstance(error, (UserError, FloatingPointError)) or (isinstance(error, OSError) and error.errno):
         return f"error: {error}"
 
 
@@ -764,6 +762,24 @@ def sync_to_disk(path):
     os.close(descriptor)
 
 
+def publish(partial, final, record, hashes, keep):
+    """Rank 0: make the synced shards in `partial` the checkpoint `final`, and delete old ones."""
+    manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
+    manifest["files"][".metadata"] = file_hash(partial / ".metadata")
+    for name in manifest["files"]:
+        os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    sync_to_disk(partial / "manifest.json")
+    sync_to_disk(partial)
+    shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
+    partial.rename(final)
+    sync_to_disk(final.parent)
+    found = sorted(final.parent.glob("step-*"))
+    later = found.index(final) + 1  # damaged ones, which the run has gone back behind
+    for old in found[:later][:-keep] + found[later:]:
+        shutil.rmtree(old)
+
+
 def save_checkpoint(folder, state, record, keep, rank):
     """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
     but the last `keep`. All ranks call it, on a file system that they share.
@@ -773,23 +789,6 @@ def save_checkpoint(folder, state, record, keep, rank):
     untouched. UserError where nothing can be written, a full disk for instance.
     """
     partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
-
-    def publish():
-        manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
-        manifest["files"][".metadata"] = file_hash(partial / ".metadata")
-        for name in manifest["files"]:
-            os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        sync_to_disk(partial / "manifest.json")
-        sync_to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
-        partial.rename(final)
-        sync_to_disk(folder)
-        found = sorted(folder.glob("step-*"))
-        later = found.index(final) + 1  # damaged ones, which the run has gone back behind
-        for old in found[:later][:-keep] + found[later:]:
-            shutil.rmtree(old)
-
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     dist.barrier()
@@ -798,7 +797,7 @@ def save_checkpoint(folder, state, record, keep, rank):
         hashes = [None] * dist.get_world_size()
         dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
         if rank == 0:
-            publish()
+            publish(partial, final, record, hashes, keep)
     except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
         raise UserError(f"checkpoint of step {record['step']} cannot be written "
                         f"({str(error).strip().splitlines()[-1]}): disk full? The ones before it in "

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -219,6 +220,12 @@ def cosine(step, steps, warmup, floor=0.0):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def is_void(trajectory):
+    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier ones
+    end with a snippet."""
+    return trajectory.answer is None
+
+
 class Critic(nn.Module):
     """The policy's network with a scalar head, which starts at zero."""
 
@@ -259,8 +266,10 @@ class Prompts:
         self.rows, self.skipped, self.duplicates = None, 0, 0
         if problems is not None:
             unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
+            # A token has at least one byte: only what could be too long is encoded.
             self.rows = [row for row in unique.values()
-                         if len(self.encode(row)["prompt"]) <= max_prompt_tokens]
+                         if len(row["question"].encode()) + len(template.encode()) + 200 <= max_prompt_tokens
+                         or len(self.encode(row)["prompt"]) <= max_prompt_tokens]
             self.duplicates, self.skipped = len(problems) - len(unique), len(unique) - len(self.rows)
             if not self.rows:
                 raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
@@ -465,7 +474,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
               and (t.finish_reason == "eos" or not args.drop_truncated)
-              and not (args.drop_void and t.answer is None)]  # arXiv 2509.02479
+              and not (args.drop_void and is_void(t))]
     metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
@@ -513,19 +522,21 @@ def score_metrics(trajectories):
     examples, gaps = [t.example for t in trajectories], {"prose": [], "code": [], "after_interpreter": []}
     mask, entropy = (torch.cat(column) for column in zip(*((e.loss_mask, e.entropy) for e in examples)))
     for t in trajectories:
-        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:].tolist()  # of each response token
-        in_code = {i for call in t.tool_calls for i in range(call.start, call.end)}
-        text = "prose"
-        for i, sampled in enumerate(t.loss_mask):
-            if not sampled:
-                text = "after_interpreter"
-                continue
-            gaps["code" if i in in_code else text].append(gap[i])
-    whole = sum(gaps.values(), [])
+        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:]  # (response tokens,)
+        code = torch.zeros(len(gap), dtype=torch.bool)
+        for call in t.tool_calls:
+            code[call.start:call.end] = True
+        sampled = torch.tensor(t.loss_mask, dtype=torch.bool)
+        after = sampled & (sampled.cumprod(0) == 0)  # a call in front of it
+        gaps["code"].append(gap[code])
+        gaps["prose"].append(gap[sampled & ~code & ~after])
+        gaps["after_interpreter"].append(gap[after & ~code])
+    gaps = {f"sampler_difference_{name}": torch.cat(found) for name, found in gaps.items()}
+    whole = torch.cat(list(gaps.values()))
     return {"reward": mean([e.rewards.sum().item() for e in examples]),
             "entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "sampler_difference": mean(whole), "sampler_difference_max": max(whole),
-            **{f"sampler_difference_{kind}": mean(found) for kind, found in gaps.items()}}
+            "sampler_difference": whole.mean().item(), "sampler_difference_max": whole.max().item(),
+            **{name: mean(found.tolist()) for name, found in gaps.items()}}
 
 
 def sampler_gap(e):
@@ -753,7 +764,11 @@ class RunFolder:
             file.close()
         if self.tracker:
             self.tracker.finish()
-        model.save_pretrained(self.path / "checkpoint")
+        try:
+            model.save_pretrained(self.path / "checkpoint")
+        except SafetensorError as error:
+            raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
+                            "last checkpoint is there; --resume writes this again") from None
         tokenizer.save_pretrained(self.path / "checkpoint")
         (self.path / "report.html").write_text(report_page([self.path]), encoding="utf-8")
         if self.results:
@@ -812,9 +827,10 @@ async def main(rank, world, device):
             trainer.sampler.config.save_pretrained(folder)
             trainer.sampler.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; {prompts.skipped} prompts too "
-              f"long, {prompts.duplicates} duplicates left out"
-              + f"; goes on after step {start['step']}" * bool(args.resume))
+        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
+              f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
+        if args.resume:
+            print(f"{run.path}: goes on after step {start['step']}")
     run.open(start["bytes"])
     await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline)
 
@@ -849,9 +865,10 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             done = step + 1
             metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
             metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
-            run.write("metrics.jsonl", {"step": step} | metrics)
+            row = {"step": step} | metrics
+            run.write("metrics.jsonl", row)
             if run.tracker:
-                run.tracker.log({"step": step} | metrics, step=step)
+                run.tracker.log(row, step=step)
             for t in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + t.prompt_index]
                 run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))

@@ -339,13 +339,14 @@ def choose_dtype(name):
 
 def from_checkpoint(loader, path, **options):
     """loader.from_pretrained(path); UserError, with what to do, if that is no checkpoint."""
-    if Path(path).exists():
-        if not Path(path, "config.json").exists():
-            raise UserError(f"{path}: no folder with a config.json (of a run, name its folder "
-                            "checkpoint; how to convert a GGUF file: runs/smollm2.sh)")
-    elif path.count("/") != 1 or path[0] in "./~":
-        raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
-    else:
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"{path}: no config.json in there (a run's model is in its folder checkpoint)")
+    if not folder.exists():
+        if path.count("/") != 1 or path[0] in "./~":
+            raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
         need_hub()
     try:
         return loader.from_pretrained(path, **options)
@@ -651,9 +652,13 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     """
     settings = Sampling(**sampling)
     longest = max((len(p) for p in prompts), default=0) + settings.max_response_tokens
-    assert all(prompts), "a prompt is empty"
-    assert longest <= model.config.max_position_embeddings, f"the model has no {longest} positions"
-    assert model.config._attn_implementation == "retool", "use `load_model`"
+    if not all(prompts):
+        raise ValueError("a prompt is empty")
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
+                         f"{model.config.max_position_embeddings} positions")
+    if model.config._attn_implementation != "retool":
+        raise ValueError('the model must be loaded with attn_implementation="retool"')
     rows = [Row(Trajectory(i, j, prompt), prompt_keys[i] if prompt_keys else i, prompt)
             for i, prompt in enumerate(prompts) for j in range(n_samples)]
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)

@@ -772,8 +772,8 @@ def warm_start_recipe(args, traces=()):
     """All that decides a warm start's result, which is kept under its hash: the code below sees
     no other argument that could change it. (The number of ranks only changes rounding.)"""
     names = """model task sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
-        sft_seed token_budget activation_checkpointing cpu_offload replicas dtype max_interpreter_tokens
-        sandbox_timeout sft_mask_interpreter mask_failed""".split()
+        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
+        mask_failed""".split()
     files = sorted(Path(args.model).glob("*")) if args.model else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
@@ -823,8 +823,8 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
         if traces:
             partial = folder.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
-            metrics = train_on_traces(*traces, recipe, partial, args.sft_save_every, rank, world,
-                                      device, deadline)
+            metrics = train_on_traces(*traces, recipe, args, partial, args.sft_save_every, rank,
+                                      world, device, deadline)
             if rank == 0:
                 print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
                 record = vars(args) | {"versions": versions()}
@@ -835,8 +835,10 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     return folder
 
 
-def train_on_traces(traces, held_out, recipe, folder, save_every, rank, world, device, deadline):
-    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics."""
+def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
+                    deadline):
+    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
+    sharding: the settings of `shard`, which decide no result."""
     config, tokenizer = starting_point(recipe.model)
     settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
                 recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on")
@@ -848,7 +850,7 @@ def train_on_traces(traces, held_out, recipe, folder, save_every, rank, world, d
     start = recipe.model, config, recipe.sft_seed
     plain = starting_model(*start) if rank == 0 else None  # to be saved
     policy = Policy(starting_model(*start))
-    shard(policy, policy.lm, recipe)
+    shard(policy, policy.lm, sharding)
     metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
                     deadline)
     sync_weights(policy, plain)

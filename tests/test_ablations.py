@@ -140,6 +140,11 @@ def test_each_mask_switch_trains_exactly_the_tokens_it_names(tokenizer):
     assert e.loss_mask.tolist() == [1] * 10 and e.sampled.tolist() == t.loss_mask
 
 
+def test_a_void_response_is_one_whose_last_turn_has_no_answer():
+    """Guards against a filter that drops wrong answers, which are what there is to learn from."""
+    assert ppo.is_void(SimpleNamespace(answer=None)) and not ppo.is_void(SimpleNamespace(answer="7"))
+
+
 # Every flag once; those in a line have nothing to do with each other.
 FLAGS = ["--gae_unit turn --lam_actor adaptive --reward steps", "--mask_interpreter off --dual_clip 3 --reward cost",
          "--feedback hidden --entropy_coef 0.01 --reward bonus", "--feedback none --interpreter replay --reward executable",

@@ -363,7 +363,7 @@ def test_a_row_without_its_fields_is_named(tmp_path, bad):
 def test_unreadable_files_are_one_line_errors(tmp_path):
     """Guards against tracebacks for a typing error, and training on nothing."""
     path = write(tmp_path / "p.jsonl", {"question": "Q", "answer": "1"}, "{broken")
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}:2: cannot be read as JSONL"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}:2: not JSON"):
         load_problems(path)
     with pytest.raises(UserError, match="nowhere.jsonl: no such file, and not"):
         load_problems(tmp_path / "nowhere.jsonl")

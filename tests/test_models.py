@@ -139,14 +139,15 @@ def test_dropout_stays_off_where_activations_are_checkpointed():
 
 
 @pytest.mark.parametrize("name, line", [
-    ("run", "of a run, name its folder checkpoint"), ("model.gguf", "how to convert a GGUF file"),
-    ("./nowhere", "no such folder, and not a hub id"),
+    ("run", "a run's model is in its folder checkpoint"), ("model.gguf", "how to convert a GGUF file"),
+    ("empty", "no config.json in there"), ("./nowhere", "no such folder, and not a hub id"),
     ("nowhere", "no such folder, and not a hub id")])
 def test_what_is_no_checkpoint_is_refused_with_what_to_do(tmp_path, monkeypatch, name, line):
     """Guards against "Repo id must be in the form", a traceback, or a minute of retries."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     (tmp_path / "model.gguf").write_text("")
+    (tmp_path / "empty").mkdir()
     for load in (rollout.load_tokenizer, rollout.load_config, lambda path: load_model(path, "cpu")):
         with pytest.raises(UserError, match=line):
             load(name)

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -604,7 +605,7 @@ def test_runs_of_different_settings_are_never_averaged_and_torn_files_are_named(
         runs_tables([text])
 
 
-def test_failures_at_the_very_end_are_one_line(tokenizer, monkeypatch):
+def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch):
     """Guards against tracebacks for a table of nothing but sandbox errors, and for a disk that is full when
     the finished model is written."""
     async def only_failures(model, tokenizer, prompts, *arguments, **settings):
@@ -614,8 +615,13 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, monkeypatch):
     problems = [{"question": "1+1?", "answer": "2", "family": "sums"}] * 2
     with pytest.raises(UserError, match="test: the sandbox failed in every response"):
         asyncio.run(evaluation.evaluate(None, tokenizer, problems, "{question}", None, 0, 1, "test", 99))
-    full = SafetensorError("I/O error: No space left on device")
-    assert evaluation.describe_error(full) == "error: I/O error: No space left on device"
+
+    def full(folder):
+        raise SafetensorError("I/O error: No space left on device")
+
+    run = SimpleNamespace(path=tmp_path, files={}, tracker=None)
+    with pytest.raises(UserError, match="checkpoint cannot be written .*No space left.*disk full"):
+        ppo.RunFolder.finish(run, SimpleNamespace(save_pretrained=full), tokenizer)
 
 
 def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
@@ -638,7 +644,7 @@ def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path
     result = run_here(*PPO, *OWN, "--model", checkpoint, "--tools", "off", "--train_data", str(problems),
                     "--eval_data", str(problems), "--run_dir", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "1 prompts too long, 3 duplicates left out" in result.stdout
+    assert "prompts left out: 1 too long, 3 duplicates" in result.stdout
     rows = metrics_of(tmp_path / "run")
     steps, evaluations = [r for r in rows if "step" in r], [r for r in rows if "evaluation" in r]
     assert len(steps) == 2 and all(r["code_ratio"] == 0 and not r["sandbox_outcomes"] for r in steps)
@@ -818,7 +824,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--max_response_tokens", "1600"], "the model has 2048 positions"),
     (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file, and not a hub id (OWNER/NAME)"),
     (["--train_data", "BROKEN"], "broken.jsonl:2: needs question + answer"),
-    (["--model", "EMPTY"], "no folder with a config.json"),
+    (["--model", "EMPTY"], "no config.json in there"),
     (["--model", "no-such/model"], "no-such/model: cannot be loaded"),
     (["--model", "SILENT"], "needs vocabulary, EOS, chat template"),
     (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 896 tokens"),
@@ -843,8 +849,8 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--track", "wandb"], "--track wandb: not installed (pip install wandb)"),
     (["--reward_scale", "1"], "--reward_scale has no effect with --reward outcome"),
     (["--gamma", "-3"], "argument --gamma: -3: must be at least 0.0 and at most 1.0"),
-    (["--train_data", "table.csv"], "table.csv:1: cannot be read as JSONL"),
-    (["--train_data", "array.json"], "JSONL (a row per line)"),
+    (["--train_data", "table.csv"], "table.csv:1: not JSON"),
+    (["--train_data", "array.json"], "needed is JSONL, one row per line"),
     (["--train_data", "nothing.jsonl"], "nothing.jsonl: no rows"),
     (["--prompts_per_step", "6", "--minibatches", "4"], "--minibatches 4 does not divide the responses per"),
 ])
