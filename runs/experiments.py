@@ -136,14 +136,19 @@ def purposes(runs, names):
                  for columns in found.values())] for kind in kinds])
 
 
+def of_one_checkpoint(path):
+    """{set of problems: metrics} of eval.py's output."""
+    [found] = json.loads(path.read_text())["results"].values()
+    return found
+
+
 def memorisation(folder, names):
     """{run: number of traces}. Losses of its warm start on its own traces and on others (warm_start.txt), and
     what that answers right on the problems of 256 of its traces and on fresh ones."""
     rows = []
     for name, traces in names.items():
         text = (Path(folder) / name / "warm_start.txt").read_text().removeprefix("warm start: ").split()
-        record = json.loads((Path(folder) / "memorisation" / f"{traces}.json").read_text())
-        [found] = record["results"].values()
+        found = of_one_checkpoint(Path(folder) / "memorisation" / f"{traces}.json")
         rows.append([f"{traces:,}", *text[1::2], *(f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}"
                                                    for m in found.values())])
     return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
@@ -151,7 +156,7 @@ def memorisation(folder, names):
 
 def evaluated(folder, name, who):
     """What eval.py wrote of one checkpoint, a line for each set of problems."""
-    [found] = json.loads((Path(folder) / f"{name}.json").read_text())["results"].values()
+    found = of_one_checkpoint(Path(folder) / f"{name}.json")
     return "\n".join(f"{who}, {split}: {100 * m['accuracy']:.1f} % right, {100 * m['code_ratio']:.1f} % with code, "
                      f"{100 * m['truncated']:.0f} % cut at the limit ({m['problems']} problems)." for split, m in found.items())
 
@@ -178,27 +183,27 @@ def ticks(most):
 def plot(curves, label, title, top=100, width=520, height=310):
     """An SVG of curves [(name, x, y, least y, most y)], both axes from 0."""
     most = max(x[-1] for _, x, *_ in curves)
-    at = lambda x, y: f"{50 + (width - 160) * x / most:.1f},{height - 40 - (height - 70) * y / top:.1f}"  # noqa: E731
+    across = lambda x: 50 + (width - 160) * x / most  # noqa: E731
+    down = lambda y: height - 40 - (height - 70) * y / top  # noqa: E731
+    points = lambda xs, ys: " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in zip(xs, ys))  # noqa: E731
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
              f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>']
     for y in ticks(top):
-        parts.append(f'<path d="M{at(0, y)} L{at(most, y)}" stroke="#ddd"/><text x="42" '
-                     f'y="{float(at(0, y).split(",")[1]) + 4:.0f}" text-anchor="end">{y:.4g}</text>')
+        parts.append(f'<polyline points="{points([0, most], [y, y])}" stroke="#ddd"/><text x="42" '
+                     f'y="{down(y) + 4:.0f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(most):
-        left, below = at(x, 0).split(",")
-        parts.append(f'<text x="{left}" y="{float(below) + 16}" text-anchor="middle">{x:.4g}</text>')
+        parts.append(f'<text x="{across(x):.1f}" y="{down(0) + 16:.1f}" text-anchor="middle">{x:.4g}</text>')
     parts.append(f'<text x="{50 + (width - 160) / 2}" y="{height - 6}" text-anchor="middle">{label}</text>'
                  f'<text x="10" y="14">{title}</text>')
     heights = []  # of the names, which must not cover each other
     for (name, x, mean, low, high), colour in zip(curves, COLOURS):
-        band = [at(a, b) for a, b in zip(x, high)] + [at(a, b) for a, b in zip(x[::-1], low[::-1])]
-        parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/><polyline points='
-                     f'"{" ".join(at(*p) for p in zip(x, mean))}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        left, y = map(float, at(x[-1], mean[-1]).split(","))
+        parts.append(f'<polygon points="{points(x, high)} {points(x[::-1], low[::-1])}" fill="{colour}" opacity="0.2"/>'
+                     f'<polyline points="{points(x, mean)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        y = down(mean[-1])
         while any(abs(y - other) < 13 for other in heights):
             y += 1
         heights.append(y)
-        parts.append(f'<text x="{left + 5:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+        parts.append(f'<text x="{across(x[-1]) + 5:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
     return "\n".join(parts) + "\n</svg>\n"
 
 
@@ -251,7 +256,7 @@ def main(folder, figures):
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "delays": lambda q: delays(folder),
              "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: evaluated(folder, "untrained", "Untrained"),
-             "transfer": lambda q: evaluated(folder, "transfer", "Trained on numbers (the default)")}
+             "transfer": lambda q: evaluated(folder, "transfer", "Trained on numbers (the default, seed 0)")}
     for q in questions:
         print(f"\n<a id=\"{q['id']}\"></a>\n\n## {q['title']}\n\n{q['question']}\n\n*Expected:* {q['expected']}\n")
         print("\n\n".join(parts[part](q) for part in q.get("parts", ["table"])))
