@@ -437,7 +437,7 @@ def use_packed_attention(model, name):
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
     for what, ours, theirs in (("packed", packed, wanted), ("cached", cached, wanted[packing.last])):
         error = ((ours - theirs).norm(dim=-1).max() / theirs.norm(dim=-1).mean()).item()
-        if not error < 2e-5:
+        if not error < 1e-3:  # what is refused has 0.09 and more; rounding is 3e-5 in a trained model
             raise UserError(f"{refused}: {what} sequences get other logits (relative difference "
                             f"{error:.0e}): layers that are not attention, or scaled logits")
     for parameter, dtype in dtypes.items():
