@@ -2,6 +2,7 @@
 
     python runs/experiments.py results/experiments results/figures > results/RESULTS.md
 """
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -39,15 +40,17 @@ def spread(values, scale=100, digits=1):
     return mean if len(found) == 1 else f"{mean} [{min(found):.{digits}f}, {max(found):.{digits}f}]"
 
 
-def paired(runs, base, label="test after"):
-    """Gain in accuracy over `base` on the same problems, noise and seeds: "mean (low to high)" in points; the
-    interval is the bootstrap's 95 % over problems, each averaged over the seeds that both have."""
+def paired(runs, base, label="test after", base_label=None):
+    """Gain in accuracy over `base` (its evaluation base_label, or the same) on the same problems, noise and
+    seeds: "mean (low to high)" in points; the interval is the bootstrap's 95 % over problems, each averaged
+    over the seeds that both have."""
     gains = []
     for seed in sorted(runs.keys() & base.keys()):
-        counts = [run[seed]["evaluations"][label]["per_problem"] for run in (runs, base)]
+        counts = [run[seed]["evaluations"][which]["per_problem"]
+                  for run, which in ((runs, label), (base, base_label or label))]
         counts = [zip(c["responses"], c["correct"]) if isinstance(c, dict) else c for c in counts]  # an earlier layout
         gains.append([c2 / n2 - c1 / n1 if n1 and n2 else np.nan for (n2, c2), (n1, c1) in zip(*counts)])
-    if not gains or runs is base:
+    if not gains or runs is base and not base_label:
         return "-"
     means = 100 * np.nanmean(np.array(gains), axis=0)
     low, high = np.percentile(bootstrap(means[~np.isnan(means)]), [2.5, 97.5])
@@ -152,6 +155,26 @@ def memorisation(folder, names):
         rows.append([f"{traces:,}", *text[1::2], *(f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}"
                                                    for m in found.values())])
     return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
+
+
+def pretrained(folder, runs, question):
+    """What checkpoints answer right, {name: file of eval.py's output}; then runs, before and after PPO."""
+    def row(name, found, *gains):
+        return [name, " / ".join(str(m["problems"]) for m in found), *(
+            f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f} ({100 * m['code_ratio']:.0f})" for m in found), *gains]
+
+    rows, splits = [], ("test", "ood_large", "ood_families")
+    for name, file in question["checkpoints"].items():
+        found = of_one_checkpoint(Path(folder) / file)
+        rows.append(row(name, [found[split] for split in splits], "", ""))
+    for name, which in itertools.product(question["runs"], ("before", "after")):
+        found = {seed: run for seed, run in runs[name].items() if "test after" in run["evaluations"]}
+        for seed, run in found.items():
+            gains = [paired({seed: run}, {seed: run}, f"{split} after", f"{split} before") for split in splits[::2]]
+            rows.append(row(f"{name}, {which}", [run["evaluations"][f"{split} {which}"] for split in splits],
+                            *(gains if which == "after" else ["", ""])))
+    return markdown(["", "problems", *(f"{split} % (code %)" for split in splits), "gain on test, points (95 %)",
+                     "on ood_families"], rows)
 
 
 def evaluated(folder, name, who):

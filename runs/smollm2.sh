@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, a model that has seen English, on a CPU: the checkpoint, traces, warm starts, PPO and its text twin,
-# evaluations, a table. About two hours on two cores with bf16 units (added up from stages: never run in one go);
-# $OUT/minutes.txt says which stage took how long.
+# evaluations, checks. About seven hours of one core (added up from stages: never run in one go); $OUT/minutes.txt says which
+# stage took how long.
 #   bash runs/smollm2.sh
 #   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K too: train.jsonl, test.jsonl of github.com/openai/grade-school-math
 # Every stage is kept in $OUT: the same command goes on where it stopped. MINUTES=30 stops each training after so many.
@@ -37,7 +37,7 @@ PY
   }
 fi
 
-# 2. Traces: of number problems, all with code or all by hand; of GSM8K a snippet per calculation or one script.
+# 2. Traces of number problems: all with code, half of them, none; of GSM8K a snippet per calculation or one script.
 [ -e "$OUT/numbers-1000.jsonl" ] || python - "$OUT" <<'PY'
 import asyncio
 import json
@@ -49,10 +49,10 @@ from sandbox import Sandbox
 
 async def main():
     async with Sandbox(workers=2, timeout=2.0) as sandbox:
-        for name, code_share in (("text", 0.0), ("numbers", 1.0)):
+        for name, code_share in (("text", 0.0), ("mixed", 0.5), ("numbers", 1.0)):
             traces, counts = await sft.embedded_traces(1000, code_share, 0, sandbox)
             print(name, counts)
-            for n in (100, 300, 1000):
+            for n in (100, 300, 640, 1000):
                 with open(f"{sys.argv[1]}/{name}-{n}.jsonl", "w") as file:
                     file.writelines(json.dumps(trace) + "\n" for trace in traces[:n])
 
@@ -78,23 +78,24 @@ evaluate() {  # name, model, further flags
 }
 reinforce() {  # name, model, further flags: $OUT/name becomes the run
   [ -e "$OUT/$1/checkpoint" ] && return
-  local begin="--run_dir $OUT/$1 --model $2 --actor_lr 3e-5 --critic_lr 1e-4 --prompts_per_step 32 --minibatches 2 --critic_warmup 2 \
-    --steps 16 --token_budget 4096 --max_prompt_tokens 320 --max_response_tokens 256 --n_slots 64 --eval_problems 128 --eval_samples 1 \
-    --save_every 4 $SHARED ${*:3}"
+  local begin="--run_dir $OUT/$1 --model $2 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 128 --critic_warmup 1 --lr_warmup 2 \
+    --steps 16 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --n_slots 64 --eval_problems 128 --eval_samples 1 \
+    --save_every 2 $SHARED ${*:3}"
   [ -d "$OUT/$1/checkpoints" ] && begin="--resume $OUT/$1"
   $RUN ppo.py $begin --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
   [ -e "$OUT/$1/checkpoint" ] || exit 0
 }
 FORMAT="--max_prompt_tokens 320 --max_response_tokens 384 --samples 1 --n_slots 64"
 
-# 4. Number problems: how many traces does it take, what does PPO add, and what without tools?
+# 4. Number problems: how many traces does it take, what does PPO add where code is half a habit, and what without tools?
 for n in 100 300 1000; do
   timed warm_start numbers-$n "$OUT/numbers-$n.jsonl" 40
   timed evaluate eval-$n "$OUT/numbers-$n" $FORMAT --limit 128
 done
-timed reinforce ppo "$OUT/numbers-1000"
-timed warm_start text-1000 "$OUT/text-1000.jsonl" 40
-timed reinforce ppo-text "$OUT/text-1000" --tools off
+timed warm_start mixed-640 "$OUT/mixed-640.jsonl" 40
+timed reinforce ppo-640 "$OUT/mixed-640"
+timed warm_start text-640 "$OUT/text-640.jsonl" 40
+timed reinforce ppo-640-text "$OUT/text-640" --tools off
 timed evaluate released "$MODEL" $FORMAT --limit 64
 timed evaluate prompted "$MODEL" $FORMAT --limit 64 --prompt_template retool
 
@@ -111,24 +112,25 @@ if [ -n "${GSM8K:-}" ]; then
   for name in gsm8k-program gsm8k-calculator; do timed evaluate eval-$name "$OUT/$name" $WORDS; done
   timed evaluate released-gsm8k "$MODEL" $WORDS --prompt_template retool
 fi
-python - "$OUT" <<'PY' | tee "$OUT/table.md"
+
+# 6. PPO on this model, killed and resumed, and on two ranks: the same three steps?
+reinforced() { [ -e "$OUT/$1/checkpoint" ] || $2 ppo.py $3 > "$OUT/$1.log"; }
+few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 16 --critic_warmup 0 --lr_warmup 1 \
+  --steps 3 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_problems 4 --eval_samples 1 --save_every 1 \
+  --dtype fp32 --sandbox_timeout 2"; }
+reinforced check-one python "$(few check-one)"
+reinforced check-two "torchrun --nproc_per_node 2" "$(few check-two)"
+[ -d "$OUT/check-resumed" ] || python ppo.py $(few check-resumed) --minutes 0.1 > "$OUT/check-resumed.log"
+reinforced check-resumed python "--resume $OUT/check-resumed --minutes 0"
+python - "$OUT" <<'PY' | tee "$OUT/checks.txt"
 import json
 import sys
-from pathlib import Path
 
-sys.path.insert(0, ".")
-from eval import markdown
-
-rows, splits = [], ("test", "ood_large", "ood_families")
-show = lambda m: f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f} ({100 * m['code_ratio']:.0f})"  # noqa: E731
-for name in ("released", "prompted", "eval-100", "eval-300", "eval-1000"):
-    [found] = json.loads(Path(sys.argv[1], f"{name}.json").read_text())["results"].values()
-    rows.append([name, str(found["test"]["problems"]), *(show(found[split]) for split in splits)])
-for name in ("ppo", "ppo-text"):
-    found = [json.loads(line) for line in open(f"{sys.argv[1]}/{name}/metrics.jsonl")]
-    found = {row["evaluation"]: row for row in found if "evaluation" in row}
-    for when in ("before", "after"):
-        one = [found[f"{split} {when}"] for split in splits]
-        rows.append([f"{name}, {when}", " / ".join(str(m["problems"]) for m in one), *map(show, one)])
-print(markdown(["", "problems", *(f"{split}: accuracy % (code %)" for split in splits)], rows))
+one, resumed, two = ([row for row in map(json.loads, open(f"{sys.argv[1]}/check-{name}/metrics.jsonl")) if "step" in row]
+                     for name in ("one", "resumed", "two"))
+for name, rows in (("resumed", resumed), ("two ranks", two)):
+    for a, b in zip(one, rows, strict=True):
+        gap = max(abs(a[k] - b[k]) / max(abs(a[k]), 1e-6) for k in a if isinstance(a[k], float) and not k.startswith(
+            ("seconds", "tool_wait", "sampler_difference", "rollout_tokens", "train_tokens")))
+        print(f"one process against {name}, step {a['step']}: largest relative difference of a metric {gap:.1e}")
 PY
