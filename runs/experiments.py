@@ -129,6 +129,18 @@ def families(runs, names):
     return markdown(["family", "calls", *header], rows)
 
 
+def by_calls(runs, name):
+    """By the number of calls that a problem's solution takes (runs/calls.py), before -> after, means over seeds."""
+    rows = []
+    for calls in (1, 2, 3):
+        found = [[m for run in runs[name].values() for label, m in run["evaluations"].items()
+                  if label.endswith(f"calls_{calls}.jsonl {when}")] for when in ("before", "after")]
+        rows.append([str(calls), *(" -> ".join(spread([m[key] for m in seeds], scale, digits) for seeds in found)
+                                   for key, scale, digits in (("accuracy", 100, 1), ("code_ratio", 100, 1),
+                                                              ("snippets_per_response", 1, 2), ("code_lines", 1, 1)))])
+    return markdown(["calls", "accuracy %", "code %", "snippets per response", "lines of code"], rows)
+
+
 def purposes(runs, names):
     """Shares of the purposes of snippets on test problems, before -> after, means over seeds."""
     found = {name: [[run["evaluations"][label]["purposes"] for run in runs[name].values()]
@@ -259,15 +271,14 @@ def price_curve(runs):
 
 def main(folder, figures):
     runs, questions = load(folder), json.loads(TEXTS.read_text())
-    pretrained = load(Path(folder).parent / "smollm2")
     commits = sorted({run["commit"][:7] for found in runs.values() for run in found.values()})
     count = sum(map(len, runs.values()))
     print(f"# Findings\n\n{count} runs of the default task at commit {', '.join(commits)}, one thread each, two side by side (retool: two ranks); each "
           f"row's seeds are in it. Commands: `bash runs/experiments.sh` (the flags stand there); this file: `bash "
           f"runs/results.sh`. \"After\" is the last checkpoint on fresh test problems; gains are paired by problem. "
           f"Expectations were written before the runs (`expectations.md`). Seconds are not comparable from row to "
-          f"row: other processes ran beside them.\n")
-    runs |= pretrained
+          f"row, for other processes ran beside them, but in \"The axis of time\".\n")
+    runs |= load(Path(folder).parent / "smollm2")
     unanswered = [q for q in questions if not q["answer"]]
     questions = [q for q in questions if q["answer"]]
     for q in questions:
@@ -277,7 +288,8 @@ def main(folder, figures):
         print(f"\nNot run yet, though their flags and commands are there: {titles}.")
     parts = {"table": lambda q: table(runs, q["runs"], q.get("base", "retool")),
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
-             "families": lambda q: families(runs, q["runs"]), "delays": lambda q: delays(folder),
+             "families": lambda q: families(runs, q["runs"]), "calls": lambda q: by_calls(runs, "calls"),
+             "pretrained": lambda q: pretrained(Path(folder).parent / "smollm2", runs, q), "delays": lambda q: delays(folder),
              "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: evaluated(folder, "untrained", "Untrained"),
              "transfer": lambda q: evaluated(folder, "transfer", "Trained on numbers (the default, seed 0)")}
     for q in questions:

@@ -55,14 +55,33 @@ list() {
   echo "mask-failed-off $first --mask_failed off"
   echo "traces-500 $first --sft_traces 500"
   echo "traces-2000 $first --sft_traces 2000"
+  # Once more, all on one machine, one thread each: the axis of time, and the base of what was run there.
+  for seed in $seeds; do echo "retool-check $seed"; done
+  echo "grpo-check $first --advantage grpo $group"
+  echo "rloo-check $first --advantage rloo $group"
+  echo "text-check $first --tools off --code_share 0"
 }
 # As the default is run: another number of ranks would round otherwise.
 for seed in ${SEEDS:-21 22 23}; do torchrun --nproc_per_node 2 sft.py --sft_seed "$seed"; done
+mkdir -p out/experiments
 list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
 
-# What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
+# Problems of one, two and three calls, from files.
 first=${SEEDS:-21} && first=${first%% *}
-mkdir -p out/experiments "$OUT/memorisation"
+data=out/calls/$first folder=out/experiments/calls-$first
+if [ ! -e "$OUT/calls-$first/metrics.jsonl" ]; then
+  [ -e "$data/train.jsonl" ] || python runs/calls.py "$data" "$first"
+  checkpoint=$(python sft.py --traces "$data/traces.jsonl" --sft_seed "$first" | tee "$data/sft.log" | sed -n 's/^checkpoint: //p')
+  rm -rf "$folder"
+  python ppo.py --run_dir "$folder" --seed "$first" --model "$checkpoint" --train_data "$data/train.jsonl" \
+    --eval_data "$data/calls_1.jsonl,$data/calls_2.jsonl,$data/calls_3.jsonl" --actor_lr 4e-4 --critic_lr 5e-4 \
+    --sandbox_timeout 0.5 --max_prompt_tokens 512 --max_response_tokens 320 > "$folder.log"
+  mkdir -p "$OUT/calls-$first" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/calls-$first/"
+  grep '^warm start: ' "$data/sft.log" > "$OUT/calls-$first/warm_start.txt"
+fi
+
+# What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
+mkdir -p "$OUT/memorisation"
 python -c "import data, json; [print(json.dumps(row)) for row in data.embedded_rows('train', 256, $first)]" > out/experiments/seen.jsonl
 for n in 500 2000 6000; do
   [ -e "$OUT/memorisation/$n.json" ] && continue
