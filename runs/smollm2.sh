@@ -114,7 +114,11 @@ if [ -n "${GSM8K:-}" ]; then
 fi
 
 # 6. PPO on this model, killed and resumed, and on two ranks: the same three steps?
-reinforced() { [ -e "$OUT/$1/checkpoint" ] || $2 ppo.py $3 > "$OUT/$1.log"; }
+reinforced() {  # name, how to start it, flags
+  [ -e "$OUT/$1/checkpoint" ] && return
+  [[ $3 == --resume* ]] || rm -rf "$OUT/$1"
+  $2 ppo.py $3 > "$OUT/$1.log"
+}
 few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 16 --critic_warmup 0 --lr_warmup 1 \
   --steps 3 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_problems 4 --eval_samples 1 --save_every 1 \
   --dtype fp32 --sandbox_timeout 2"; }
@@ -130,7 +134,7 @@ one, resumed, two = ([row for row in map(json.loads, open(f"{sys.argv[1]}/check-
                      for name in ("one", "resumed", "two"))
 for name, rows in (("resumed", resumed), ("two ranks", two)):
     for a, b in zip(one, rows, strict=True):
-        gap = max(abs(a[k] - b[k]) / max(abs(a[k]), 1e-6) for k in a if isinstance(a[k], float) and not k.startswith(
-            ("seconds", "tool_wait", "sampler_difference", "rollout_tokens", "train_tokens")))
-        print(f"one process against {name}, step {a['step']}: largest relative difference of a metric {gap:.1e}")
+        gaps = {k: abs(a[k] - b[k]) / a[k] for k in ("accuracy", "response_tokens", "entropy", "approx_kl", "value_loss",
+                                                     "grad_norm_actor", "grad_norm_critic")}
+        print(f"one process against {name}, step {a['step']}, relative differences:", *(f"{k} {v:.0e}" for k, v in gaps.items()))
 PY
