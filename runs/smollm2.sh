@@ -119,7 +119,7 @@ reinforced() {  # name, how to start it, flags
   [[ $3 == --resume* ]] || rm -rf "$OUT/$1"
   $2 ppo.py $3 > "$OUT/$1.log"
 }
-few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 16 --critic_warmup 0 --lr_warmup 1 \
+few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 8 --critic_warmup 0 --lr_warmup 1 \
   --steps 3 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_problems 4 --eval_samples 1 --save_every 1 \
   --dtype fp32 --sandbox_timeout 2"; }
 reinforced check-one python "$(few check-one)"
