@@ -86,7 +86,7 @@ def boxed(text):
 
 
 def extract_answer(response):
-    r"""The last \boxed{} outside a text's blocks, or None. (Of rollouts, `is_correct` knows more.)"""
+    r"""The last \boxed{} outside a text's blocks, or None. (Of rollouts: eval.stated_answer.)"""
     return boxed(BLOCKS.sub("\n", response))
 
 

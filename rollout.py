@@ -70,7 +70,7 @@ INTERPRETER_BLOCK = re.compile(r"(?<=</code>)\s*<interpreter>\n?(.*?)\n?</interp
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGIT_BYTES = 256 << 20  # of logits at once: 441 tokens of Qwen's vocabulary in fp32
-PREFILL_TOKENS = 16384  # of prompts in one tick, about: their activations need memory too
+PREFILL_TOKENS = 16384  # of prompts in one tick, about: activations need memory
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def use_packed_attention(model, name):
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
     for what, ours, theirs in (("packed", packed, wanted), ("cached", cached, wanted[packing.last])):
         error = ((ours - theirs).norm(dim=-1).max() / theirs.norm(dim=-1).mean()).item()
-        if not error < 1e-3:  # what is refused has 0.09 and more; rounding is 3e-5 in a trained model
+        if not error < 1e-3:  # rounding: 3e-5; what is refused: 0.09
             raise UserError(f"{refused}: {what} sequences get other logits (relative difference "
                             f"{error:.0e}): layers that are not attention, or scaled logits")
     for parameter, dtype in dtypes.items():
