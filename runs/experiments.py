@@ -129,6 +129,11 @@ def families(runs, names):
     return markdown(["family", "calls", *header], rows)
 
 
+def with_error(m):
+    """Accuracy in % and its standard error."""
+    return f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}"
+
+
 def by_calls(runs, name):
     """By the number of calls that a problem's solution takes (runs/calls.py), before -> after, means over seeds."""
     rows = []
@@ -164,8 +169,7 @@ def memorisation(folder, names):
     for name, traces in names.items():
         text = (Path(folder) / name / "warm_start.txt").read_text().removeprefix("warm start: ").split()
         found = of_one_checkpoint(Path(folder) / "memorisation" / f"{traces}.json")
-        rows.append([f"{traces:,}", *text[1::2], *(f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f}"
-                                                   for m in found.values())])
+        rows.append([f"{traces:,}", *text[1::2], *map(with_error, found.values())])
     return markdown(["traces", "loss on them", "on others", "gap", "accuracy % on their problems", "on fresh ones"], rows)
 
 
@@ -173,15 +177,14 @@ def pretrained(folder, runs, question):
     """What checkpoints answer right, {name: file of eval.py's output}; then runs, before and after PPO."""
     def row(name, found, *gains):
         return [name, " / ".join(str(m["problems"]) for m in found), *(
-            f"{100 * m['accuracy']:.1f} +- {100 * m['accuracy_error']:.1f} ({100 * m['code_ratio']:.0f})" for m in found), *gains]
+            f"{with_error(m)} ({100 * m['code_ratio']:.0f})" for m in found), *gains]
 
     rows, splits = [], ("test", "ood_large", "ood_families")
     for name, file in question["checkpoints"].items():
         found = of_one_checkpoint(Path(folder) / file)
         rows.append(row(name, [found[split] for split in splits], "", ""))
     for name, which in itertools.product(question["runs"], ("before", "after")):
-        found = {seed: run for seed, run in runs[name].items() if "test after" in run["evaluations"]}
-        for seed, run in found.items():
+        for seed, run in runs[name].items():
             gains = [paired({seed: run}, {seed: run}, f"{split} after", f"{split} before") for split in splits[::2]]
             rows.append(row(f"{name}, {which}", [run["evaluations"][f"{split} {which}"] for split in splits],
                             *(gains if which == "after" else ["", ""])))

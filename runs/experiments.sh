@@ -12,7 +12,7 @@ one() {  # NAME SEED FLAGS...
   if [ -d "$folder/checkpoints" ]; then
     python ppo.py --resume "$folder" > "$folder.log" 2>&1 || return
   else
-    rm -rf "$folder" && mkdir -p out/experiments
+    rm -rf "$folder"
     python ppo.py --run_dir "$folder" --seed "$2" --sft_seed "$2" "${@:3}" > "$folder.log" 2>&1 || return
   fi
   mkdir -p "$OUT/$1-$2" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/$1-$2/"

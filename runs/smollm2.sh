@@ -76,11 +76,11 @@ evaluate() {  # name, model, further flags
   [ -e "$OUT/$1.json" ] && return
   python eval.py --model "$2" $SHARED --output "$OUT/$1.json" "${@:3}" | tee "$OUT/$1.txt"
 }
+UPDATES="--actor_lr 2e-5 --critic_lr 1e-4 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_samples 1"
 reinforce() {  # name, model, further flags: $OUT/name becomes the run
   [ -e "$OUT/$1/checkpoint" ] && return
-  local begin="--run_dir $OUT/$1 --model $2 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 128 --critic_warmup 1 --lr_warmup 2 \
-    --steps 16 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --n_slots 64 --eval_problems 128 --eval_samples 1 \
-    --save_every 2 $SHARED ${*:3}"
+  local begin="--run_dir $OUT/$1 --model $2 $UPDATES --prompts_per_step 128 --critic_warmup 1 --lr_warmup 2 --steps 16 --n_slots 64 \
+    --eval_problems 128 --save_every 2 $SHARED ${*:3}"
   [ -d "$OUT/$1/checkpoints" ] && begin="--resume $OUT/$1"
   $RUN ppo.py $begin --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
   [ -e "$OUT/$1/checkpoint" ] || exit 0
@@ -114,18 +114,17 @@ if [ -n "${GSM8K:-}" ]; then
 fi
 
 # 6. PPO on this model, killed and resumed, and on two ranks: the same three steps?
-reinforced() {  # name, how to start it, flags
+short_run() {  # name, how to start it, flags
   [ -e "$OUT/$1/checkpoint" ] && return
   [[ $3 == --resume* ]] || rm -rf "$OUT/$1"
   $2 ppo.py $3 > "$OUT/$1.log"
 }
-few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 --actor_lr 2e-5 --critic_lr 1e-4 --prompts_per_step 8 --critic_warmup 0 --lr_warmup 1 \
-  --steps 3 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_problems 4 --eval_samples 1 --save_every 1 \
-  --dtype fp32 --sandbox_timeout 2"; }
-reinforced check-one python "$(few check-one)"
-reinforced check-two "torchrun --nproc_per_node 2" "$(few check-two)"
+few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 $UPDATES --prompts_per_step 8 --critic_warmup 0 --lr_warmup 1 --steps 3 --eval_problems 4 \
+  --save_every 1 --dtype fp32 --sandbox_timeout 2"; }
+short_run check-one python "$(few check-one)"
+short_run check-two "torchrun --nproc_per_node 2" "$(few check-two)"
 [ -d "$OUT/check-resumed" ] || python ppo.py $(few check-resumed) --minutes 0.1 > "$OUT/check-resumed.log"
-reinforced check-resumed python "--resume $OUT/check-resumed --minutes 0"
+short_run check-resumed python "--resume $OUT/check-resumed --minutes 0"
 python - "$OUT" <<'PY' | tee "$OUT/checks.txt"
 import json
 import sys
