@@ -68,7 +68,7 @@ timed() {
 warm_start() {  # name, traces, steps: $OUT/name becomes the checkpoint
   [ -e "$OUT/$1" ] && return
   $RUN sft.py --model "$MODEL" --traces "$2" --sft_steps "$3" --sft_batch_size 16 --sft_lr 5e-4 --sft_muon_lr 0 --sft_warmup 5 \
-    --sft_save_every 10 --token_budget 4096 $SHARED --minutes "${MINUTES:-0}" --warm_start_dir "$OUT/sft" | tee "$OUT/$1.log"
+    --sft_save_every 20 --token_budget 4096 $SHARED --minutes "${MINUTES:-0}" --warm_start_dir "$OUT/sft" | tee "$OUT/$1.log"
   grep -q '^checkpoint: ' "$OUT/$1.log" || exit 0
   ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/$1.log" | xargs realpath)" "$OUT/$1"
 }
@@ -99,7 +99,7 @@ timed reinforce ppo-640-text "$OUT/text-640" --tools off
 timed evaluate released "$MODEL" $FORMAT --limit 64
 timed evaluate prompted "$MODEL" $FORMAT --limit 64 --prompt_template retool
 
-# 5. GSM8K, if it is there: whole programs against a snippet per calculation, as many tokens of each.
+# 5. GSM8K, if it is there: whole programs, a snippet per calculation, and text, as many tokens of each; PPO from the programs.
 if [ -n "${GSM8K:-}" ]; then
   WORDS="--samples 1 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 640 --max_calls 10 --problems $OUT/gsm8k_test.jsonl"
   head -n "${GSM8K_PROBLEMS:-1319}" "$GSM8K/test.jsonl" > "$OUT/gsm8k_test.jsonl"
@@ -107,10 +107,23 @@ if [ -n "${GSM8K:-}" ]; then
     [ -e "$OUT/$rewriter.jsonl" ] || python sft.py curate --rewriter $rewriter --input "$GSM8K/train.jsonl" \
       --decontaminate "$GSM8K/test.jsonl" --output "$OUT/$rewriter.jsonl" --prompt_template plain --tokenizer "$MODEL"
   done
-  timed warm_start gsm8k-program "$OUT/program.jsonl" 50
-  timed warm_start gsm8k-calculator "$OUT/calculator.jsonl" 32
-  for name in gsm8k-program gsm8k-calculator; do timed evaluate eval-$name "$OUT/$name" $WORDS; done
+  [ -e "$OUT/text.jsonl" ] || python - "$OUT" <<'PY'
+import json
+import re
+import sys
+with open(f"{sys.argv[1]}/text.jsonl", "w") as file:  # the calculator's traces without their calls
+    for trace in map(json.loads, open(f"{sys.argv[1]}/calculator.jsonl")):
+        reply = trace["messages"][-1]
+        reply["content"] = re.sub(r"(Let me compute [^\n]*)?\n<code>.*?</interpreter>\n", " ", reply["content"], flags=re.S)
+        file.write(json.dumps(trace) + "\n")
+PY
+  for kind in "program 300" "calculator 197" "text 315"; do  # 0.97 million tokens each
+    set -- $kind
+    timed warm_start gsm8k-$1 "$OUT/$1.jsonl" $2
+    timed evaluate eval-gsm8k-$1 "$OUT/gsm8k-$1" $WORDS
+  done
   timed evaluate released-gsm8k "$MODEL" $WORDS --prompt_template retool
+  timed reinforce ppo-gsm8k "$OUT/gsm8k-program" --train_data "$OUT/calculator.jsonl" --eval_data "$OUT/gsm8k_test.jsonl" --eval_problems 400
 fi
 
 # 6. PPO on this model, killed and resumed, and on two ranks: the same three steps?
