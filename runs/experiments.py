@@ -43,22 +43,26 @@ def spread(values, scale=100, digits=1):
 def paired(runs, base, label="test after", base_label=None):
     """Gain in accuracy over `base` (its evaluation base_label, or the same) on the same problems, noise and
     seeds: "mean (low to high)" in points; the interval is the bootstrap's 95 % over problems, each averaged
-    over the seeds that both have."""
+    over the seeds that both have. A run is not compared with itself."""
     gains = []
     for seed in sorted(runs.keys() & base.keys()):
+        if runs[seed] is base[seed] and not base_label:
+            continue
         counts = [run[seed]["evaluations"][which]["per_problem"]
                   for run, which in ((runs, label), (base, base_label or label))]
         counts = [zip(c["responses"], c["correct"]) if isinstance(c, dict) else c for c in counts]  # an earlier layout
         gains.append([c2 / n2 - c1 / n1 if n1 and n2 else np.nan for (n2, c2), (n1, c1) in zip(*counts)])
-    if not gains or runs is base and not base_label:
+    if not gains:
         return "-"
     means = 100 * np.nanmean(np.array(gains), axis=0)
     low, high = np.percentile(bootstrap(means[~np.isnan(means)]), [2.5, 97.5])
     return f"{np.nanmean(means):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def table(runs, names, base):
-    """A row per name: what its runs reached, and the gain over `base`."""
+def table(runs, names, bases=("retool",), splits=("test",)):
+    """A row per name: what its runs reached, and the gains on the splits over `bases`: of two that have a seed, the
+    later one counts."""
+    base = {seed: run for name in bases for seed, run in runs.get(name, {}).items()}
     rows, missing = [], [name for name in names if name not in runs]
     for name in (name for name in names if name in runs):
         found = runs[name]
@@ -73,11 +77,12 @@ def table(runs, names, base):
                    for run in found.values()]
         rows.append([
             name, ", ".join(map(str, found)), spread(before), spread([m["accuracy"] for m in after]),
-            paired(found, runs.get(base, {})), "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
+            *(paired(found, base, f"{split} after") for split in splits), "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
             spread([m["snippets_per_response"] for m in after], 1, 2),
             spread([m["response_tokens"] for m in after], 1, 0), spread(seconds, 1)])
     left_out = f"\n\nNot run: {', '.join(missing)}." if missing else ""
-    return markdown(["", "seeds", "before %", "after %", f"gain over {base}, points (95 %)", "steps to 90 %", "ood_large %",
+    gains = [f"gain over {', '.join(bases)}{f' on {split}' if split != 'test' else ''}, points (95 %)" for split in splits]
+    return markdown(["", "seeds", "before %", "after %", *gains, "steps to 90 %", "ood_large %",
                      "code needed %", "code trivial %", "snippets", "tokens", "s / step"], rows) + left_out
 
 
@@ -289,7 +294,7 @@ def main(folder, figures):
     titles = "; ".join(q["title"] for q in unanswered)
     if titles:
         print(f"\nNot run yet, though their flags and commands are there: {titles}.")
-    parts = {"table": lambda q: table(runs, q["runs"], q.get("base", "retool")),
+    parts = {"table": lambda q: table(runs, q["runs"], **q.get("compare", {})),
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "calls": lambda q: by_calls(runs, "calls"),
              "pretrained": lambda q: pretrained(Path(folder).parent / "smollm2", runs, q), "delays": lambda q: delays(folder),

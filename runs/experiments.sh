@@ -32,7 +32,7 @@ list() {
   local first=${seeds%% *} group="--samples_per_prompt 8 --prompts_per_step 32" once="--eval_samples 1"
   echo "grpo $first --advantage grpo $group"
   echo "rloo $first --advantage rloo $group"
-  echo "mask-off $first --mask_interpreter off"
+  for seed in $seeds; do echo "mask-off $seed --mask_interpreter off"; done
   echo "task-text $first --task text"
   echo "kl-0.1 $first --kl_coef 0.1 $once"
   echo "kl-0.01 $first --kl_coef 0.01 $once"
@@ -55,8 +55,10 @@ list() {
   echo "mask-failed-off $first --mask_failed off"
   echo "traces-500 $first --sft_traces 500"
   echo "traces-2000 $first --sft_traces 2000"
-  # Once more, all on one machine, one thread each: the axis of time, and the base of what was run there.
-  for seed in $seeds; do echo "retool-check $seed"; done
+  # Once more, all on one machine, one thread each: the axis of time, and the base of what was run there; then the base of
+  # the rewards and of mask-off on the other seeds, run on a third.
+  echo "retool-check $first"
+  for seed in $seeds; do [ "$seed" = "$first" ] || echo "retool-again $seed"; done
   echo "grpo-check $first --advantage grpo $group"
   echo "rloo-check $first --advantage rloo $group"
   echo "text-check $first --tools off --code_share 0"
@@ -67,21 +69,23 @@ mkdir -p out/experiments
 list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
 
 # Problems of one, two and three calls, from files.
-first=${SEEDS:-21} && first=${first%% *}
-data=out/calls/$first folder=out/experiments/calls-$first
-if [ ! -e "$OUT/calls-$first/metrics.jsonl" ]; then
-  [ -e "$data/train.jsonl" ] || python runs/calls.py "$data" "$first"
-  checkpoint=$(python sft.py --traces "$data/traces.jsonl" --sft_seed "$first" | tee "$data/sft.log" | sed -n 's/^checkpoint: //p')
+calls() {  # SEED
+  local data=out/calls/$1 folder=out/experiments/calls-$1 checkpoint
+  [ -e "$OUT/calls-$1/metrics.jsonl" ] && return
+  [ -e "$data/train.jsonl" ] || python runs/calls.py "$data" "$1"
+  checkpoint=$(python sft.py --traces "$data/traces.jsonl" --sft_seed "$1" | tee "$data/sft.log" | sed -n 's/^checkpoint: //p')
   rm -rf "$folder"
-  python ppo.py --run_dir "$folder" --seed "$first" --model "$checkpoint" --train_data "$data/train.jsonl" \
+  python ppo.py --run_dir "$folder" --seed "$1" --model "$checkpoint" --train_data "$data/train.jsonl" \
     --eval_data "$data/calls_1.jsonl,$data/calls_2.jsonl,$data/calls_3.jsonl" --actor_lr 4e-4 --critic_lr 5e-4 \
     --sandbox_timeout 0.5 --max_prompt_tokens 512 --max_response_tokens 320 > "$folder.log"
-  mkdir -p "$OUT/calls-$first" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/calls-$first/"
-  grep '^warm start: ' "$data/sft.log" > "$OUT/calls-$first/warm_start.txt"
-fi
+  mkdir -p "$OUT/calls-$1" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/calls-$1/"
+  grep '^warm start: ' "$data/sft.log" > "$OUT/calls-$1/warm_start.txt"
+}
+for seed in ${SEEDS:-21 22 23}; do calls "$seed"; done
 
 # What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
 mkdir -p "$OUT/memorisation"
+first=${SEEDS:-21} && first=${first%% *}
 python -c "import data, json; [print(json.dumps(row)) for row in data.embedded_rows('train', 256, $first)]" > out/experiments/seen.jsonl
 for n in 500 2000 6000; do
   [ -e "$OUT/memorisation/$n.json" ] && continue

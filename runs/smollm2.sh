@@ -126,7 +126,12 @@ PY
   timed reinforce ppo-gsm8k "$OUT/gsm8k-program" --train_data "$OUT/calculator.jsonl" --eval_data "$OUT/gsm8k_test.jsonl" --eval_problems 400
 fi
 
-# 6. PPO on this model, killed and resumed, and on two ranks: the same three steps?
+# 6. The engine against `generate`, token for token and tokens per second. PPO killed and resumed, and on two ranks: the same
+#    three steps?
+if [ ! -e "$OUT/engine.txt" ]; then
+  python tests/bench_rollout.py --model "$OUT/mixed-640" --check_rows 8 --rows 32 --batch_sizes 16 32 | tee "$OUT/engine.partial"
+  mv "$OUT/engine.partial" "$OUT/engine.txt"
+fi
 short_run() {  # name, how to start it, flags
   [ -e "$OUT/$1/checkpoint" ] && return
   [[ $3 == --resume* ]] || rm -rf "$OUT/$1"

@@ -88,10 +88,10 @@ def slow_twin(model, tokenizer, prompts, run_tool, batch_size, max_interpreter_t
                     continue
                 text = tokenizer.decode(responses[i][begin:], clean_up_tokenization_spaces=False)
                 _, opened, code = text[:-len(CODE_CLOSE + overrun)].rpartition(CODE_OPEN)
-                if opened:
+                if opened:  # else a closing tag that closes nothing, and the row goes on
                     responses[i] += encode_interpreter(tokenizer, run_tool(strip_fence(code)),
                                                        max_interpreter_tokens, overrun)
-                    still.append(i)
+                still.append(i)
             live = still
     return responses
 
@@ -334,6 +334,7 @@ async def benchmark(ours, twin, tokenizer, args):
             trajectories = await generate(
                 ours, tokenizer, prompts, sandbox, temperature=0, n_slots=n_slots, stats=stats,
                 max_response_tokens=min(limit, 1024), rejoin_ticks=rejoin_ticks,
+                max_calls=limit,  # a trained model adds calls of its own to the scripted ones
                 logits_processor=follow(scripts, tokenizer.eos_token_id))
         # What cannot be done without: reading all weights, and each row's keys and values, once per tick.
         values = seen["calls"] * weights + seen["kv_tokens"] * kv_values
