@@ -79,11 +79,12 @@ def table(runs, names, bases=("retool",), splits=("test",)):
             name, ", ".join(map(str, found)), spread(before), spread([m["accuracy"] for m in after]),
             *(paired(found, base, f"{split} after") for split in splits), "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
             spread([m["snippets_per_response"] for m in after], 1, 2),
-            spread([m["response_tokens"] for m in after], 1, 0), spread(seconds, 1)])
+            spread([m["response_tokens"] for m in after], 1, 0), spread(seconds, 1),
+            spread([m.get("unneeded_code_seconds") for m in after], 1000, 0)])
     left_out = f"\n\nNot run: {', '.join(missing)}." if missing else ""
     gains = [f"gain over {', '.join(bases)}{f' on {split}' if split != 'test' else ''}, points (95 %)" for split in splits]
     return markdown(["", "seeds", "before %", "after %", *gains, "steps to 90 %", "ood_large %",
-                     "code needed %", "code trivial %", "snippets", "tokens", "s / step"], rows) + left_out
+                     "code needed %", "code trivial %", "snippets", "tokens", "s / step", "sandbox ms, trivial"], rows) + left_out
 
 
 DYNAMICS = {"accuracy": 100, "response_tokens": 1, "code_ratio": 100, "code_lines": 1, "snippets_per_response": 1,
@@ -290,11 +291,13 @@ def main(folder, figures):
     runs, questions = load(folder), json.loads(TEXTS.read_text())
     commits = sorted({run["commit"][:7] for found in runs.values() for run in found.values()})
     count = sum(map(len, runs.values()))
+    three = ", ".join(name for name, found in runs.items() if len(found) > 2)
     print(f"# Findings\n\n{count} runs of the default task at commit {', '.join(commits)}, one thread each, two side by side (retool: two ranks); each "
-          f"row's seeds are in it. Commands: `bash runs/experiments.sh` (the flags stand there); this file: `bash "
+          f"row's seeds are in it: three for {three}; one, or two, for the rest. Commands: `bash runs/experiments.sh` (the flags stand there); this file: `bash "
           f"runs/results.sh`. \"After\" is the last checkpoint on fresh test problems; gains are paired by problem. "
           f"Expectations were written before the runs (`expectations.md`). Seconds are not comparable from row to "
-          f"row, for other processes ran beside them, but in \"The axis of time\".\n")
+          f"row, for other processes ran beside them, but in \"The axis of time\"; \"sandbox ms\" are those of a response with code where none is "
+          f"needed.\n")
     runs |= load(Path(folder).parent / "smollm2")
     unanswered = [q for q in questions if not q["answer"]]
     questions = [q for q in questions if q["answer"]]
