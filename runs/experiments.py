@@ -77,7 +77,8 @@ def table(runs, names, bases=("retool",), splits=("test",)):
                    for run in found.values()]
         rows.append([
             name, ", ".join(map(str, found)), spread(before), spread([m["accuracy"] for m in after]),
-            *(paired(found, base, f"{split} after") for split in splits), "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
+            *(paired(found, base, f"{split} after") for split in splits),
+            "never" if None in reached else spread(reached, 1, 0), spread(large), *map(spread, columns),
             spread([m["snippets_per_response"] for m in after], 1, 2),
             spread([m["response_tokens"] for m in after], 1, 0), spread(seconds, 1),
             spread([m.get("unneeded_code_seconds") for m in after], 1000, 0)])
