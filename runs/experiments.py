@@ -199,13 +199,15 @@ def pretrained(folder, runs, question):
                      "on ood_families"], rows)
 
 
-def gsm8k(folder, checkpoints):
-    """What {name: file of eval.py's output} answer right of problems in words."""
+def gsm8k(folder, checkpoints, pairs):
+    """What {name: file of eval.py's output} answer right of problems in words; gains of pairs [(name, base)]."""
     found = {name: next(iter(of_one_checkpoint(Path(folder) / file).values())) for name, file in checkpoints.items()}
+    run = lambda name: {0: {"evaluations": {"test after": found[name]}}}  # noqa: E731
+    gains = "".join(f"\n\n{name} over {base}: {paired(run(name), run(base))} points." for name, base in pairs)
     return markdown(["warm start", "problems", "accuracy %", "code %", "snippets", "last runs %, of right / wrong", "tokens"], [
         [name, str(m["problems"]), with_error(m), f"{100 * m['code_ratio']:.0f}", f"{m['snippets_per_response']:.1f}",
          " / ".join(spread([m[f"pass_last_{kind}"]], digits=0) for kind in ("correct", "incorrect")),
-         f"{m['response_tokens']:.0f}"] for name, m in found.items()])
+         f"{m['response_tokens']:.0f}"] for name, m in found.items()]) + gains
 
 
 def evaluated(folder, name, who):
@@ -311,7 +313,7 @@ def main(folder, figures):
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "calls": lambda q: by_calls(runs, "calls"),
              "pretrained": lambda q: pretrained(Path(folder).parent / "smollm2", runs, q), "delays": lambda q: delays(folder),
-             "gsm8k": lambda q: gsm8k(Path(folder).parent / "smollm2", q["checkpoints"]),
+             "gsm8k": lambda q: gsm8k(Path(folder).parent / "smollm2", q["checkpoints"], q["pairs"]),
              "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: evaluated(folder, "untrained", "Untrained"),
              "transfer": lambda q: evaluated(folder, "transfer", "Trained on numbers (the default, seed 0)")}
     for q in questions:
