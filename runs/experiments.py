@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 from data import TRIVIAL, embedded_problem  # noqa: E402
-from eval import bootstrap, markdown  # noqa: E402
+from eval import bootstrap, evaluation_table, markdown  # noqa: E402
+from results import compare  # noqa: E402
 from rollout import CODE_OPEN  # noqa: E402
 
 TEXTS = Path(__file__).parent / "experiments.json"  # questions, expectations, answers
@@ -200,14 +201,10 @@ def pretrained(folder, runs, question):
 
 
 def gsm8k(folder, checkpoints, pairs):
-    """What {name: file of eval.py's output} answer right of problems in words; gains of pairs [(name, base)]."""
+    """Tables of {name: file of eval.py's output}, and of pairs [(name, name)] of them."""
     found = {name: next(iter(of_one_checkpoint(Path(folder) / file).values())) for name, file in checkpoints.items()}
-    run = lambda name: {0: {"evaluations": {"test after": found[name]}}}  # noqa: E731
-    gains = "".join(f"\n\n{name} over {base}: {paired(run(name), run(base))} points." for name, base in pairs)
-    return markdown(["warm start", "problems", "accuracy %", "code %", "snippets", "last runs %, of right / wrong", "tokens"], [
-        [name, str(m["problems"]), with_error(m), f"{100 * m['code_ratio']:.0f}", f"{m['snippets_per_response']:.1f}",
-         " / ".join(spread([m[f"pass_last_{kind}"]], digits=0) for kind in ("correct", "incorrect")),
-         f"{m['response_tokens']:.0f}"] for name, m in found.items()]) + gains
+    gains = [[f"{first} -> {second}", *compare(found[first], found[second])] for first, second in pairs]
+    return evaluation_table(found) + "\n\n" + markdown(["pair", "difference of avg@n %", "95 % interval", "problems"], gains)
 
 
 def evaluated(folder, name, who):

@@ -5,6 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OUT=${OUT:-results/experiments}
+seeds=${SEEDS:-21 22 23}
+first=${seeds%% *}
+
+keep() {  # NAME-SEED, log of its warm start: what is committed of a run
+  mkdir -p "$OUT/$1" && cp "out/experiments/$1"/arguments.json "out/experiments/$1"/metrics.jsonl "$OUT/$1/"
+  grep -a '^warm start: ' "$2" > "$OUT/$1/warm_start.txt"  # its losses, or which one was reused
+}
 
 one() {  # NAME SEED FLAGS...
   local folder="out/experiments/$1-$2"
@@ -15,13 +22,11 @@ one() {  # NAME SEED FLAGS...
     rm -rf "$folder"
     python ppo.py --run_dir "$folder" --seed "$2" --sft_seed "$2" "${@:3}" > "$folder.log" 2>&1 || return
   fi
-  mkdir -p "$OUT/$1-$2" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/$1-$2/"
-  grep -a '^warm start: ' "$folder.log" > "$OUT/$1-$2/warm_start.txt"  # its losses, or which one was reused
+  keep "$1-$2" "$folder.log"
 }
-export -f one
+export -f keep one
 
 list() {
-  local seeds=${SEEDS:-21 22 23}
   for seed in $seeds; do echo "retool $seed"; done  # three warm starts, which the others reuse
   for seed in $seeds; do echo "text $seed --tools off --code_share 0"; done
   for seed in $seeds; do
@@ -29,7 +34,7 @@ list() {
     for price in 0.1 0.3 0.6 1.2 1.8; do echo "cost-$price $seed --reward cost --reward_scale $price"; done
     for kind in executable bonus steps; do echo "reward-$kind $seed --reward $kind --reward_scale 0.3"; done
   done
-  local first=${seeds%% *} group="--samples_per_prompt 8 --prompts_per_step 32" once="--eval_samples 1"
+  local group="--samples_per_prompt 8 --prompts_per_step 32" once="--eval_samples 1"
   echo "grpo $first --advantage grpo $group"
   echo "rloo $first --advantage rloo $group"
   for seed in $seeds; do echo "mask-off $seed --mask_interpreter off"; done
@@ -64,7 +69,7 @@ list() {
   echo "text-check $first --tools off --code_share 0"
 }
 # As the default is run: another number of ranks would round otherwise.
-for seed in ${SEEDS:-21 22 23}; do torchrun --nproc_per_node 2 sft.py --sft_seed "$seed"; done
+for seed in $seeds; do torchrun --nproc_per_node 2 sft.py --sft_seed "$seed"; done
 mkdir -p out/experiments
 list | xargs -P ${PROCESSES:-2} -L 1 bash -c 'one "$@"' bash
 
@@ -78,14 +83,12 @@ calls() {  # SEED
   python ppo.py --run_dir "$folder" --seed "$1" --model "$checkpoint" --train_data "$data/train.jsonl" \
     --eval_data "$data/calls_1.jsonl,$data/calls_2.jsonl,$data/calls_3.jsonl" --actor_lr 4e-4 --critic_lr 5e-4 \
     --sandbox_timeout 0.5 --max_prompt_tokens 512 --max_response_tokens 320 > "$folder.log"
-  mkdir -p "$OUT/calls-$1" && cp "$folder"/arguments.json "$folder"/metrics.jsonl "$OUT/calls-$1/"
-  grep '^warm start: ' "$data/sft.log" > "$OUT/calls-$1/warm_start.txt"
+  keep "calls-$1" "$data/sft.log"
 }
-for seed in ${SEEDS:-21 22 23}; do calls "$seed"; done
+for seed in $seeds; do calls "$seed"; done
 
 # What warm starts on more and more traces answer right: on the problems of 256 of their traces, and on fresh ones.
 mkdir -p "$OUT/memorisation"
-first=${SEEDS:-21} && first=${first%% *}
 python -c "import data, json; [print(json.dumps(row)) for row in data.embedded_rows('train', 256, $first)]" > out/experiments/seen.jsonl
 for n in 500 2000 6000; do
   [ -e "$OUT/memorisation/$n.json" ] && continue
