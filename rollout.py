@@ -69,7 +69,7 @@ TAG = re.compile(r"<(/?)(code|interpreter|answer)>")
 INTERPRETER_BLOCK = re.compile(r"(?<=</code>)\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOGIT_BYTES = 256 << 20  # of logits at once: 441 tokens of Qwen's vocabulary in fp32
+LOGIT_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}  # at once: a CPU's cache is small
 PREFILL_TOKENS = 16384  # of prompts in one tick, about: activations need memory
 
 
@@ -517,7 +517,7 @@ class Policy(nn.Module):
         hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
                                use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
         chosen = loss_mask.nonzero()[:, 0]
-        chunk = max(1, LOGIT_BYTES // (4 * self.lm.config.vocab_size))
+        chunk = max(1, LOGIT_BYTES[hidden.device.type] // (4 * self.lm.config.vocab_size))
         head = self.head
         if len(chosen) > chunk and torch.is_grad_enabled():  # recompute logits in backward
             head = functools.partial(checkpoint, self.head, use_reentrant=False)

@@ -57,7 +57,7 @@ def plan(config, args, gpus, gib=math.inf):
         "reference": on_gpu / 2 * actor * (args.kl_coef > 0),  # weights alone
         # Weights and gradients of two layers and of what is no layer, fp32 while reduced.
         "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
-        "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES,
+        "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES["cuda"],
         "sampler": total * size,
     }
     parts = {name: value / 2**30 for name, value in parts.items()}

@@ -31,7 +31,7 @@ def head_benchmark():
     ids = torch.randint(0, vocabulary, (tokens,))
     flat, packing = collate([make_example(ids.tolist(), [1] * tokens)], "cpu")
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731  (MiB)
-    for name, rollout.LOGIT_BYTES in (("warm-up", 1 << 18), ("chunked", (256 << 20) // 16), ("full", 1 << 40)):
+    for name, rollout.LOGIT_BYTES["cpu"] in (("warm-up", 1 << 18), ("chunked", (256 << 20) // 16), ("full", 1 << 40)):
         before = peak()
         policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum().backward()
         grown[name] = peak() - before
