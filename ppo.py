@@ -546,11 +546,11 @@ def sampler_gap(e):
 
 def check_sampler(examples, dtype, step):
     """AssertionError where the sampler's log-probabilities are not the trainer's, on average
-    or in a single response, which the mean would hide."""
+    or, tenfold, in one response (where one token may decide)."""
     rows = torch.tensor([sampler_gap(e).sum() / e.sampled.sum() for e in examples])
     allowed = torch.stack([tolerance(e.logprobs, e.sampled, dtype) for e in examples])
     mean, row = rows.mean().item(), rows[(rows / allowed).argmax()].item()
-    assert mean < allowed.mean() and (rows < 2 * allowed).all(), (
+    assert mean < allowed.mean() and (rows < 10 * allowed).all(), (
         f"step {step}: the sampler's log-probabilities differ from the trainer's by {mean} on average, "
         f"by {row} in one response: were the weights synced?")
 
