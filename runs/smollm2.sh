@@ -96,6 +96,9 @@ timed warm_start mixed-640 "$OUT/mixed-640.jsonl" 40
 timed reinforce ppo-640 "$OUT/mixed-640"
 timed warm_start text-640 "$OUT/text-640.jsonl" 40
 timed reinforce ppo-640-text "$OUT/text-640" --tools off
+for kl in 0 0.1; do  # five steps of the same schedule
+  timed reinforce ppo-640-kl-$kl "$OUT/mixed-640" --steps 5 --kl_coef $kl
+done
 timed evaluate released "$MODEL" $FORMAT --limit 64
 timed evaluate prompted "$MODEL" $FORMAT --limit 64 --prompt_template retool
 
@@ -124,7 +127,10 @@ PY
     timed evaluate greedy-gsm8k-$1 "$OUT/gsm8k-$1" $WORDS --temperature 0
   done
   timed evaluate released-gsm8k "$MODEL" $WORDS --prompt_template retool
-  timed reinforce ppo-gsm8k "$OUT/gsm8k-program" --train_data "$OUT/calculator.jsonl" --eval_data "$OUT/gsm8k_test.jsonl" --eval_problems 400
+  QUESTIONS="--train_data $OUT/calculator.jsonl --eval_data $OUT/gsm8k_test.jsonl"
+  timed reinforce ppo-gsm8k "$OUT/gsm8k-program" $QUESTIONS --steps 12
+  timed evaluate greedy-ppo-gsm8k "$OUT/ppo-gsm8k/checkpoint" $WORDS --temperature 0
+  timed reinforce ppo-gsm8k-text "$OUT/gsm8k-text" $QUESTIONS --steps 6 --tools off
 fi
 
 # 6. The engine against `generate`, token for token and tokens per second. PPO killed and resumed, and on two ranks: the same
