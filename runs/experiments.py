@@ -200,13 +200,14 @@ def pretrained(folder, runs, question):
                      "on ood_families"], rows)
 
 
-def gsm8k(folder, runs, checkpoints, pairs):
-    """Tables of {name: file of eval.py's output} and of runs, before and after, and of pairs [(name, name)] of them."""
-    found = {name: next(iter(of_one_checkpoint(Path(folder) / file).values())) for name, file in checkpoints.items()}
-    for name, seeds in runs.items():
-        for label, m in seeds[0]["evaluations"].items():
+def gsm8k(folder, runs, question):
+    """Tables of checkpoints and of runs, before and after, as in `pretrained`; and of pairs [(name, name)] of them."""
+    found = {name: next(iter(of_one_checkpoint(Path(folder) / file).values()))
+             for name, file in question["checkpoints"].items()}
+    for name in question["runs"]:
+        for label, m in runs[name][0]["evaluations"].items():
             found[f"{name}, {label.split()[-1]}"] = m
-    gains = [[f"{first} -> {second}", *compare(found[first], found[second])] for first, second in pairs]
+    gains = [[f"{first} -> {second}", *compare(found[first], found[second])] for first, second in question["pairs"]]
     return evaluation_table(found) + "\n\n" + markdown(["pair", "difference of avg@n %", "95 % interval", "problems"], gains)
 
 
@@ -313,8 +314,7 @@ def main(folder, figures):
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
              "families": lambda q: families(runs, q["runs"]), "calls": lambda q: by_calls(runs, "calls"),
              "pretrained": lambda q: pretrained(Path(folder).parent / "smollm2", runs, q), "delays": lambda q: delays(folder),
-             "gsm8k": lambda q: gsm8k(Path(folder).parent / "smollm2", {name: runs[name] for name in q["runs"]}, q["checkpoints"],
-                                     q["pairs"]),
+             "gsm8k": lambda q: gsm8k(Path(folder).parent / "smollm2", runs, q),
              "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: evaluated(folder, "untrained", "Untrained"),
              "transfer": lambda q: evaluated(folder, "transfer", "Trained on numbers (the default, seed 0)")}
     for q in questions:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, a model that has seen English, on a CPU: the checkpoint, traces, warm starts, PPO and its text twin,
 # evaluations, checks. About seven hours of one core, GSM8K six more (added up from stages: never run in one go);
-# $OUT/minutes.txt says which stage took how long. A warm start grows to 8 GB, PPO to 12.
+# $OUT/minutes.txt says which stage took how long. A warm start grows to 11 GB, PPO too.
 #   bash runs/smollm2.sh
 #   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K too: train.jsonl, test.jsonl of github.com/openai/grade-school-math
 # Every stage is kept in $OUT: the same command goes on where it stopped. MINUTES=30 stops each training after so many.
