@@ -1,12 +1,13 @@
 """What the tests share: the embedded tokenizer, tiny random models, a stub sandbox, and a policy that says
 what it is told. Which question is asked where:
 
-    test_rooms.py     do imports go one way, and do the files keep their size?
+    test_rooms.py     do imports go one way, and are there six rooms?
     test_sandbox.py   what can a snippet do, and what not?
     test_rollout.py   are the tokens right, whatever the batch? is text cut and masked where it should be?
     test_models.py    which architectures are computed right, and are the others refused in one line?
     test_train.py     are log-probabilities, loss and gradient those of the plain model, however packed?
     test_data.py      are problems right, endless, and apart? is every layout understood?
+    test_words.py     is the task of runs/words.py right?
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
     test_experiments.py  is results/RESULTS.md what the committed outputs say?
     test_ablations.py  is every flag the arithmetic it is called?

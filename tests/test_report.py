@@ -128,8 +128,6 @@ def test_contradicting_flags_are_one_line(flags, message, monkeypatch, capsys):
 
 def test_the_template_loads_nothing_and_makes_no_markup_of_text():
     """Guards against a library from a network, and data that reaches the HTML parser."""
-    lines = TEMPLATE.splitlines()
-    assert len(lines) <= 400 and max(map(len, lines)) <= 110
     assert set(re.findall(r"[a-z]+://[^\"')\s]+", TEMPLATE)) == {"http://www.w3.org/2000/svg"}  # a name, no address
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|Function\(|\bsrc=|@import|"
                          r"\burl\(|\bfetch\(|<link|\son[a-z]+=\"", TEMPLATE)
