@@ -8,7 +8,6 @@ solution by hand (the paper's D_init) and one with code, which sft.py verifies, 
     python data.py --file FILE       # how a file of problems (or a hub id) is understood
 """
 import argparse
-import datetime
 import functools
 import json
 import math
@@ -478,119 +477,12 @@ def sum_of_digit_sums(draw):
     return digit_sum(draw, "+")
 
 
-# The same for --task text: words, lists, dates and tables instead of numbers.
-
-
-def random_word(draw, low, high):
-    """Letters with a vowel among them: what the judge takes for a word."""
-    letters = [chr(96 + draw(1, 26, False)) for _ in range(draw(low, high))]
-    return "".join(letters[:-1]) + "aeiou"[draw(0, 4, False)]
-
-
-def first_letter(draw):
-    """Which letter does {0} begin with?
-    Give the first letter of the word {0}."""
-    word = random_word(draw, 4, 9)
-    return (word,), f"It begins with {word[0]}.", f'print("{word}"[0])', word[0]
-
-
-def reversed_word(draw):
-    """Write the word {0} backwards.
-    What is {0} read from right to left?"""
-    word = random_word(draw, 4, 9)
-    answer = word[::-1]
-    text = f"From the end: {', '.join(answer)}. That is {answer}."
-    return (word,), text, f'print("{word}"[::-1])', answer
-
-
-def sorted_letters(draw):
-    """Sort the letters of {0} alphabetically.
-    Put the letters of the word {0} in order."""
-    word = random_word(draw, 4, 9)
-    answer = "".join(sorted(word))
-    text = f"In order: {', '.join(answer)}. That is {answer}."
-    return (word,), text, f'print("".join(sorted("{word}")))', answer
-
-
-def letter_count(draw):
-    """How often does the letter {1} occur in {0}?
-    Count the letter {1} in the word {0}."""
-    word = random_word(draw, 6, 15)
-    letter = word[draw(0, 5, False)]
-    answer = word.count(letter)
-    text = f"The letters are {', '.join(word)}. {letter} occurs {answer} times."
-    return (word, letter), text, f'print("{word}".count("{letter}"))', answer
-
-
-def second_largest(draw):
-    """Which is the second largest entry of the list {0}?
-    Sort {0}. Which entry is the last but one?"""
-    found = [draw(10, 999) for _ in range(draw(4, 7))]
-    listed, ordered = ", ".join(map(str, found)), sorted(found)
-    text = f"In order: {', '.join(map(str, ordered))}. It is {ordered[-2]}."
-    return (listed,), text, f"print(sorted([{listed}])[-2])", ordered[-2]
-
-
-def weekday(draw):
-    """Which day of the week is {0}?
-    On what weekday does {0} fall?"""
-    day = datetime.date(draw(1900, 2099), draw(1, 12, False), draw(1, 28, False))
-    first = day.replace(day=1)
-    text = f"{first} is a {first:%A}, {day.day - 1} days earlier. So it is a {day:%A}."
-    script = f'from datetime import date\nprint(f"{{date({day.year},{day.month},{day.day}):%A}}")'
-    return (str(day),), text, script, f"{day:%A}"
-
-
-def days_between(draw):
-    """How many days is it from {0} to {1}?
-    Count the days between {0} and {1}."""
-    a = datetime.date(draw(1990, 2029, False), draw(1, 12, False), draw(1, 28, False))
-    b = a + datetime.timedelta(draw(10, 199))
-    answer, year = (b - a).days, datetime.date(a.year, 1, 1)
-    text = f"They are day {(a - year).days + 1} and day {(b - year).days + 1} of {a.year}. That is {answer}."
-    dates = [f"date({d.year},{d.month},{d.day})" for d in (b, a)]
-    return (str(a), str(b)), text, f"from datetime import date\nprint(({'-'.join(dates)}).days)", answer
-
-
-def table_total(draw):
-    """A bill lists (number at price): {0}. What is the total?
-    Add up this order: {0}."""
-    rows = [(draw(2, 49), draw(2, 99)) for _ in range(draw(2, 4))]
-    table = "; ".join(f"{n} at {price}" for n, price in rows)
-    products, parts = [f"{n}*{price}" for n, price in rows], [n * price for n, price in rows]
-    text = "\n".join(f"{product} = {part}" for product, part in zip(products, parts))
-    text += f"\n{' + '.join(map(str, parts))} = {sum(parts)}"
-    return (table,), text, f"print({'+'.join(products)})", sum(parts)
-
-
-def vowel_count(draw):
-    """How many vowels (a, e, i, o, u) has the word {0}?
-    Count the letters a, e, i, o, u in {0}."""
-    word = random_word(draw, 6, 15)
-    answer = sum(letter in "aeiou" for letter in word)
-    text = f"The letters are {', '.join(word)}. {answer} are vowels."
-    return (word,), text, f'print(sum(c in "aeiou" for c in "{word}"))', answer
-
-
-def smallest_gap(draw):
-    """What is the smallest gap between neighbours in the list {0}?
-    By how much do the closest neighbours of {0} differ?"""
-    found = sorted(draw(10, 999) for _ in range(draw(4, 7)))
-    listed, gaps = ", ".join(map(str, found)), [b - a for a, b in zip(found, found[1:])]
-    text = f"The gaps are {', '.join(map(str, gaps))}. The smallest is {min(gaps)}."
-    return (listed,), text, f"a=[{listed}]\nprint(min(y-x for x,y in zip(a,a[1:])))", min(gaps)
-
-
-TRIVIAL = [addition, larger, last_digit, first_letter]  # no tool is needed
-# task: (families of training, families never trained on)
-TASKS = {"numbers": (
-    [addition, larger, last_digit, power_remainder, count_pairs, common_divisor, common_multiple, digit_sum,
-     divisor_count, prime_count, power_sum, recurrence, inverse, digit_count, divisor_then_power,
-     prime_then_power], [product_remainder, sum_of_digit_sums]),
-    "text": ([first_letter, reversed_word, sorted_letters, letter_count, second_largest, weekday,
-              days_between, table_total], [vowel_count, smallest_gap])}
-SPLITS = tuple(prefix + split for prefix in ("", "text_")  # of --task numbers, --task text
-               for split in ("train", "test", "ood_large", "ood_families"))
+TRIVIAL = [addition, larger, last_digit]  # no tool is needed
+FAMILIES = [addition, larger, last_digit, power_remainder, count_pairs, common_divisor, common_multiple,
+            digit_sum, divisor_count, prime_count, power_sum, recurrence, inverse, digit_count,
+            divisor_then_power, prime_then_power]
+HELD_OUT_FAMILIES = [product_remainder, sum_of_digit_sums]  # never trained on
+SPLITS = ("train", "test", "ood_large", "ood_families")
 
 
 # by_hand: D_init; by_code: not yet verified
@@ -602,13 +494,9 @@ def embedded_problem(split, seed, index):
     disjoint; ood_large draws operands above the training range, ood_families other families."""
     # not hash(): for strings it differs from process to process
     rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
-    families, held_out = TASKS["text" if split.startswith("text_") else "numbers"]
-    split = split.removeprefix("text_")
 
-    def draw(low, high, is_size=True):
-        if not is_size:  # a letter, a month
-            return rng.randint(low, high)
-        if split == "ood_large" and (high > 9 or families is not TASKS["numbers"][0]):
+    def draw(low, high):
+        if split == "ood_large" and high > 9:
             return rng.randint(high + 1, 3 * high)  # numbers up to 9 are choices, not operands
         if high >= 100:  # every length equally often, not nearly always the longest
             digits = rng.randint(len(str(low)), len(str(high)))
@@ -616,7 +504,7 @@ def embedded_problem(split, seed, index):
         return rng.randint(low, high)
 
     while True:
-        family = rng.choice(held_out if split == "ood_families" else families)
+        family = rng.choice(HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES)
         operands, by_hand, by_code, answer = family(draw)
         # sorted: 3 + 5 and 5 + 3 are one problem
         is_test = zlib.crc32(f"{family.__name__}{sorted(operands)}".encode()) % 10 == 0

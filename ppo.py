@@ -261,8 +261,8 @@ def tolerance(logprobs, mask, dtype):
 class Prompts:
     """Training prompts by position: endless embedded ones, or rows, shuffled every epoch."""
 
-    def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens, split="train"):
-        self.seed, self.tokenizer, self.template, self.split = seed, tokenizer, template, split
+    def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
+        self.seed, self.tokenizer, self.template = seed, tokenizer, template
         self.rows, self.skipped, self.duplicates = None, 0, 0
         if problems is not None:
             unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
@@ -281,7 +281,7 @@ class Prompts:
     def __getitem__(self, position):
         if self.rows is None:
             # Its own seed: the warm start used this split under its.
-            problem = embedded_problem(self.split, f"ppo{self.seed}", position)
+            problem = embedded_problem("train", f"ppo{self.seed}", position)
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
@@ -693,7 +693,7 @@ def evaluation_sets(args):
         return {name: load_problems(name) for name in args.eval_data.split(",")}
     if args.train_data != "embedded":
         return {}
-    return {name: embedded_rows(sft.split_name(args.task, name), args.eval_problems // (1 + (name != "test")))
+    return {name: embedded_rows(name, args.eval_problems // (1 + (name != "test")))
             for name in ("test", "ood_large", "ood_families")}
 
 
@@ -809,8 +809,7 @@ async def main(rank, world, device):
         args.model or str(await sft.warm_start(args, rank, world, device, deadline=deadline)))
     tokenizer = load_tokenizer(model_path)
     trainer = Trainer(args, model_path, rank, world, device, weights=not checkpoint)
-    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens,
-                      sft.split_name(args.task, "train"))
+    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
     if checkpoint:
         dcp.load(trainer.state(), checkpoint_id=checkpoint)
         if args.sync_every == 1:

@@ -49,7 +49,7 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from data import (LAYOUTS, TASKS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
+from data import (LAYOUTS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
                   encode_prompt, extract_answer, field_names, load_problems, load_template,
                   question_words, read_row, read_rows, tool_call)
 from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes,
@@ -610,10 +610,6 @@ def embedded_config(tokenizer):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
-def split_name(task, split):
-    return split if task == "numbers" else f"{task}_{split}"
-
-
 def starting_point(path):
     """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
     tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
@@ -771,7 +767,7 @@ def digest(*records):
 def warm_start_recipe(args, traces=()):
     """All that decides a warm start's result, which is kept under its hash: the code below sees
     no other argument that could change it. (The number of ranks only changes rounding.)"""
-    names = """model task sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
+    names = """model sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
         sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
         mask_failed""".split()
     files = sorted(Path(args.model).glob("*")) if args.model else []
@@ -784,11 +780,11 @@ async def cold_start_traces(recipe, sandbox, folder):
     """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
     from a file whose name is a hash of what decides them."""
     settings = recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout
-    path = folder / f"traces-{digest(recipe.task, recipe.sft_traces, settings)}.json"
+    path = folder / f"traces-{digest(recipe.sft_traces, settings)}.json"
     if not path.exists():
         async with sandbox:
             (kept, counts), (held_out, _) = [
-                await embedded_traces(n, *settings[:2], sandbox, split_name(recipe.task, split))
+                await embedded_traces(n, *settings[:2], sandbox, split)
                 for n, split in ((recipe.sft_traces, "train"), (256, "test"))]
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([kept, held_out, counts]))
@@ -869,7 +865,6 @@ def add_warm_start_arguments(parser):
     add = parser.add_argument_group("warm start").add_argument
     add("--model", default="",
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
-    add("--task", choices=tuple(TASKS), default="numbers", help="what the embedded problems are about")
     add("--sft_traces", type=at_least(1), default=6000, help="embedded ones; paper: 2,000 released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.55,
         help="share of them solved with code; paper's policy starts at 0.18")

@@ -38,7 +38,6 @@ list() {
   echo "grpo $first --advantage grpo $group"
   echo "rloo $first --advantage rloo $group"
   for seed in $seeds; do echo "mask-off $seed --mask_interpreter off"; done
-  echo "task-text $first --task text"
   echo "kl-0.1 $first --kl_coef 0.1 $once"
   echo "kl-0.01 $first --kl_coef 0.01 $once"
   echo "entropy-0.01 $first --entropy_coef 0.01 $once"
@@ -106,12 +105,24 @@ if [ ! -e "$OUT/untrained.json" ]; then
   cp out/experiments/untrained.json "$OUT/untrained.json"
 fi
 
-# The model of numbers on the other task.
-if [ ! -e "$OUT/transfer.json" ]; then
-  python eval.py --model "out/experiments/retool-$first/checkpoint" --problems text_test --samples 2 --max_prompt_tokens 512 \
+# A task that is not mathematics, from files; and the model of numbers on it.
+words() {
+  local data=out/words/$first folder=out/experiments/task-text-$first checkpoint
+  [ -e "$data/train.jsonl" ] || python runs/words.py "$data" "$first"
+  if [ ! -e "$OUT/task-text-$first/metrics.jsonl" ]; then
+    checkpoint=$(python sft.py --traces "$data/traces.jsonl" --sft_seed "$first" | tee "$data/sft.log" | sed -n 's/^checkpoint: //p')
+    rm -rf "$folder"
+    python ppo.py --run_dir "$folder" --seed "$first" --model "$checkpoint" --train_data "$data/train.jsonl" \
+      --eval_data "$data/test.jsonl,$data/ood_large.jsonl,$data/ood_families.jsonl" --actor_lr 4e-4 --critic_lr 5e-4 \
+      --sandbox_timeout 0.5 --max_prompt_tokens 512 --max_response_tokens 320 > "$folder.log"
+    keep "task-text-$first" "$data/sft.log"
+  fi
+  [ -e "$OUT/transfer.json" ] && return
+  python eval.py --model "out/experiments/retool-$first/checkpoint" --problems "$data/test.jsonl" --samples 2 --max_prompt_tokens 512 \
     --max_response_tokens 320 --n_slots 128 --output out/experiments/transfer.json
   cp out/experiments/transfer.json "$OUT/transfer.json"
-fi
+}
+words
 
 # What a distant sandbox would cost the trained model.
 [ -e "$OUT/delays.json" ] || python tests/bench_rollout.py --delays --model "out/experiments/retool-$first/checkpoint" |

@@ -25,7 +25,7 @@ from rollout import encode_text, load_tokenizer
 
 ROOT = Path(data.__file__).parent
 REAL = ROOT.parent / "shared" / "data"
-SPLITS = data.SPLITS  # of both tasks
+SPLITS = data.SPLITS
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +77,6 @@ def slow_digits(n):
     return count
 
 
-def slow_day_number(year, month, day):
-    """Days since the end of year 0, counted year by year and month by month."""
-    leap = lambda y: y % 4 == 0 and (y % 100 > 0 or y % 400 == 0)  # noqa: E731
-    months = [31, 28 + leap(year), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
-    return sum(365 + leap(y) for y in range(1, year)) + sum(months[:month - 1]) + day
-
-
-def slow_weekday(day):
-    names = "Sunday Monday Tuesday Wednesday Thursday Friday Saturday".split()
-    return names[slow_day_number(*map(int, day.split("-"))) % 7]
-
-
 BRUTE_FORCE = {
     "addition": lambda a, b: sum([a, b]),
     "larger": lambda a, b: sorted([a, b])[1],
@@ -108,16 +96,6 @@ BRUTE_FORCE = {
     "prime_then_power": lambda n, k, m: slow_power(next(p for p in range(n + 1, 3 * n) if is_prime(p)), k, m),
     "product_remainder": lambda a, b, m: sum([a] * b) % m,
     "sum_of_digit_sums": lambda a, b: sum(int(d) for d in f"{a + b}"),
-    "first_letter": lambda word: word[:1],
-    "reversed_word": lambda word: "".join(word[i] for i in range(len(word) - 1, -1, -1)),
-    "sorted_letters": lambda word: "".join(letter * word.count(letter) for letter in string.ascii_lowercase),
-    "letter_count": lambda word, letter: len(word) - len(word.replace(letter, "")),
-    "second_largest": lambda listed: heapq.nlargest(2, map(int, listed.split(", ")))[1],
-    "weekday": slow_weekday,
-    "days_between": lambda a, b: slow_day_number(*map(int, b.split("-"))) - slow_day_number(*map(int, a.split("-"))),
-    "table_total": lambda table: sum(sum([int(n)] * int(m)) for n, m in re.findall(r"(\d+) at (\d+)", table)),
-    "vowel_count": lambda word: len(re.findall("[aeiou]", word)),
-    "smallest_gap": lambda listed: min(abs(a - b) for a, b in itertools.combinations(map(int, listed.split(", ")), 2)),
 }
 
 
@@ -236,9 +214,6 @@ def test_large_operands_lie_outside_the_training_range(drawn):
     power_sum are choices, not sizes; the last index of a recurrence is its first one plus a number of steps,
     both larger.)"""
     seen = defaultdict(set)
-    text = [p for split in ("text_train", "text_test") for p in drawn[split]]
-    longest = {f: max(len(p.operands[0]) for p in text if p.family == f) for f in ("first_letter", "letter_count")}
-    assert all(len(p.operands[0]) > longest.get(p.family, 0) for p in drawn["text_ood_large"])
     for p in [embedded_problem("train", 2, i) for i in range(5000)] + drawn["train"]:
         for position, operand in enumerate(p.operands):
             seen[p.family, position].add(operand)
