@@ -209,20 +209,6 @@ def field_names(row):
     return ", ".join(row) if isinstance(row, dict) else type(row).__name__
 
 
-def question_words(question, mask_numbers=False):
-    """The words of a question in lower case; mask_numbers: # stands for every number."""
-    question = re.sub(r"\d[\d.,]*", " # ", question) if mask_numbers else question
-    return re.findall(r"[^\W_]+|#", question.lower())
-
-
-def contamination_keys(question):
-    """What training and evaluation problems must not share: the whole question, spaces aside, and
-    any 13 words in a row, numbers aside."""
-    words = question_words(question, mask_numbers=True)
-    grams = [" ".join(words[i:i + 13]) for i in range(len(words) - 12)]
-    return ["".join(question_words(question)), *grams]
-
-
 # ---------------------------------------------------------------------------------------------
 # The embedded problems. A family is a function of draw(low, high). Its docstring holds the
 # phrasings, one a line; {0}, {1}, ... are the operands. It returns

@@ -55,7 +55,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
@@ -68,8 +67,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from data import (SPLITS, TRIVIAL, embedded_rows, encode_prompt, extract_answer, load_problems,
@@ -625,13 +622,6 @@ def describe_error(error):
         return f"error: {error}"
 
 
-def all_sum(value, device):
-    """The sum of a number over all ranks."""
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
-
-
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """--help with the file's docstring as it is, and all defaults."""
 
@@ -723,111 +713,6 @@ def check_positions(config, args):
     if wanted > config.max_position_embeddings:
         raise UserError(f"--max_prompt_tokens + --max_response_tokens is {wanted}, the model has "
                         f"{config.max_position_embeddings} positions")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own, and reads
-# them for any number of ranks; added here: a checkpoint is whole or absent, and a damaged one is recognised.
-
-
-def zero_moments(optimizer):
-    """Give an AdamW the moments of its first step: a checkpoint is loaded into them. (The helpers
-    of torch would take a real step to make them, and saving would change the run.)"""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-
-def training_state(name, module, *optimizers):
-    """Every tensor that a step changes, by name: sharded weights and the optimisers' moments.
-    Loading writes into them in place."""
-    module.reshard()  # after a forward without backward the root's weights are still gathered
-    state = {}
-    for key, p in module.named_parameters():
-        state[f"{name}.{key}"] = p.detach()
-        for optimizer in optimizers:
-            state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state.get(p, {}).items()}
-    return state
-
-
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_to_disk(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def publish(partial, final, record, hashes, keep):
-    """Rank 0: make the synced shards in `partial` the checkpoint `final`, and delete old ones."""
-    manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
-    manifest["files"][".metadata"] = file_hash(partial / ".metadata")
-    for name in manifest["files"]:
-        os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    sync_to_disk(partial / "manifest.json")
-    sync_to_disk(partial)
-    shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
-    partial.rename(final)
-    sync_to_disk(final.parent)
-    found = sorted(final.parent.glob("step-*"))
-    later = found.index(final) + 1  # damaged ones, which the run has gone back behind
-    for old in found[:later][:-keep] + found[later:]:
-        shutil.rmtree(old)
-
-
-def save_checkpoint(folder, state, record, keep, rank):
-    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
-    but the last `keep`. All ranks call it, on a file system that they share.
-
-    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the
-    last file; one rename makes it a checkpoint. A crash at any moment leaves the ones before
-    untouched. UserError where nothing can be written.
-    """
-    partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    dist.barrier()
-    try:
-        dcp.save(state, checkpoint_id=partial)
-        hashes = [None] * dist.get_world_size()
-        dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
-        if rank == 0:
-            publish(partial, final, record, hashes, keep)
-    except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
-        raise UserError(f"checkpoint of step {record['step']} cannot be written "
-                        f"({str(error).strip().splitlines()[-1]}): disk full? The ones before it in "
-                        f"{folder} are intact") from None
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
-
-
-def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
-    a run that begins) if there is none."""
-    found = [newest_checkpoint(folder) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def newest_checkpoint(folder):
-    """`find_checkpoint` on one rank. UserError if all are damaged; says which it passes over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            record = json.loads((path / "manifest.json").read_text())
-            damaged = [name for name, digest in record["files"].items() if file_hash(path / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
-            damaged = [str(error)]
-        if not damaged:
-            return path, record
-        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
-    if any(folder.glob("step-*")):
-        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
-    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
 
 
 # ------------------------------------------------------------------------------------------------------------

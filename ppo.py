@@ -43,14 +43,15 @@ from tqdm import tqdm
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments, all_sum,
-                  at_least, check_positions, collapse_metrics, describe_trajectory, evaluate,
-                  evaluation_table, find_checkpoint, given, in_range, make_sandbox, mean,
-                  need_values, percent, report_page, rollout_metrics, rollout_settings, run_script,
-                  sample_all, save_checkpoint, sync_to_disk, training_state, zero_moments)
-from rollout import Pieces, Policy, collate, load_model, load_tokenizer, make_example, pack
+from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments, at_least,
+                  check_positions, collapse_metrics, describe_trajectory, evaluate, evaluation_table,
+                  given, in_range, make_sandbox, mean, need_values, percent, report_page,
+                  rollout_metrics, rollout_settings, run_script, sample_all)
+from rollout import Pieces, load_model, load_tokenizer
 from sandbox import UserError
-from sft import add_trainer_arguments, check_mesh, clipped_step, shard, sync_weights
+from sft import (Policy, add_trainer_arguments, all_sum, check_mesh, clipped_step, collate, find_checkpoint,
+                 make_example, pack, save_checkpoint, shard, sync_to_disk, sync_weights,
+                 training_state, zero_moments)
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions

@@ -39,7 +39,7 @@ import sys
 import time
 import urllib.parse
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
@@ -48,9 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
 from torch.utils.benchmark import Timer
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sandbox import UserError
@@ -69,7 +67,6 @@ TAG = re.compile(r"<(/?)(code|interpreter|answer)>")
 INTERPRETER_BLOCK = re.compile(r"(?<=</code>)\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOGIT_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}  # at once: a CPU's cache is small
 PREFILL_TOKENS = 16384  # of prompts in one tick, about: activations need memory
 
 
@@ -443,97 +440,6 @@ def use_packed_attention(model, name):
     for parameter, dtype in dtypes.items():
         # copy: by a file's odd addresses a CPU would round otherwise than in a resumed run
         parameter.data = parameter.data.to(dtype, copy=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# What the trainers need of a response
-
-@dataclass
-class Example:
-    """One sequence for the trainer, or a packed micro-batch. Columns are (T,), T one less than the
-    tokens: position t reads token t; other columns speak of token t + 1."""
-    input_ids: torch.Tensor  # token t
-    targets: torch.Tensor  # token t + 1
-    loss_mask: torch.Tensor  # 1.0 where it is trained on
-    sampled: torch.Tensor = None  # 1.0 where the policy sampled it
-    sampler_logprobs: torch.Tensor = None  # by the sampler
-    rewards: torch.Tensor = None
-    logprobs: torch.Tensor = None  # by the trainer, before the update
-    reference_logprobs: torch.Tensor = None  # by the model that training started from
-    entropy: torch.Tensor = None  # of the distribution it was drawn from
-    values: torch.Tensor = None  # of the state before it, before the update
-    advantages: torch.Tensor = None
-    returns: torch.Tensor = None  # what the values should be
-    ratios: torch.Tensor = None  # its probability after the update / before
-
-    def __len__(self):
-        return len(self.input_ids)
-
-
-def make_example(ids, loss_mask, **per_token):
-    """An Example of columns aligned with the tokens: only here are they shifted."""
-    columns = {"loss_mask": loss_mask, "sampled": loss_mask} | per_token
-    return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
-                   **{name: torch.as_tensor(x, dtype=torch.float32)[1:] for name, x in columns.items()})
-
-
-def pack(lengths, token_budget, world):
-    """result[rank][micro_batch]: lists of indices. Longest sequence first into the emptiest bin;
-    equally many bins per rank, maybe empty; above token_budget only a single sequence."""
-    assert lengths, "nothing to pack"
-    budget = max(token_budget, max(lengths))
-    for n in itertools.count(max(1, math.ceil(sum(lengths) / (token_budget * world)))):
-        bins, loads = [[] for _ in range(n * world)], [0] * (n * world)
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            j = loads.index(min(loads))
-            bins[j].append(i)
-            loads[j] += lengths[i]
-        if max(loads) <= budget:
-            return [[bins[m * world + rank] for m in range(n)] for rank in range(world)]
-
-
-def collate(examples, device):
-    """(flat Example (T,), its Packing); an empty micro-batch becomes one masked token."""
-    if not examples:
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        return Example(zero, zero, *[zero.float()] * (len(fields(Example)) - 2)), Packing([1], device)
-    packing = Packing([len(e) for e in examples], device)
-    columns = {name: torch.cat([getattr(e, name) for e in examples]).to(device)
-               for name, column in vars(examples[0]).items() if column is not None}
-    return Example(**columns), packing
-
-
-class Policy(nn.Module):
-    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has
-    gathered its weights, and takes tokens in chunks: no (T, V) tensor ever exists."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
-        """input_ids, targets, loss_mask (T,) -> the targets' logprobs (T,) at the temperature;
-        with_entropy: also the entropy (T,). 0 where masked: the head skips that."""
-        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
-                               use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
-        chosen = loss_mask.nonzero()[:, 0]
-        chunk = max(1, LOGIT_BYTES[hidden.device.type] // (4 * self.lm.config.vocab_size))
-        head = self.head
-        if len(chosen) > chunk and torch.is_grad_enabled():  # recompute logits in backward
-            head = functools.partial(checkpoint, self.head, use_reentrant=False)
-        parts = [head(hidden[i], targets[i], temperature, with_entropy) for i in chosen.split(chunk)]
-        columns = [torch.zeros_like(input_ids, dtype=values.dtype).index_put((chosen,), values)
-                   for values in map(torch.cat, zip(*parts))]
-        return columns if with_entropy else columns[0]
-
-    def head(self, hidden, targets, temperature, with_entropy):
-        """hidden (n, hidden), targets (n,) -> logprobs (n,) and, if wanted, entropy (n,)."""
-        logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (n, V)
-        normaliser = torch.logsumexp(logits, -1)
-        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-        if not with_entropy:
-            return (logprobs,)
-        return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------

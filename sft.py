@@ -20,7 +20,9 @@ import argparse
 import asyncio
 import builtins
 import contextlib
+import ctypes
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +35,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,27 +46,260 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from data import (LAYOUTS, boxed, contamination_keys, embedded_problem, embedded_tokenizer,
-                  encode_prompt, extract_answer, field_names, load_problems, load_template,
-                  question_words, read_row, read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, all_sum, at_least, computes,
-                  find_checkpoint, given, in_range, is_equivalent, make_sandbox, need_values,
-                  run_script, save_checkpoint, syntax_tree, training_state, zero_moments)
-from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Policy,
-                     break_tags, collate, encode_response, encode_text, generate, load_config,
-                     load_model, load_tokenizer, make_example, pack, split_segments, strip_fence)
+from data import (LAYOUTS, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
+                  field_names, load_problems, load_template, read_row, read_rows, tool_call)
+from eval import (GOES_ON, Help, add_format_arguments, at_least, computes, given, in_range,
+                  is_equivalent, make_sandbox, need_values, run_script, syntax_tree)
+from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Packing,
+                     at_least_fp32, break_tags, encode_response, encode_text, generate, load_config,
+                     load_model, load_tokenizer, split_segments, strip_fence)
 from sandbox import UserError
 
 # ---------------------------------------------------------------------------------------------
-# Cold-start traces: candidates that passed the checks of format, execution and answer, and for
-# real data those of quality, in this order.
+# Sequences for the trainer: one position per token, packed into micro-batches
 
+LOGIT_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}  # at once: a CPU's cache is small
+
+
+@dataclass
+class Example:
+    """One sequence for the trainer, or a packed micro-batch. Columns are (T,), T one less than the
+    tokens: position t reads token t; other columns speak of token t + 1."""
+    input_ids: torch.Tensor  # token t
+    targets: torch.Tensor  # token t + 1
+    loss_mask: torch.Tensor  # 1.0 where it is trained on
+    sampled: torch.Tensor = None  # 1.0 where the policy sampled it
+    sampler_logprobs: torch.Tensor = None  # by the sampler
+    rewards: torch.Tensor = None
+    logprobs: torch.Tensor = None  # by the trainer, before the update
+    reference_logprobs: torch.Tensor = None  # by the model that training started from
+    entropy: torch.Tensor = None  # of the distribution it was drawn from
+    values: torch.Tensor = None  # of the state before it, before the update
+    advantages: torch.Tensor = None
+    returns: torch.Tensor = None  # what the values should be
+    ratios: torch.Tensor = None  # its probability after the update / before
+
+    def __len__(self):
+        return len(self.input_ids)
+
+
+def make_example(ids, loss_mask, **per_token):
+    """An Example of columns aligned with the tokens: only here are they shifted."""
+    columns = {"loss_mask": loss_mask, "sampled": loss_mask} | per_token
+    return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
+                   **{name: torch.as_tensor(x, dtype=torch.float32)[1:] for name, x in columns.items()})
+
+
+def pack(lengths, token_budget, world):
+    """result[rank][micro_batch]: lists of indices. Longest sequence first into the emptiest bin;
+    equally many bins per rank, maybe empty; above token_budget only a single sequence."""
+    assert lengths, "nothing to pack"
+    budget = max(token_budget, max(lengths))
+    for n in itertools.count(max(1, math.ceil(sum(lengths) / (token_budget * world)))):
+        bins, loads = [[] for _ in range(n * world)], [0] * (n * world)
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            j = loads.index(min(loads))
+            bins[j].append(i)
+            loads[j] += lengths[i]
+        if max(loads) <= budget:
+            return [[bins[m * world + rank] for m in range(n)] for rank in range(world)]
+
+
+def collate(examples, device):
+    """(flat Example (T,), its Packing); an empty micro-batch becomes one masked token."""
+    if not examples:
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        return Example(zero, zero, *[zero.float()] * (len(fields(Example)) - 2)), Packing([1], device)
+    packing = Packing([len(e) for e in examples], device)
+    columns = {name: torch.cat([getattr(e, name) for e in examples]).to(device)
+               for name, column in vars(examples[0]).items() if column is not None}
+    return Example(**columns), packing
+
+
+class Policy(nn.Module):
+    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has
+    gathered its weights, and takes tokens in chunks: no (T, V) tensor ever exists."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
+        """input_ids, targets, loss_mask (T,) -> the targets' logprobs (T,) at the temperature;
+        with_entropy: also the entropy (T,). 0 where masked: the head skips that."""
+        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
+                               use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
+        chosen = loss_mask.nonzero()[:, 0]
+        chunk = max(1, LOGIT_BYTES[hidden.device.type] // (4 * self.lm.config.vocab_size))
+        head = self.head
+        if len(chosen) > chunk and torch.is_grad_enabled():  # recompute logits in backward
+            head = functools.partial(checkpoint, self.head, use_reentrant=False)
+        parts = [head(hidden[i], targets[i], temperature, with_entropy) for i in chosen.split(chunk)]
+        columns = [torch.zeros_like(input_ids, dtype=values.dtype).index_put((chosen,), values)
+                   for values in map(torch.cat, zip(*parts))]
+        return columns if with_entropy else columns[0]
+
+    def head(self, hidden, targets, temperature, with_entropy):
+        """hidden (n, hidden), targets (n,) -> logprobs (n,) and, if wanted, entropy (n,)."""
+        logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (n, V)
+        normaliser = torch.logsumexp(logits, -1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        if not with_entropy:
+            return (logprobs,)
+        return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_interpreter=True,
+                  mask_failed=True):
+    """A trace as an Example: prompt, interpreter text and failed snippets are masked."""
+    prompt = encode_prompt(tokenizer, template, trace["question"])
+    ids, mask = encode_response(tokenizer, trace["response"], max_interpreter_tokens,
+                                trace["failed_calls"] if mask_failed else (), mask_interpreter)
+    return make_example(prompt + ids, [0] * len(prompt) + mask)
+
+
+def batch_loss(policy, batch, token_budget, rank, world, device, backward=False):
+    """Mean loss over all trainable tokens of a list of Example, on all ranks; with backward
+    also its gradient."""
+    total = sum(e.loss_mask.sum().item() for e in batch)
+    token_sum = 0.0
+    for indices in pack([len(e) for e in batch], token_budget, world)[rank]:
+        flat, packing = collate([batch[i] for i in indices], device)
+        with torch.set_grad_enabled(backward):
+            loss = -policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum()
+        token_sum += loss.item()
+        if backward:
+            # FSDP averages the ranks' gradients; a factor of world makes that their sum.
+            (loss / total * world).backward()
+    return all_sum(token_sum, device) / total
+
+
+def clipped_step(module, optimizers, max_norm, what):
+    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the
+    weights as they were, where that is not finite."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{what} is {norm}")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def batches(n, batch_size, seed):
+    """Endless lists of batch_size of n indices, shuffled anew every epoch."""
+    rng, order = random.Random(seed), []
+    while True:
+        if len(order) < batch_size:
+            order += rng.sample(range(n), n)
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def trapezoid(step, steps, warmup):
+    """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0. A cosine
+    is worse here (results/README.md)."""
+    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / (0.5 * steps))
+
+
+class Muon(torch.optim.Optimizer):
+    """Along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon): half
+    the steps of AdamW here. In fp32: torch.optim.Muon works in bf16, which many CPUs only
+    emulate. Matrices are sharded by rows (FSDP2); every rank sees all and steps its own."""
+
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        mesh, local = group["params"][0].device_mesh, []
+        for p in group["params"]:
+            average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            local.append(p.grad.lerp(average, group["momentum"]).to_local().flatten())  # Nesterov
+        shards = [None] * mesh.size(mesh.ndim - 1)  # in one message: one per matrix took 100 ms
+        mine = torch.cat(local), [len(rows) for rows in local]
+        dist.all_gather_object(shards, mine, mesh.get_group(mesh.ndim - 1))
+        for p, *pieces in zip(group["params"], *(flat.split(sizes) for flat, sizes in shards)):
+            update = orthogonalise(torch.cat(pieces).view(p.shape)) * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            p.sub_(group["lr"] * distribute_tensor(update, mesh, p.placements, src_data_rank=None))
+
+
+def orthogonalise(x):
+    """U V^T of x = U S V^T, about: five Newton-Schulz steps bring singular values to 0.7-1.2."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalise(x.T).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def train(policy, examples, held_out, recipe, rank, world, device, folder, save_every, deadline):
+    """Train the sharded policy on a list of Example, from the newest checkpoint in the folder;
+    metrics.jsonl there gets a line every tenth step. Returns the metrics on held_out and on as
+    many examples. deadline: of time.monotonic(); then the process ends with a checkpoint."""
+    lr, muon_lr, steps = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps
+    settings = recipe.token_budget, rank, world, device
+    of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
+    of_adamw = [p for p in policy.parameters() if p not in of_muon]
+    adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    zero_moments(adamw)
+    optimizers = {adamw: lr}  # -> peak rate
+    if of_muon:
+        optimizers[Muon([p for p in policy.parameters() if p in of_muon], muon_lr)] = muon_lr
+    state = training_state("policy", policy, *optimizers)
+    path, record = find_checkpoint(folder / "checkpoints", rank)
+    if path:
+        dcp.load(state, checkpoint_id=path)
+    start = record["step"]
+    file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
+    if rank == 0:
+        file.truncate(record["bytes"].get("metrics.jsonl", 0))
+    order = batches(len(examples), recipe.sft_batch_size, recipe.sft_seed)
+    order = itertools.islice(order, start, None)
+    bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
+    for step in bar:
+        batch = [examples[i] for i in next(order)]
+        for optimizer, peak in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
+        loss = batch_loss(policy, batch, *settings, backward=True)
+        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: gradient norm")
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if step % 10 == 0 or step == steps - 1:
+            file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
+        stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
+        if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
+            sizes = {"metrics.jsonl": os.fstat(file.fileno()).st_size}
+            save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
+                            {"step": step + 1, "bytes": sizes}, 1, rank)
+            if stops:
+                print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
+                sys.exit(0)
+    seen, unseen = (batch_loss(policy, batch, *settings)
+                    for batch in (examples[:len(held_out)], held_out))
+    metrics = {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
+    file.write(json.dumps(metrics) + "\n")
+    file.close()
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------
+# Traces: candidates that passed the checks of format, execution and answer
 
 class Rejected(Exception):
     """Why a row becomes no trace: "stage: reason", and where it helps what was found."""
@@ -185,6 +421,346 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train"):
     return [trace for _, trace in outcomes if trace], Counter(reason for reason, _ in outcomes)
 
 
+# ---------------------------------------------------------------------------------------------
+# The warm start
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+
+
+def embedded_config(tokenizer):
+    """The small Qwen3 of the embedded default: 0.6 M parameters."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def starting_point(path):
+    """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
+    tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
+    return load_config(path, tokenizer) if path else embedded_config(tokenizer), tokenizer
+
+
+def starting_model(path, config, seed):
+    """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
+    if path:
+        return load_model(path, "cpu")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
+
+
+def digest(*records):
+    """16 hex digits that change with JSON-able records, versions and the code of these files."""
+    found = hashlib.sha256(json.dumps([*records, versions()]).encode())
+    for name in ("sandbox.py", "rollout.py", "data.py", "eval.py", "sft.py"):
+        found.update((Path(__file__).parent / name).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def warm_start_recipe(args, traces=()):
+    """All that decides a warm start's result, which is kept under its hash: the code below sees
+    no other argument that could change it. (The number of ranks only changes rounding.)"""
+    names = """model sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
+        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
+        mask_failed""".split()
+    files = sorted(Path(args.model).glob("*")) if args.model else []
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
+                           traces=traces, template=load_template(args.prompt_template))
+
+
+async def cold_start_traces(recipe, sandbox, folder):
+    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
+    from a file whose name is a hash of what decides them."""
+    settings = recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout
+    path = folder / f"traces-{digest(recipe.sft_traces, settings)}.json"
+    if not path.exists():
+        async with sandbox:
+            (kept, counts), (held_out, _) = [
+                await embedded_traces(n, *settings[:2], sandbox, split)
+                for n, split in ((recipe.sft_traces, "train"), (256, "test"))]
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(json.dumps([kept, held_out, counts]))
+        partial.rename(path)  # only a finished curation is ever found under its name
+    return json.loads(path.read_text())
+
+
+async def warm_start(args, rank, world, device, traces_file="", deadline=math.inf):
+    """The folder of the warm-started checkpoint for these arguments, made now or reused. An
+    interrupted one goes on at its last checkpoint, with the same metrics."""
+    rows = load_traces(traces_file) if traces_file else []
+    if traces_file and len(rows) < 2:
+        raise UserError(f"{traces_file}: needs at least two traces, one is held out")
+    recipe = warm_start_recipe(args, rows)
+    folder, shared = Path(args.warm_start_dir) / digest(vars(recipe)), [None]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock") if rank == 0 else os.devnull, "w") as lock:
+        if rank == 0:  # curation runs once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
+            traces = None
+            if folder.is_dir():
+                print(f"warm start: reusing {folder}")
+            elif rows:
+                split = len(rows) - max(1, len(rows) // 50)
+                traces = rows[:split], rows[split:]
+            else:
+                *traces, counts = await cold_start_traces(recipe, make_sandbox(args), folder.parent)
+                print(f"curation: {counts}")
+            shared = [(folder, traces)]
+        dist.broadcast_object_list(shared)
+        folder, traces = shared[0]
+        if traces:
+            partial = folder.with_suffix(".partial")
+            partial.mkdir(exist_ok=True)
+            metrics = train_on_traces(*traces, recipe, args, partial, args.sft_save_every, rank,
+                                      world, device, deadline)
+            if rank == 0:
+                print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
+                record = vars(args) | {"versions": versions()}
+                (partial / "arguments.json").write_text(json.dumps(record, indent=1))
+                shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+                partial.rename(folder)  # only a finished one is ever found under its name
+        dist.barrier()
+    return folder
+
+
+def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
+                    deadline):
+    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
+    sharding: the settings of `shard`, which decide no result."""
+    config, tokenizer = starting_point(recipe.model)
+    settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
+                recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on")
+    examples, fresh = ([trace_example(trace, *settings) for trace in rows]
+                       for rows in (traces, held_out))
+    longest, positions = max(len(e) for e in examples + fresh), config.max_position_embeddings
+    if longest > positions:
+        raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
+    start = recipe.model, config, recipe.sft_seed
+    plain = starting_model(*start) if rank == 0 else None  # to be saved
+    policy = Policy(starting_model(*start))
+    shard(policy, policy.lm, sharding)
+    metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
+                    deadline)
+    sync_weights(policy, plain)
+    if rank == 0:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharding
+
+def check_mesh(replicas, world):
+    """UserError where the ranks cannot be arranged as so many copies of a sharded model."""
+    if world % replicas:
+        raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
+
+
+def shard(module, lm, settings):
+    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
+    the rest belongs to the root. settings: dtype and the trainer's flags. With replicas the ranks
+    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units
+    go to the GPU one by one. Master weights, gradients and optimiser states are fp32."""
+    world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.replicas > 1:
+        grid = settings.replicas, world // settings.replicas
+        mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world,))
+    lm.eval()
+    if settings.activation_checkpointing:
+        for layer in lm.model.layers:
+            layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    precision = MixedPrecisionPolicy(DTYPES[settings.dtype], torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if settings.cpu_offload else OffloadPolicy()
+    for unit in [*lm.model.layers, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return module
+
+
+@torch.no_grad()
+def sync_weights(policy, plain):
+    """Copy the sharded policy's weights into a plain model, in place (a captured graph over
+    `plain` stays valid). All ranks call it; plain may be None on those that want no copy."""
+    policy.reshard()  # after a forward without backward the root's weights are still gathered
+    sources = dict(policy.lm.named_parameters())
+    targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
+    assert targets.keys() == sources.keys()
+    for name, source in sources.items():
+        full = source.full_tensor()
+        if plain:
+            targets[name].copy_(full)
+
+
+def all_sum(value, device):
+    """The sum of a number over all ranks."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own, and reads
+# them for any number of ranks; added here: a checkpoint is whole or absent, and a damaged one is recognised.
+
+def zero_moments(optimizer):
+    """Give an AdamW the moments of its first step: a checkpoint is loaded into them. (The helpers
+    of torch would take a real step to make them, and saving would change the run.)"""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def training_state(name, module, *optimizers):
+    """Every tensor that a step changes, by name: sharded weights and the optimisers' moments.
+    Loading writes into them in place."""
+    module.reshard()  # after a forward without backward the root's weights are still gathered
+    state = {}
+    for key, p in module.named_parameters():
+        state[f"{name}.{key}"] = p.detach()
+        for optimizer in optimizers:
+            state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state.get(p, {}).items()}
+    return state
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def publish(partial, final, record, hashes, keep):
+    """Rank 0: make the synced shards in `partial` the checkpoint `final`, and delete old ones."""
+    manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
+    manifest["files"][".metadata"] = file_hash(partial / ".metadata")
+    for name in manifest["files"]:
+        os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    sync_to_disk(partial / "manifest.json")
+    sync_to_disk(partial)
+    shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
+    partial.rename(final)
+    sync_to_disk(final.parent)
+    found = sorted(final.parent.glob("step-*"))
+    later = found.index(final) + 1  # damaged ones, which the run has gone back behind
+    for old in found[:later][:-keep] + found[later:]:
+        shutil.rmtree(old)
+
+
+def save_checkpoint(folder, state, record, keep, rank):
+    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
+    but the last `keep`. All ranks call it, on a file system that they share.
+
+    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the
+    last file; one rename makes it a checkpoint. A crash at any moment leaves the ones before
+    untouched. UserError where nothing can be written.
+    """
+    partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    dist.barrier()
+    try:
+        dcp.save(state, checkpoint_id=partial)
+        hashes = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
+        if rank == 0:
+            publish(partial, final, record, hashes, keep)
+    except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
+        raise UserError(f"checkpoint of step {record['step']} cannot be written "
+                        f"({str(error).strip().splitlines()[-1]}): disk full? The ones before it in "
+                        f"{folder} are intact") from None
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
+
+
+def find_checkpoint(folder, rank):
+    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
+    a run that begins) if there is none."""
+    found = [newest_checkpoint(folder) if rank == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def newest_checkpoint(folder):
+    """`find_checkpoint` on one rank. UserError if all are damaged; says which it passes over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = json.loads((path / "manifest.json").read_text())
+            damaged = [name for name, digest in record["files"].items() if file_hash(path / name) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return path, record
+        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
+    if any(folder.glob("step-*")):
+        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
+    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags of both trainers
+
+def add_warm_start_arguments(parser):
+    """The warm start's flags, shared with ppo.py. Defaults are the embedded run's."""
+    add = parser.add_argument_group("warm start").add_argument
+    add("--model", default="",
+        help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
+    add("--sft_traces", type=at_least(1), default=6000, help="embedded ones; paper: 2,000 released")
+    add("--code_share", type=in_range(0.0, 1.0), default=0.55,
+        help="share of them solved with code; paper's policy starts at 0.18")
+    add("--sft_steps", type=at_least(1), default=1100, help="optimiser steps; paper: 2 epochs")
+    add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
+    add("--sft_lr", type=in_range(0.0), default=5e-3, help="AdamW's peak; falls to 0; paper 1e-6 (32B)")
+    add("--sft_muon_lr", type=in_range(0.0), default=0.04,
+        help="of Muon, for the layers' matrices; 0: AdamW trains all, as the paper's")
+    add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
+    add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn results")
+    add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets")
+    add("--sft_save_every", type=at_least(1), default=300, help="steps between checkpoints")
+    add("--sft_seed", type=int, default=0, help="of traces, order and initial weights")
+    add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
+
+
+def add_trainer_arguments(parser):
+    add = parser.add_argument_group("trainer").add_argument
+    add("--token_budget", type=at_least(1), default=8192, help="tokens per micro-batch and rank")
+    add("--activation_checkpointing", action="store_true",
+        help="keep only the layers' inputs, compute the rest again in the backward pass")
+    add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
+    add("--replicas", type=at_least(1), default=1,
+        help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
+    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
+
+
+# ---------------------------------------------------------------------------------------------
+# Curation of real data: quality, the rewriters (solutions -> candidates), `sft.py curate`
+
+def question_words(question, mask_numbers=False):
+    """The words of a question in lower case; mask_numbers: # stands for every number."""
+    question = re.sub(r"\d[\d.,]*", " # ", question) if mask_numbers else question
+    return re.findall(r"[^\W_]+|#", question.lower())
+
+
+def contamination_keys(question):
+    """What training and evaluation problems must not share: the whole question, spaces aside, and
+    any 13 words in a row, numbers aside."""
+    words = question_words(question, mask_numbers=True)
+    grams = [" ".join(words[i:i + 13]) for i in range(len(words) - 12)]
+    return ["".join(question_words(question)), *grams]
+
+
 NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug|instead|again|"
                      r"timed? ?out|too (slow|long|large|small|many|deep)|(does|did) not work|retry)")
 
@@ -219,9 +795,6 @@ def check_quality(candidate, results, reference):
         raise Rejected("quality: the answer comes from nowhere")
 
 
-# ---------------------------------------------------------------------------------------------
-# Rewriters: solutions of real data -> candidates
-
 # "= $<<48/2=24>>"; what is no calculation, as <<60=60>>, only disappears.
 ANNOTATION = re.compile(r"(?P<equals> ?=? ?)(?P<currency>[$€£¢]?)"
                         r"<<(?P<sum>[-+(]*[\d.]+[ )]*[-+*/][\d.+\-*/() ]+)=(?P<result>[^<>=]*)>>")
@@ -255,6 +828,7 @@ def calculator(solution, answer):
 # No part of a variable's name; and numbers that a solution may use unasked.
 FILLERS = set("""and are because but can each for from gets had has have her him his its she that the
 their them then there they this thus was were which will with would you""".split())
+
 COMMON = {*range(13), 24, 30, 52, 60, 100, 365, 1000}
 
 
@@ -528,357 +1102,8 @@ def add_curate_arguments(parser):
     add("--unsafe_sandbox", action="store_true", help="run snippets without a missing layer")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sharding
-
-
-def add_trainer_arguments(parser):
-    add = parser.add_argument_group("trainer").add_argument
-    add("--token_budget", type=at_least(1), default=8192, help="tokens per micro-batch and rank")
-    add("--activation_checkpointing", action="store_true",
-        help="keep only the layers' inputs, compute the rest again in the backward pass")
-    add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
-    add("--replicas", type=at_least(1), default=1,
-        help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
-    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
-
-
-def check_mesh(replicas, world):
-    """UserError where the ranks cannot be arranged as so many copies of a sharded model."""
-    if world % replicas:
-        raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
-
-
-def shard(module, lm, settings):
-    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
-    the rest belongs to the root. settings: dtype and the trainer's flags. With replicas the ranks
-    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units
-    go to the GPU one by one. Master weights, gradients and optimiser states are fp32."""
-    world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.replicas > 1:
-        grid = settings.replicas, world // settings.replicas
-        mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(kind, (world,))
-    lm.eval()
-    if settings.activation_checkpointing:
-        for layer in lm.model.layers:
-            layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    precision = MixedPrecisionPolicy(DTYPES[settings.dtype], torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if settings.cpu_offload else OffloadPolicy()
-    for unit in [*lm.model.layers, module]:
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return module
-
-
-@torch.no_grad()
-def sync_weights(policy, plain):
-    """Copy the sharded policy's weights into a plain model, in place (a captured graph over
-    `plain` stays valid). All ranks call it; plain may be None on those that want no copy."""
-    policy.reshard()  # after a forward without backward the root's weights are still gathered
-    sources = dict(policy.lm.named_parameters())
-    targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
-    assert targets.keys() == sources.keys()
-    for name, source in sources.items():
-        full = source.full_tensor()
-        if plain:
-            targets[name].copy_(full)
-
-
-# ---------------------------------------------------------------------------------------------
-# The warm start
-
-
-def trapezoid(step, steps, warmup):
-    """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0. A cosine
-    is worse here (results/README.md)."""
-    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / (0.5 * steps))
-
-
-def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-
-
-def embedded_config(tokenizer):
-    """The small Qwen3 of the embedded default: 0.6 M parameters."""
-    return Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-
-
-def starting_point(path):
-    """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
-    tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
-    return load_config(path, tokenizer) if path else embedded_config(tokenizer), tokenizer
-
-
-def starting_model(path, config, seed):
-    """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
-    if path:
-        return load_model(path, "cpu")
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
-
-
-def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_interpreter=True,
-                  mask_failed=True):
-    """A trace as an Example: prompt, interpreter text and failed snippets are masked."""
-    prompt = encode_prompt(tokenizer, template, trace["question"])
-    ids, mask = encode_response(tokenizer, trace["response"], max_interpreter_tokens,
-                                trace["failed_calls"] if mask_failed else (), mask_interpreter)
-    return make_example(prompt + ids, [0] * len(prompt) + mask)
-
-
-def batch_loss(policy, batch, token_budget, rank, world, device, backward=False):
-    """Mean loss over all trainable tokens of a list of Example, on all ranks; with backward
-    also its gradient."""
-    total = sum(e.loss_mask.sum().item() for e in batch)
-    token_sum = 0.0
-    for indices in pack([len(e) for e in batch], token_budget, world)[rank]:
-        flat, packing = collate([batch[i] for i in indices], device)
-        with torch.set_grad_enabled(backward):
-            loss = -policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum()
-        token_sum += loss.item()
-        if backward:
-            # FSDP averages the ranks' gradients; a factor of world makes that their sum.
-            (loss / total * world).backward()
-    return all_sum(token_sum, device) / total
-
-
-def clipped_step(module, optimizers, max_norm, what):
-    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the
-    weights as they were, where that is not finite."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"{what} is {norm}")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return norm
-
-
-def batches(n, batch_size, seed):
-    """Endless lists of batch_size of n indices, shuffled anew every epoch."""
-    rng, order = random.Random(seed), []
-    while True:
-        if len(order) < batch_size:
-            order += rng.sample(range(n), n)
-        yield order[:batch_size]
-        order = order[batch_size:]
-
-
-class Muon(torch.optim.Optimizer):
-    """Along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon): half
-    the steps of AdamW here. In fp32: torch.optim.Muon works in bf16, which many CPUs only
-    emulate. Matrices are sharded by rows (FSDP2); every rank sees all and steps its own."""
-
-    def __init__(self, matrices, lr, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["momentum"] = torch.zeros_like(p)
-
-    @torch.no_grad()
-    def step(self):
-        [group] = self.param_groups
-        mesh, local = group["params"][0].device_mesh, []
-        for p in group["params"]:
-            average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            local.append(p.grad.lerp(average, group["momentum"]).to_local().flatten())  # Nesterov
-        shards = [None] * mesh.size(mesh.ndim - 1)  # in one message: one per matrix took 100 ms
-        mine = torch.cat(local), [len(rows) for rows in local]
-        dist.all_gather_object(shards, mine, mesh.get_group(mesh.ndim - 1))
-        for p, *pieces in zip(group["params"], *(flat.split(sizes) for flat, sizes in shards)):
-            update = orthogonalise(torch.cat(pieces).view(p.shape)) * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            p.sub_(group["lr"] * distribute_tensor(update, mesh, p.placements, src_data_rank=None))
-
-
-def orthogonalise(x):
-    """U V^T of x = U S V^T, about: five Newton-Schulz steps bring singular values to 0.7-1.2."""
-    if x.shape[0] > x.shape[1]:
-        return orthogonalise(x.T).T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-def train(policy, examples, held_out, recipe, rank, world, device, folder, save_every, deadline):
-    """Train the sharded policy on a list of Example, from the newest checkpoint in the folder;
-    metrics.jsonl there gets a line every tenth step. Returns the metrics on held_out and on as
-    many examples. deadline: of time.monotonic(); then the process ends with a checkpoint."""
-    lr, muon_lr, steps = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps
-    settings = recipe.token_budget, rank, world, device
-    of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
-    of_adamw = [p for p in policy.parameters() if p not in of_muon]
-    adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    zero_moments(adamw)
-    optimizers = {adamw: lr}  # -> peak rate
-    if of_muon:
-        optimizers[Muon([p for p in policy.parameters() if p in of_muon], muon_lr)] = muon_lr
-    state = training_state("policy", policy, *optimizers)
-    path, record = find_checkpoint(folder / "checkpoints", rank)
-    if path:
-        dcp.load(state, checkpoint_id=path)
-    start = record["step"]
-    file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
-    if rank == 0:
-        file.truncate(record["bytes"].get("metrics.jsonl", 0))
-    order = batches(len(examples), recipe.sft_batch_size, recipe.sft_seed)
-    order = itertools.islice(order, start, None)
-    bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
-    for step in bar:
-        batch = [examples[i] for i in next(order)]
-        for optimizer, peak in optimizers.items():
-            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
-        loss = batch_loss(policy, batch, *settings, backward=True)
-        norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: gradient norm")
-        bar.set_postfix(loss=f"{loss:.4f}")
-        if step % 10 == 0 or step == steps - 1:
-            file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
-        stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
-        if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
-            sizes = {"metrics.jsonl": os.fstat(file.fileno()).st_size}
-            save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
-                            {"step": step + 1, "bytes": sizes}, 1, rank)
-            if stops:
-                print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
-                sys.exit(0)
-    seen, unseen = (batch_loss(policy, batch, *settings)
-                    for batch in (examples[:len(held_out)], held_out))
-    metrics = {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
-    file.write(json.dumps(metrics) + "\n")
-    file.close()
-    return metrics
-
-
-def digest(*records):
-    """16 hex digits that change with JSON-able records, versions and the code of these files."""
-    found = hashlib.sha256(json.dumps([*records, versions()]).encode())
-    for name in ("sandbox.py", "rollout.py", "data.py", "eval.py", "sft.py"):
-        found.update((Path(__file__).parent / name).read_bytes())
-    return found.hexdigest()[:16]
-
-
-def warm_start_recipe(args, traces=()):
-    """All that decides a warm start's result, which is kept under its hash: the code below sees
-    no other argument that could change it. (The number of ranks only changes rounding.)"""
-    names = """model sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
-        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
-        mask_failed""".split()
-    files = sorted(Path(args.model).glob("*")) if args.model else []
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
-                           traces=traces, template=load_template(args.prompt_template))
-
-
-async def cold_start_traces(recipe, sandbox, folder):
-    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
-    from a file whose name is a hash of what decides them."""
-    settings = recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout
-    path = folder / f"traces-{digest(recipe.sft_traces, settings)}.json"
-    if not path.exists():
-        async with sandbox:
-            (kept, counts), (held_out, _) = [
-                await embedded_traces(n, *settings[:2], sandbox, split)
-                for n, split in ((recipe.sft_traces, "train"), (256, "test"))]
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        partial.write_text(json.dumps([kept, held_out, counts]))
-        partial.rename(path)  # only a finished curation is ever found under its name
-    return json.loads(path.read_text())
-
-
-async def warm_start(args, rank, world, device, traces_file="", deadline=math.inf):
-    """The folder of the warm-started checkpoint for these arguments, made now or reused. An
-    interrupted one goes on at its last checkpoint, with the same metrics."""
-    rows = load_traces(traces_file) if traces_file else []
-    if traces_file and len(rows) < 2:
-        raise UserError(f"{traces_file}: needs at least two traces, one is held out")
-    recipe = warm_start_recipe(args, rows)
-    folder, shared = Path(args.warm_start_dir) / digest(vars(recipe)), [None]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock") if rank == 0 else os.devnull, "w") as lock:
-        if rank == 0:  # curation runs once
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
-            traces = None
-            if folder.is_dir():
-                print(f"warm start: reusing {folder}")
-            elif rows:
-                split = len(rows) - max(1, len(rows) // 50)
-                traces = rows[:split], rows[split:]
-            else:
-                *traces, counts = await cold_start_traces(recipe, make_sandbox(args), folder.parent)
-                print(f"curation: {counts}")
-            shared = [(folder, traces)]
-        dist.broadcast_object_list(shared)
-        folder, traces = shared[0]
-        if traces:
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(exist_ok=True)
-            metrics = train_on_traces(*traces, recipe, args, partial, args.sft_save_every, rank,
-                                      world, device, deadline)
-            if rank == 0:
-                print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
-                record = vars(args) | {"versions": versions()}
-                (partial / "arguments.json").write_text(json.dumps(record, indent=1))
-                shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-                partial.rename(folder)  # only a finished one is ever found under its name
-        dist.barrier()
-    return folder
-
-
-def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
-                    deadline):
-    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
-    sharding: the settings of `shard`, which decide no result."""
-    config, tokenizer = starting_point(recipe.model)
-    settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
-                recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on")
-    examples, fresh = ([trace_example(trace, *settings) for trace in rows]
-                       for rows in (traces, held_out))
-    longest, positions = max(len(e) for e in examples + fresh), config.max_position_embeddings
-    if longest > positions:
-        raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
-    start = recipe.model, config, recipe.sft_seed
-    plain = starting_model(*start) if rank == 0 else None  # to be saved
-    policy = Policy(starting_model(*start))
-    shard(policy, policy.lm, sharding)
-    metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
-                    deadline)
-    sync_weights(policy, plain)
-    if rank == 0:
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return metrics
-
-
 # ---------------------------------------------------------------------------------------------
 # The script
-
-
-def add_warm_start_arguments(parser):
-    """The warm start's flags, shared with ppo.py. Defaults are the embedded run's."""
-    add = parser.add_argument_group("warm start").add_argument
-    add("--model", default="",
-        help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
-    add("--sft_traces", type=at_least(1), default=6000, help="embedded ones; paper: 2,000 released")
-    add("--code_share", type=in_range(0.0, 1.0), default=0.55,
-        help="share of them solved with code; paper's policy starts at 0.18")
-    add("--sft_steps", type=at_least(1), default=1100, help="optimiser steps; paper: 2 epochs")
-    add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
-    add("--sft_lr", type=in_range(0.0), default=5e-3, help="AdamW's peak; falls to 0; paper 1e-6 (32B)")
-    add("--sft_muon_lr", type=in_range(0.0), default=0.04,
-        help="of Muon, for the layers' matrices; 0: AdamW trains all, as the paper's")
-    add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
-    add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn results")
-    add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets")
-    add("--sft_save_every", type=at_least(1), default=300, help="steps between checkpoints")
-    add("--sft_seed", type=int, default=0, help="of traces, order and initial weights")
-    add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
 
 
 async def main(rank, world, device):

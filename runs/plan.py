@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo  # noqa: E402
 import sft  # noqa: E402
 from eval import markdown  # noqa: E402
-from rollout import DTYPES, LOGIT_BYTES, KVCache, head_dim, load_config  # noqa: E402
+from rollout import DTYPES, KVCache, head_dim, load_config  # noqa: E402
 from sandbox import UserError  # noqa: E402
 
 # hidden size, layers, query heads, key/value heads, feed-forward size, vocabulary, tied embeddings: config.json on the hub
@@ -57,7 +57,7 @@ def plan(config, args, gpus, gib=math.inf):
         "reference": on_gpu / 2 * actor * (args.kl_coef > 0),  # weights alone
         # Weights and gradients of two layers and of what is no layer, fp32 while reduced.
         "gathered": 4 * size * layer + (3 * size + 4) * (total - layer * config.num_hidden_layers),
-        "activations": max(args.token_budget, tokens) * per_token * size + 3 * LOGIT_BYTES["cuda"],
+        "activations": max(args.token_budget, tokens) * per_token * size + 3 * sft.LOGIT_BYTES["cuda"],
         "sampler": total * size,
     }
     parts = {name: value / 2**30 for name, value in parts.items()}

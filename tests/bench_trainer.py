@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rollout  # noqa: E402
 import sft  # noqa: E402
-from rollout import Policy, collate, make_example, pack  # noqa: E402
+from sft import Policy, collate, make_example, pack  # noqa: E402
 
 
 def head_benchmark():
@@ -31,7 +31,7 @@ def head_benchmark():
     ids = torch.randint(0, vocabulary, (tokens,))
     flat, packing = collate([make_example(ids.tolist(), [1] * tokens)], "cpu")
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731  (MiB)
-    for name, rollout.LOGIT_BYTES["cpu"] in (("warm-up", 1 << 18), ("chunked", (256 << 20) // 16), ("full", 1 << 40)):
+    for name, sft.LOGIT_BYTES["cpu"] in (("warm-up", 1 << 18), ("chunked", (256 << 20) // 16), ("full", 1 << 40)):
         before = peak()
         policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum().backward()
         grown[name] = peak() - before

@@ -1,13 +1,10 @@
 """Are problems right, endless, and apart? Is every layout understood?"""
 import contextlib
-import heapq
 import io
-import itertools
 import json
 import math
 import os
 import re
-import string
 import subprocess
 import sys
 from collections import Counter, defaultdict

@@ -125,7 +125,7 @@ def test_dropout_stays_off_where_activations_are_checkpointed():
     """Guards against training mode, which transformers asks for, and its dropout: the ratio would not be 1."""
     import eval as evaluation
     import sft
-    from rollout import Policy, collate, make_example
+    from sft import Policy, collate, make_example
     model = tiny("phi3", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}, 128)
     use_packed_attention(model, "tiny")
     flat, packing = collate([make_example(list(range(9)), [1] * 9)], "cpu")

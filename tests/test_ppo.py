@@ -440,7 +440,7 @@ def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
 
 
 def save(trainer, folder, step):
-    evaluation.save_checkpoint(folder, trainer.state(), {"step": step}, trainer.args.keep_checkpoints, 0)
+    sft.save_checkpoint(folder, trainer.state(), {"step": step}, trainer.args.keep_checkpoints, 0)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
@@ -460,7 +460,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, 
         patch.setattr(sft.Path, "write_text", full)
         with pytest.raises(UserError, match="No space left on device.*intact"):
             save(trainer, tmp_path, 2)
-    assert evaluation.find_checkpoint(tmp_path, 0)[1]["step"] == 1
+    assert sft.find_checkpoint(tmp_path, 0)[1]["step"] == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc's heap")
@@ -487,13 +487,13 @@ def test_damaged_checkpoints_are_never_kept_instead_of_good_ones(trainer_and_exa
     for step in (1, 5):
         save(trainer, folder, step)
     (folder / "step-000005" / "manifest.json").write_text("{")
-    assert evaluation.find_checkpoint(folder, 0)[1]["step"] == 1
+    assert sft.find_checkpoint(folder, 0)[1]["step"] == 1
     save(trainer, folder, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     for path in folder.iterdir():
         (path / ".metadata").write_text("")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        evaluation.find_checkpoint(folder, 0)
+        sft.find_checkpoint(folder, 0)
 
 
 def test_four_processes_in_a_grid_of_two_by_two_warm_start_like_one(runs):
@@ -516,9 +516,9 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
     ours = rollout.load_model(str(checkpoint), "cpu")
     tokenizer = rollout.load_tokenizer(str(checkpoint))
     ids = torch.tensor(tokenizer.encode("What is 12 + 30?\n<code>"))
-    flat, packing = rollout.collate([rollout.make_example(ids.tolist(), [1] * len(ids))], "cpu")
+    flat, packing = sft.collate([sft.make_example(ids.tolist(), [1] * len(ids))], "cpu")
     with torch.no_grad():
-        logprobs = rollout.Policy(ours)(flat.input_ids, flat.targets, flat.loss_mask, packing)
+        logprobs = sft.Policy(ours)(flat.input_ids, flat.targets, flat.loss_mask, packing)
         scores = torch.log_softmax(plain(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
     assert torch.allclose(logprobs, scores, atol=1e-5)
     warm = finished(runs[0] / "warm")
@@ -707,7 +707,7 @@ def trainer_and_examples(runs):
         trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, rank, world, device)
         trainer.tokenizer = tokenizer
         ids = tokenizer.encode("What is 12 + 30? It is 42, what else could it be?")
-        examples = [rollout.make_example(ids[:n], [0] * 4 + [1] * (n - 4),
+        examples = [sft.make_example(ids[:n], [0] * 4 + [1] * (n - 4),
                                          rewards=[0.0] * (n - 1) + [(-1.0)**n]) for n in range(8, len(ids))]
         trainer.score(examples)
         trainer.estimate(examples, [0] * len(examples))

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import data
 import eval as evaluation
-import rollout
 import sft
-from rollout import Policy, collate, encode_response, make_example, pack
+from rollout import encode_response
+from sft import Policy, collate, make_example, pack
 from ppo import cosine
 
 
@@ -88,7 +88,7 @@ def test_the_chunked_head_changes_nothing(models, monkeypatch):
     """Guards against a chunk boundary that loses a token, and against recomputing with other settings."""
     policy, examples = Policy(models[0]), make_examples(17)
     loss, grad = gradient(policy, examples, 10**6)
-    monkeypatch.setitem(rollout.LOGIT_BYTES, "cpu", 4 * 97 * 7)
+    monkeypatch.setitem(sft.LOGIT_BYTES, "cpu", 4 * 97 * 7)
     chunked_loss, chunked_grad = gradient(policy, examples, 10**6)
     assert math.isclose(loss, chunked_loss, rel_tol=1e-6)
     assert torch.allclose(grad, chunked_grad, atol=1e-6 * grad.abs().max().item())
@@ -113,7 +113,7 @@ def test_no_tensor_of_all_logits_exists(models, monkeypatch):
     trainable = sum(e.loss_mask.sum().item() for e in examples)
     rows = {}
     for chunk in (7, 10**6):
-        monkeypatch.setitem(rollout.LOGIT_BYTES, "cpu", 4 * 97 * chunk)
+        monkeypatch.setitem(sft.LOGIT_BYTES, "cpu", 4 * 97 * chunk)
         with MostLogits() as seen:
             gradient(policy, examples, 10**6)
         rows[chunk] = seen.rows
