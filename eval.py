@@ -24,13 +24,9 @@ Of collapse, the sampler's mean log-probability: logprob_code_open, logprob_code
 Of an evaluation: evaluation (set and moment), problems, skipped_long (prompts too long),
   accuracy_error (standard error, bootstrap over problems), sampling_error (within problems),
   pass_at_k (unbiased), maj_at_n (vote by normalised text, ties to the first; without answer, no
-  vote), per_problem (n, right ones), families (accuracy, code_ratio, count), purposes (shares of
-  snippets), code_ratio_trivial (unneeded code: families that need no tool), code_ratio_needed
-  (others), ood_drop (from eval.py's first set)
-Failure signatures: unneeded_code_seconds, unneeded_code_tokens (of code in trivial families, per
-  response with code), repeated_snippets (one syntax tree twice), uncorrected_failures (the last
-  snippet failed; both of responses with code), literal_prints (snippets that compute nothing),
-  void_turns (responses whose last turn has neither snippet nor answer)
+  vote), per_problem (n, right ones), families (accuracy, code_ratio, count),
+  code_ratio_trivial (unneeded code: families that need no tool), code_ratio_needed (others),
+  ood_drop (from eval.py's first set)
 Of a step, means over its trainable tokens if nothing else is said: step, update_skipped (1: no
   response was left to train on), reward (sum over a response), entropy of the policy;
   approx_kl, clip_fraction, policy_loss, value_loss, value_clip_fraction, reference_kl as in
@@ -50,7 +46,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -296,24 +291,6 @@ def computes(code):
     return any(isinstance(node, work) for node in nodes) or any(name != "print" for name in called)
 
 
-def code_purpose(code, before):
-    """What a snippet is for, guessed from its syntax tree and the words before it, where the paper
-    asks an LLM: right for 32 of 50 that were labelled by hand (tests/purposes.jsonl)."""
-    nodes = list(ast.walk(ast.parse(code)))
-    imported = {getattr(node, "module", "") for node in nodes}
-    imported |= {alias.name.split(".")[0] for node in nodes
-                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    if (re.search(r"(?i)\b(check|verif|confirm|double-check|make sure)", before[-200:])
-            or any(isinstance(node, ast.Assert) for node in nodes)):
-        return "verification"
-    if imported & {"sympy", "symbols"}:
-        return "symbolic algebra"
-    if "random" in imported:
-        return "simulation"
-    loops = (ast.For, ast.While, ast.comprehension)
-    return "enumeration" if any(isinstance(node, loops) for node in nodes) else "calculation"
-
-
 def mean(values):
     """Mean of a list; None (JSON null) if it is empty."""
     return float(np.mean(values)) if len(values) else None
@@ -365,28 +342,6 @@ def collapse_metrics(trajectories, pieces):
         found["eos"] += t.logprobs[-1:] if t.finish_reason == "eos" else []
     refused = [c for t in kept for c in t.tool_calls if re.search(r"(?m)^PermissionError.*\s*\Z", c.output)]
     return {"snippets_refused": len(refused)} | {f"logprob_{k}": mean(v) for k, v in found.items()}
-
-
-def failure_signatures(kept, trivial, tokenizer):
-    """And purposes of code; trivial: the responses among `kept` that need none."""
-    snippets, void = [], []
-    for t in kept:  # what was sampled before each snippet, and after the last
-        edges = [0, *(i for c in t.tool_calls for i in (c.start, c.end)), len(t.response_ids)]
-        *before, last = [tokenizer.decode(list(itertools.compress(t.response_ids[a:b], t.loss_mask[a:b])))
-                         for a, b in zip(edges[::2], edges[1::2])]
-        snippets += [(c.code, text) for c, text in zip(t.tool_calls, before)]
-        void.append(last != "" and t.finish_reason != "max_calls" and extract_answer(last) is None)
-    purposes = Counter(code_purpose(*s) if syntax_tree(s[0]) else "unreadable" for s in snippets)
-    with_code, unneeded = ([t for t in found if t.tool_calls] for found in (kept, trivial))
-    distinct = [len({syntax_tree(c.code) or c.code for c in t.tool_calls}) for t in with_code]
-    forced = [t.loss_mask.count(0) + sum(c.end - c.start for c in t.tool_calls) for t in unneeded]
-    return {
-        "purposes": {name: n / len(snippets) for name, n in sorted(purposes.items())},
-        "unneeded_code_seconds": mean([sum(c.seconds for c in t.tool_calls) for t in unneeded]),
-        "unneeded_code_tokens": mean(forced), "void_turns": mean(void),
-        "repeated_snippets": mean([n < len(t.tool_calls) for n, t in zip(distinct, with_code)]),
-        "uncorrected_failures": mean([t.tool_calls[-1].status != "ok" for t in with_code]),
-        "literal_prints": mean([not computes(code) for code, _ in snippets if syntax_tree(code)])}
 
 
 def bootstrap(per_problem, draws=2000):
@@ -466,7 +421,7 @@ async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, d
         "code_ratio_trivial": code_ratio(trivial), "code_ratio_needed": code_ratio(needed),
         "families": {name: {"accuracy": mean([t.correct for t in found]), "count": len(found),
                             "code_ratio": code_ratio(found)} for name, found in sorted(families.items())},
-    } | failure_signatures(kept, trivial, tokenizer), trajectories
+    }, trajectories
 
 
 def percent(value):
@@ -541,6 +496,7 @@ def describe_trajectory(t, tokenizer, problem):
             "finish_reason": t.finish_reason, "tool_statuses": [call.status for call in t.tool_calls],
             "prompt_index": t.prompt_index, "sample_index": t.sample_index,
             "calls": [[call.start, call.end] for call in t.tool_calls],
+            "codes": [call.code for call in t.tool_calls],
             "tokens": [tokenizer.decode([token]) for token in t.response_ids], "loss_mask": t.loss_mask,
             **{name: [round(x, 3) for x in column] for name, column in columns.items()}}
 
@@ -800,7 +756,9 @@ async def main(rank, world, device):
                 found[name] = metrics | {"ood_drop": metrics["accuracy"] - first["accuracy"]}
                 for t in trajectories if writes else ():
                     row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
-                    responses.write(json.dumps({"model": path, "set": name} | row) + "\n")
+                    row |= {"model": path, "set": name}
+                    row["tool_seconds"] = [call.seconds for call in t.tool_calls]
+                    responses.write(json.dumps(row) + "\n")
             print(f"{path}\n{evaluation_table(found)}")
     responses.close()
     if writes:

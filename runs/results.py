@@ -1,19 +1,25 @@
 """What did finished runs of ppo.py reach, and what did eval.py find? Tables.
 
     python runs/results.py RUN [RUN ...]    # mean and range per group of runs with the same arguments
-    python runs/results.py OUTPUT           # of eval.py: pass@k, families, purposes of code, failure
-                                            # signatures; checkpoints compared in pairs
+    python runs/results.py OUTPUT           # of eval.py: pass@k, families; purposes of code and failure
+                                            # signatures, from OUTPUT.responses.jsonl; checkpoints in pairs
 """
+import ast
 import itertools
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import NOT_A_SETTING, bootstrap, markdown, percent  # noqa: E402
+from data import TRIVIAL, extract_answer  # noqa: E402
+from eval import (NOT_A_SETTING, bootstrap, computes, markdown, mean, percent,  # noqa: E402
+                  syntax_tree)
 from sandbox import UserError  # noqa: E402
+
 
 def runs_tables(runs):
     """`runs_table` of each group of runs with the same arguments, under a line of what
@@ -77,16 +83,92 @@ SIGNATURES = {
     "ood_drop": ("ood_drop", "points of accuracy from the first set to this one")}
 
 
+def code_purpose(code, before):
+    """What a snippet is for, guessed from its syntax tree and the words before it, where the paper
+    asks an LLM: right for 32 of 50 that were labelled by hand (tests/purposes.jsonl)."""
+    nodes = list(ast.walk(ast.parse(code)))
+    has_assert = any(isinstance(node, ast.Assert) for node in nodes)
+    if has_assert or re.search(r"(?i)\b(check|verif|confirm|double-check|make sure)", before[-200:]):
+        return "verification"
+
+    imported = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported.update(alias.name.split(".")[0] for alias in node.names)
+    if imported & {"sympy", "symbols"}:
+        return "symbolic algebra"
+    if "random" in imported:
+        return "simulation"
+
+    loops = (ast.For, ast.While, ast.comprehension)
+    return "enumeration" if any(isinstance(node, loops) for node in nodes) else "calculation"
+
+
+def sampled_text(response, begin, end):
+    """What the policy itself wrote between two tokens of a response."""
+    tokens = zip(response["tokens"][begin:end], response["loss_mask"][begin:end])
+    return "".join(token for token, sampled in tokens if sampled)
+
+
+def failure_signatures(responses):
+    """Shares and costs, over rows of OUTPUT.responses.jsonl; and the purposes of code."""
+    trivial_families = {family.__name__ for family in TRIVIAL}
+    purposes = Counter()
+    literal_prints, void_turns, repeated, uncorrected = [], [], [], []
+    unneeded_seconds, unneeded_tokens = [], []
+    for response in responses:
+        codes = response["codes"]
+        begin = 0
+        for code, (start, end) in zip(codes, response["calls"]):
+            if syntax_tree(code):
+                purposes[code_purpose(code, sampled_text(response, begin, start))] += 1
+                literal_prints.append(not computes(code))
+            else:
+                purposes["unreadable"] += 1
+            begin = end
+
+        # A turn is void where something was written after the last output, but no answer.
+        last_turn = sampled_text(response, begin, len(response["tokens"]))
+        refused = response["finish_reason"] == "max_calls"
+        void_turns.append(last_turn != "" and not refused and extract_answer(last_turn) is None)
+
+        if codes:
+            distinct = {syntax_tree(code) or code for code in codes}
+            repeated.append(len(distinct) < len(codes))
+            uncorrected.append(response["tool_statuses"][-1] != "ok")
+        if codes and response["family"] in trivial_families:
+            tokens = response["loss_mask"].count(0) + sum(end - start for start, end in response["calls"])
+            unneeded_tokens.append(tokens)
+            unneeded_seconds.append(sum(response["tool_seconds"]))
+
+    snippets = sum(purposes.values())
+    return {"purposes": {purpose: count / snippets for purpose, count in sorted(purposes.items())},
+            "unneeded_code_seconds": mean(unneeded_seconds),
+            "unneeded_code_tokens": mean(unneeded_tokens),
+            "void_turns": mean(void_turns),
+            "repeated_snippets": mean(repeated),
+            "uncorrected_failures": mean(uncorrected),
+            "literal_prints": mean(literal_prints)}
+
+
 def number(key, value):
     if value is None:
         return "-"
     return f"{value:.3g}" if key.endswith(("seconds", "tokens")) else f"{100 * value:.1f} %"
 
 
-def evaluation_tables(record):
-    """Markdown of what eval.py wrote: signatures, then the rest, a column per checkpoint and set."""
-    columns = {f"{path} {name}" if len(record["results"]) > 1 else name: metrics
-               for path, found in record["results"].items() for name, metrics in found.items()}
+def evaluation_tables(record, responses):
+    """Markdown of what eval.py wrote: signatures, then the rest, a column per checkpoint and set.
+    responses: the rows of OUTPUT.responses.jsonl."""
+    columns = {}
+    for path, results in record["results"].items():
+        for name, metrics in results.items():
+            label = f"{path} {name}" if len(record["results"]) > 1 else name
+            members = [response for response in responses
+                       if response["model"] == path and response["set"] == name]
+            columns[label] = metrics | failure_signatures(members)
     signatures = [[name, *(number(key, m[key]) for m in columns.values()), meaning]
                   for key, (name, meaning) in SIGNATURES.items()]
     rows = {}
@@ -132,7 +214,8 @@ def main(paths):
     for path in paths:
         try:
             record = json.loads(Path(path).read_text())
-            print(evaluation_tables(record))
+            lines = Path(f"{path}.responses.jsonl").read_text().splitlines()
+            print(evaluation_tables(record, [json.loads(line) for line in lines]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: neither a run's folder nor an OUTPUT of eval.py ({error})") from None
 

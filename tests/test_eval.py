@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
 from conftest import StubSandbox, scripted  # noqa: E402
 from data import boxed, extract_answer  # noqa: E402
-from eval import (code_purpose, collapse_metrics, exact_value, failure_signatures,  # noqa: E402
+from eval import (collapse_metrics, describe_trajectory, exact_value,  # noqa: E402
                   is_equivalent, majority, one_spelling, problem_metrics, stated_answer, without_unit)
 from rollout import Pieces, ToolCall, Trajectory, encode_interpreter, encode_text  # noqa: E402
-from runs.results import compare, paired_gain  # noqa: E402
+from runs.results import code_purpose, compare, failure_signatures, paired_gain  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -668,6 +668,15 @@ def response(tokenizer, *parts, reason="eos"):
     return t
 
 
+def signatures_of(tokenizer, trajectories, family):
+    rows = []
+    for t in trajectories:
+        row = describe_trajectory(t, tokenizer, {"answer": "2", "family": family})
+        row["tool_seconds"] = [call.seconds for call in t.tool_calls]
+        rows.append(json.loads(json.dumps(row)))
+    return failure_signatures(rows)
+
+
 TWO = ("print(1 + 1)", "ok", "2\n")
 FAILED = ("print(1 / 0)", "error", "ZeroDivisionError: division by zero\n")
 BOX = "\n<answer>\\boxed{2}</answer>"
@@ -693,7 +702,7 @@ BOX = "\n<answer>\\boxed{2}</answer>"
 def test_failure_signatures_are_what_they_are_called(tokenizer, parts, reason, signatures):
     """Guards against signatures that fire on right behaviour: an output that meets the limit is no void
     turn, a corrected failure is corrected."""
-    found = failure_signatures([response(tokenizer, *parts, reason=reason)], [], tokenizer)
+    found = signatures_of(tokenizer, [response(tokenizer, *parts, reason=reason)], "inverse")
     assert {name: found[name] for name in signatures} == signatures
     assert found["unneeded_code_seconds"] is None
 
@@ -702,7 +711,7 @@ def test_unneeded_code_costs_its_snippets_and_outputs(tokenizer):
     """Guards against a cost that leaves the interpreter's tokens out or counts responses without code."""
     plain, short, long = (response(tokenizer, *parts)
                           for parts in ((BOX,), (TWO, BOX), ("Hm.", TWO, FAILED, BOX)))
-    found = failure_signatures([plain, short, long], [plain, short, long], tokenizer)
+    found = signatures_of(tokenizer, [plain, short, long], "addition")
     texts = [len(encode_text(tokenizer, text)) + 1 for text in (BOX, "Hm." + BOX)]
     assert found["unneeded_code_seconds"] == pytest.approx((0.5 + 1.0) / 2)
     assert found["unneeded_code_tokens"] == pytest.approx(
@@ -714,7 +723,7 @@ def test_hostile_snippets_do_not_stop_the_metrics(tokenizer):
     codes = ["-" * 50_000 + "1", "1" + "+1" * 50_000, "(" * 300, "x\0y", "\ud800", "a" + ".b" * 2000, "if 1:"]
     t = response(tokenizer, BOX)
     t.tool_calls = [ToolCall(code, "", "error", 0, 0, 0.0) for code in codes]
-    found = failure_signatures([t], [], tokenizer)
+    found = signatures_of(tokenizer, [t], "inverse")
     assert found["purposes"] == {"unreadable": 1.0} and found["literal_prints"] is None
 
 

@@ -600,7 +600,8 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
     two = json.loads((tmp_path / "two.json").read_text())["results"][models[0]]
     assert [two[name]["per_problem"] for name in two] == [metrics[name]["per_problem"] for name in two]
-    tables = module_in_runs("results").evaluation_tables(record)
+    lines = (tmp_path / "out.json.responses.jsonl").read_text().splitlines()
+    tables = module_in_runs("results").evaluation_tables(record, [json.loads(line) for line in lines])
     assert tables.count(" -> ") == 2 and all(name in tables for name in ("void_turns", "pass@2", "ood_drop"))
 
 
