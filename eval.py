@@ -54,7 +54,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -370,42 +370,48 @@ def problem_metrics(votes):
         "maj_at_n": mean([majority(v) for v in votes if v]), "per_problem": counts}
 
 
-async def sample_all(model, tokenizer, prompts, answers, sandbox, rank, world, desc="", n_samples=1,
-                     keys=None, **settings):
-    """`generate` with the prompts dealt out over the ranks; every rank gets all trajectories,
-    prompt-major, with `correct` set. keys (default: indices) become prompt_index and key the
-    noise: the number of ranks changes only rounding. settings go to `generate`. Each response is
-    judged by one rank: under math-verify's time limit two might disagree."""
-    mine, keys = range(rank, len(prompts), world), keys or range(len(prompts))
-    with tqdm(total=len(mine) * n_samples, desc=desc, disable=rank > 0 or not desc, leave=False,
+async def sample_all(model, tokenizer, problems, sandbox, process, desc="", n_samples=1, **sampling):
+    """`generate` with the problems dealt out over the ranks; every rank gets all trajectories,
+    prompt-major, with `correct` set. problems: [{"prompt" (token ids), "answer", "key"}]; the key becomes
+    prompt_index and keys the noise: the number of ranks changes only rounding. sampling goes to
+    `generate`. Each response is judged by one rank: under math-verify's time limit two might disagree."""
+    mine = problems[process.rank::process.world]
+    with tqdm(total=len(mine) * n_samples, desc=desc, disable=process.rank > 0 or not desc, leave=False,
               mininterval=1.0) as bar:
-        trajectories = await generate(model, tokenizer, [prompts[i] for i in mine], sandbox,
-                                      n_samples=n_samples, prompt_keys=[keys[i] for i in mine],
-                                      progress=bar.update, **settings)
+        trajectories = await generate(model, tokenizer, [problem["prompt"] for problem in mine], sandbox,
+                                      n_samples=n_samples, prompt_keys=[problem["key"] for problem in mine],
+                                      progress=bar.update, **sampling)
     for t in trajectories:
         t.answer = stated_answer(t, tokenizer)
-    verdicts = await asyncio.gather(*[is_equivalent(t.answer, answers[mine[t.prompt_index]], sandbox)
+    verdicts = await asyncio.gather(*[is_equivalent(t.answer, mine[t.prompt_index]["answer"], sandbox)
                                       for t in trajectories])
     for t, verdict in zip(trajectories, verdicts):
-        t.prompt_index, t.correct = keys[mine[t.prompt_index]], verdict
-    gathered = [None] * world
+        t.prompt_index, t.correct = mine[t.prompt_index]["key"], verdict
+    gathered = [None] * process.world
     dist.all_gather_object(gathered, trajectories)
     return sorted((t for part in gathered for t in part), key=lambda t: (t.prompt_index, t.sample_index))
 
 
-async def evaluate(model, tokenizer, problems, template, sandbox, rank, world, desc, max_prompt_tokens,
-                   sample=None, **settings):
-    """avg@n over problems ({"question", "answer", "family"}): (metrics, trajectories), whose
-    prompt_index is the problem's. Over-long prompts are skipped and counted; UserError if none
-    remain. sample: instead of `sample_all`; settings go to `generate`."""
-    prompts = [encode_prompt(tokenizer, template, p["question"]) for p in problems]
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_tokens]
-    if not fits:
-        raise UserError(f"{desc}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
+def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):
+    """The problems of the set `name`, each with its index as "key" and its "prompt": token ids, or None
+    if too long. UserError if none remain."""
+    rows = []
+    for key, problem in enumerate(problems):
+        prompt = encode_prompt(tokenizer, template, problem["question"])
+        rows.append(problem | {"key": key, "prompt": prompt if len(prompt) <= max_prompt_tokens else None})
+    if all(row["prompt"] is None for row in rows):
+        raise UserError(f"{name}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
+    return rows
+
+
+async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=None, **sampling):
+    """avg@n over problems, as `encode_problems` gives them: (metrics, trajectories), whose prompt_index is
+    the problem's. Over-long prompts are skipped and counted. sample: instead of `sample_all`; sampling
+    goes to `generate`."""
+    fits = [problem for problem in problems if problem["prompt"] is not None]
     # step -1: noise of its own, the same before and after training
     trajectories = await (sample or sample_all)(
-        model, tokenizer, [prompts[i] for i in fits], [problems[i]["answer"] for i in fits], sandbox,
-        rank, world, desc, step=-1, keys=fits, **settings)
+        model, tokenizer, fits, sandbox, process, desc, step=-1, **sampling)
     kept = [t for t in trajectories if t.finish_reason != "sandbox_error"]
     if not kept:
         raise UserError(f"{desc}: the sandbox failed in every response")
@@ -505,10 +511,19 @@ def describe_trajectory(t, tokenizer, problem):
 # Running a script: processes, errors, flags
 
 
+@dataclass
+class Process:
+    """This process among those that torchrun started."""
+    rank: int
+    world: int  # how many there are
+    device: torch.device
+    goes_on: str = "the same command goes on"  # printed after an interrupt
+    deadline: float = math.inf  # of time.monotonic(), from --minutes
+
+
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group, or one's own; yields (rank, world size, device). Of all
-    ranks only the first prints."""
+    """Join torchrun's process group, or one's own; yields the Process. Of all ranks only the first prints."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone | os.environ)
     store = dist.HashStore() if "MASTER_PORT" not in os.environ else None
@@ -529,20 +544,18 @@ def distributed():
                             world_size=world, timeout=timedelta(hours=2))
     try:
         with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
-            yield rank, world, device
+            yield Process(rank, world, device)
     finally:
         dist.destroy_process_group()
 
 
-GOES_ON = ["the same command goes on"]  # printed after an interrupt; ppo.py replaces it
-
-
 @contextlib.contextmanager
-def ended_at_once(rank):
+def ended_at_once(process):
     """Ctrl-C and SIGTERM end the process with one line; what is on the disk is whole or not there.
     asyncio's own handler would wait for the next await."""
     def handler(*_):
-        os.write(2, f"\ninterrupted: {GOES_ON[0]}\n".encode() if rank == 0 else b"")
+        if process.rank == 0:
+            os.write(2, f"\ninterrupted: {process.goes_on}\n".encode())
         os._exit(130)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -556,11 +569,11 @@ def ended_at_once(rank):
 def run_script(main):
     """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
     try:
-        with distributed() as (rank, world, device), ended_at_once(rank):
+        with distributed() as process, ended_at_once(process):
             try:
-                asyncio.run(main(rank, world, device))
+                asyncio.run(main(process))
             except Exception as error:
-                if world == 1:
+                if process.world == 1:
                     raise
                 # An orderly end would wait for ranks in a collective; torchrun ends those.
                 print(describe_error(error) or traceback.format_exc(), file=sys.stderr, flush=True)
@@ -675,7 +688,7 @@ def check_positions(config, args):
 # The script
 
 
-async def sample_new(journal, chunk, decisive, model, tokenizer, prompts, answers, *common, keys, **settings):
+async def sample_new(journal, chunk, decisive, model, tokenizer, problems, *common, **sampling):
     """`sample_all`, so many problems at a time. Each chunk is a line of the journal, under a hash of
     all that decides it; what is there is not sampled again."""
     trajectories, done = [], [{}]
@@ -684,12 +697,12 @@ async def sample_new(journal, chunk, decisive, model, tokenizer, prompts, answer
         with contextlib.suppress(ValueError):  # torn by a kill
             done[0] |= json.loads(line)
     dist.broadcast_object_list(done)
-    for part in (slice(begin, begin + chunk) for begin in range(0, len(keys), chunk)):
-        recipe = json.dumps([decisive, settings, prompts[part], answers[part], keys[part]])
+    for part in (problems[begin:begin + chunk] for begin in range(0, len(problems), chunk)):
+        recipe = json.dumps([decisive, sampling, part])
         recipe = hashlib.sha256(recipe.encode()).hexdigest()
         if recipe not in done[0]:
             done[0][recipe] = [asdict(t) for t in await sample_all(
-                model, tokenizer, prompts[part], answers[part], *common, keys=keys[part], **settings)]
+                model, tokenizer, part, *common, **sampling)]
             journal.write(f"\n{json.dumps({recipe: done[0][recipe]})}\n")  # ends a torn line first
             journal.flush()
         for row in done[0][recipe]:
@@ -723,11 +736,11 @@ def parse_arguments():
     return args
 
 
-async def main(rank, world, device):
+async def main(process):
     args = parse_arguments()
     if args.report:
         page = report_page(args.report)
-        with open(args.output if rank == 0 else os.devnull, "w", encoding="utf-8") as file:
+        with open(args.output if process.rank == 0 else os.devnull, "w", encoding="utf-8") as file:
             return file.write(page)
     template = load_template(args.prompt_template)
     sets = {name: embedded_rows(name, args.limit, args.seed) if name in SPLITS else load_problems(name)
@@ -735,22 +748,23 @@ async def main(rank, world, device):
     tokenizers = {path: load_tokenizer(path) for path in args.model}
     for path, tokenizer in tokenizers.items():
         check_positions(load_config(path, tokenizer), args)
-    writes = args.output and rank == 0
+    writes = args.output and process.rank == 0
     journal, responses = (open(args.output + ending if writes else os.devnull, mode)
                           for ending, mode in ((".journal", "a+"), (".responses.jsonl", "w")))
     results = {path: {} for path in tokenizers}
-    GOES_ON[0] = "the same command goes on if --output was given"
+    process.goes_on = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
         print(sandbox.report)
         for path, found in results.items():
-            model, tokenizer = load_model(path, device, args.dtype), tokenizers[path]
+            model, tokenizer = load_model(path, process.device, args.dtype), tokenizers[path]
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
             chunk = max(1, args.chunk // args.samples)  # problems per line of the journal
             sample = functools.partial(sample_new, journal, chunk, [weights, args.sandbox_timeout])
             for name, problems in sets.items():
                 metrics, trajectories = await evaluate(
-                    model, tokenizer, problems, template, sandbox, rank, world, f"{path} {name}",
-                    args.max_prompt_tokens, sample, n_samples=args.samples, temperature=args.temperature,
+                    model, tokenizer, encode_problems(problems, tokenizer, template, args.max_prompt_tokens, name),
+                    sandbox, process, f"{path} {name}", sample, n_samples=args.samples,
+                    temperature=args.temperature,
                     top_p=args.top_p, seed=args.seed, **rollout_settings(args))
                 first = next(iter(found.values()), metrics)
                 found[name] = metrics | {"ood_drop": metrics["accuracy"] - first["accuracy"]}

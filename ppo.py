@@ -43,15 +43,15 @@ from tqdm import tqdm
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (GOES_ON, PAPER, Help, add_format_arguments, add_rollout_arguments, at_least,
-                  check_positions, collapse_metrics, describe_trajectory, evaluate, evaluation_table,
+from eval import (PAPER, Help, add_format_arguments, add_rollout_arguments, at_least,
+                  check_positions, collapse_metrics, describe_trajectory, encode_problems, evaluate, evaluation_table,
                   given, in_range, make_sandbox, mean, need_values, percent, report_page,
                   rollout_metrics, rollout_settings, run_script, sample_all)
 from rollout import Pieces, load_model, load_tokenizer
 from sandbox import UserError
 from sft import (Policy, add_trainer_arguments, all_sum, check_mesh, clipped_step, collate, find_checkpoint,
                  make_example, pack, save_checkpoint, shard, sync_to_disk, sync_weights,
-                 training_state, zero_moments)
+                 time_is_up, training_state, zero_moments)
 
 # ------------------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
@@ -296,10 +296,11 @@ class Prompts:
 class Trainer:
     """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
 
-    def __init__(self, args, model_path, rank, world, device, weights=True):
+    def __init__(self, args, model_path, process, weights=True):
         """weights: False where a checkpoint brings them."""
-        self.args, self.rank, self.world, self.device = args, rank, world, device
-        self.sampler = load_model(model_path, device, args.dtype, weights)
+        self.args, self.process, self.device = args, process, process.device
+        self.rank, self.world = process.rank, process.world
+        self.sampler = load_model(model_path, process.device, args.dtype, weights)
 
         def sharded(kind, path):
             lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
@@ -468,9 +469,9 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     """One PPO step; returns (metrics, trajectories)."""
     args, stats, clock = trainer.args, {}, [time.perf_counter()]
     rows = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
+    problems = [row | {"key": i} for i, row in enumerate(rows)]
     trajectories = await sample_all(
-        trainer.sampler, tokenizer, [row["prompt"] for row in rows], [row["answer"] for row in rows],
-        sandbox, trainer.rank, trainer.world, n_samples=args.samples_per_prompt,
+        trainer.sampler, tokenizer, problems, sandbox, trainer.process, n_samples=args.samples_per_prompt,
         temperature=args.temperature, seed=args.seed, step=step, stats=stats, **rollout_settings(args))
     clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
@@ -779,9 +780,10 @@ class RunFolder:
             print(table)
 
 
-async def main(rank, world, device):
+async def main(process):
     args, begin = parse_arguments(), time.perf_counter()
-    deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+    process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+    rank, world, device = process.rank, process.world, process.device
     run = RunFolder(args, rank)
     # Before the warm start: a bad file should not be found minutes later.
     check_mesh(args.replicas, world)
@@ -802,14 +804,14 @@ async def main(rank, world, device):
         if not args.resume:
             run.write_arguments(args, world, device)
         print(f"run folder: {run.path}\n{json.dumps(vars(args))}")
-    GOES_ON[0] = f"torchrun ppo.py --resume {run.path}"
+    process.goes_on = f"torchrun ppo.py --resume {run.path}"
     run.track(args.track, args)
 
     # A checkpoint has all weights; of model/ only the configuration is needed.
     model_path = str(folder) if checkpoint else (
-        args.model or str(await sft.warm_start(args, rank, world, device, deadline=deadline)))
+        args.model or str(await sft.warm_start(args, process)))
     tokenizer = load_tokenizer(model_path)
-    trainer = Trainer(args, model_path, rank, world, device, weights=not checkpoint)
+    trainer = Trainer(args, model_path, process, weights=not checkpoint)
     prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
     if checkpoint:
         dcp.load(trainer.state(), checkpoint_id=checkpoint)
@@ -833,13 +835,15 @@ async def main(rank, world, device):
         if args.resume:
             print(f"{run.path}: goes on after step {start['step']}")
     run.open(start["bytes"])
-    await train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline)
+    sets = {name: encode_problems(problems, tokenizer, template, args.max_prompt_tokens, name)
+            for name, problems in sets.items()}
+    await train_and_evaluate(trainer, tokenizer, prompts, sets, run, start, begin)
 
 
-async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, start, begin, deadline):
-    """From the step that `start` records on; begin: perf_counter() of the script's start; deadline: of
-    time.monotonic(); then a checkpoint is made and the run ends."""
-    args, rank, world = trainer.args, trainer.rank, trainer.world
+async def train_and_evaluate(trainer, tokenizer, prompts, sets, run, start, begin):
+    """From the step that `start` records on; begin: perf_counter() of the script's start. At
+    process.deadline a checkpoint is made and the run ends."""
+    args, rank, process = trainer.args, trainer.rank, trainer.process
     begin -= start["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
@@ -847,8 +851,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
         for name, problems in sets.items():
             label = f"{name} {when}"
             found[label], _ = await evaluate(
-                trainer.sampler, tokenizer, problems, template, sandbox, rank, world, label,
-                args.max_prompt_tokens, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
+                trainer.sampler, tokenizer, problems, sandbox, process, label, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
                 seed=0, **rollout_settings(args))
             run.write("metrics.jsonl", {"evaluation": label} | found[label])
         run.results |= found
@@ -876,7 +879,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
             tqdm.write(step_line(done, args.steps, metrics))
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 await evaluate_all(f"step {done}")
-            is_over = all_sum(rank == 0 and time.monotonic() > deadline, trainer.device) > 0
+            is_over = time_is_up(process)
             if done % args.save_every == 0 or done == args.steps or is_over:
                 clock = time.perf_counter()
                 record = {"step": done, "seconds": clock - begin, "bytes": run.sizes()}
@@ -884,7 +887,7 @@ async def train_and_evaluate(trainer, tokenizer, prompts, template, sets, run, s
                                 args.keep_checkpoints, rank)
                 seconds_checkpoint = time.perf_counter() - clock
             if is_over and done < args.steps:
-                return print(f"--minutes are over after step {done}: {GOES_ON[0]}")
+                return print(f"--minutes are over after step {done}: {process.goes_on}")
         await evaluate_all("after")
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})

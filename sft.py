@@ -56,7 +56,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import (LAYOUTS, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
                   field_names, load_problems, load_template, read_row, read_rows, tool_call)
-from eval import (GOES_ON, Help, add_format_arguments, at_least, computes, given, in_range,
+from eval import (Help, add_format_arguments, at_least, computes, given, in_range,
                   is_equivalent, make_sandbox, need_values, run_script, syntax_tree)
 from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Packing,
                      at_least_fp32, break_tags, encode_response, encode_text, generate, load_config,
@@ -169,20 +169,20 @@ def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_inter
     return make_example(prompt + ids, [0] * len(prompt) + mask)
 
 
-def batch_loss(policy, batch, token_budget, rank, world, device, backward=False):
+def batch_loss(policy, batch, token_budget, process, backward=False):
     """Mean loss over all trainable tokens of a list of Example, on all ranks; with backward
     also its gradient."""
     total = sum(e.loss_mask.sum().item() for e in batch)
     token_sum = 0.0
-    for indices in pack([len(e) for e in batch], token_budget, world)[rank]:
-        flat, packing = collate([batch[i] for i in indices], device)
+    for indices in pack([len(e) for e in batch], token_budget, process.world)[process.rank]:
+        flat, packing = collate([batch[i] for i in indices], process.device)
         with torch.set_grad_enabled(backward):
             loss = -policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum()
         token_sum += loss.item()
         if backward:
             # FSDP averages the ranks' gradients; a factor of world makes that their sum.
-            (loss / total * world).backward()
-    return all_sum(token_sum, device) / total
+            (loss / total * process.world).backward()
+    return all_sum(token_sum, process.device) / total
 
 
 def clipped_step(module, optimizers, max_norm, what):
@@ -249,12 +249,13 @@ def orthogonalise(x):
     return x
 
 
-def train(policy, examples, held_out, recipe, rank, world, device, folder, save_every, deadline):
+def train(policy, examples, held_out, recipe, process, folder, save_every):
     """Train the sharded policy on a list of Example, from the newest checkpoint in the folder;
     metrics.jsonl there gets a line every tenth step. Returns the metrics on held_out and on as
-    many examples. deadline: of time.monotonic(); then the process ends with a checkpoint."""
+    many examples. At process.deadline the process ends with a checkpoint."""
     lr, muon_lr, steps = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps
-    settings = recipe.token_budget, rank, world, device
+    settings = recipe.token_budget, process
+    rank = process.rank
     of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
     of_adamw = [p for p in policy.parameters() if p not in of_muon]
     adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -282,13 +283,13 @@ def train(policy, examples, held_out, recipe, rank, world, device, folder, save_
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
-        stops = all_sum(rank == 0 and time.monotonic() > deadline, device) > 0
+        stops = time_is_up(process)
         if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
             sizes = {"metrics.jsonl": os.fstat(file.fileno()).st_size}
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
                             {"step": step + 1, "bytes": sizes}, 1, rank)
             if stops:
-                print(f"--minutes are over after step {step + 1} of the warm start: {GOES_ON[0]}")
+                print(f"--minutes are over after step {step + 1} of the warm start: {process.goes_on}")
                 sys.exit(0)
     seen, unseen = (batch_loss(policy, batch, *settings)
                     for batch in (examples[:len(held_out)], held_out))
@@ -488,13 +489,14 @@ async def cold_start_traces(recipe, sandbox, folder):
     return json.loads(path.read_text())
 
 
-async def warm_start(args, rank, world, device, traces_file="", deadline=math.inf):
+async def warm_start(args, process, traces_file=""):
     """The folder of the warm-started checkpoint for these arguments, made now or reused. An
     interrupted one goes on at its last checkpoint, with the same metrics."""
     rows = load_traces(traces_file) if traces_file else []
     if traces_file and len(rows) < 2:
         raise UserError(f"{traces_file}: needs at least two traces, one is held out")
     recipe = warm_start_recipe(args, rows)
+    rank = process.rank
     folder, shared = Path(args.warm_start_dir) / digest(vars(recipe)), [None]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock") if rank == 0 else os.devnull, "w") as lock:
@@ -515,8 +517,7 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
         if traces:
             partial = folder.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
-            metrics = train_on_traces(*traces, recipe, args, partial, args.sft_save_every, rank,
-                                      world, device, deadline)
+            metrics = train_on_traces(*traces, recipe, args, partial, process)
             if rank == 0:
                 print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
                 record = vars(args) | {"versions": versions()}
@@ -527,10 +528,9 @@ async def warm_start(args, rank, world, device, traces_file="", deadline=math.in
     return folder
 
 
-def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank, world, device,
-                    deadline):
+def train_on_traces(traces, held_out, recipe, args, folder, process):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
-    sharding: the settings of `shard`, which decide no result."""
+    args: for what decides no result, the settings of `shard` and --sft_save_every."""
     config, tokenizer = starting_point(recipe.model)
     settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
                 recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on")
@@ -540,13 +540,12 @@ def train_on_traces(traces, held_out, recipe, sharding, folder, save_every, rank
     if longest > positions:
         raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
     start = recipe.model, config, recipe.sft_seed
-    plain = starting_model(*start) if rank == 0 else None  # to be saved
+    plain = starting_model(*start) if process.rank == 0 else None  # to be saved
     policy = Policy(starting_model(*start))
-    shard(policy, policy.lm, sharding)
-    metrics = train(policy, examples, fresh, recipe, rank, world, device, folder, save_every,
-                    deadline)
+    shard(policy, policy.lm, args)
+    metrics = train(policy, examples, fresh, recipe, process, folder, args.sft_save_every)
     sync_weights(policy, plain)
-    if rank == 0:
+    if process.rank == 0:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return metrics
@@ -603,6 +602,11 @@ def all_sum(value, device):
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
+
+
+def time_is_up(process):
+    """Whether rank 0's clock has passed the deadline: the same on all ranks."""
+    return all_sum(process.rank == 0 and time.monotonic() > process.deadline, process.device) > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1106,7 +1110,7 @@ def add_curate_arguments(parser):
 # The script
 
 
-async def main(rank, world, device):
+async def main(process):
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     if sys.argv[1:2] == ["curate"]:
@@ -1121,10 +1125,11 @@ async def main(rank, world, device):
         need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
         if not args.traces:
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
-    check_mesh(args.replicas, world)
+    process.deadline = begin + 60 * (args.minutes or math.inf)
+    check_mesh(args.replicas, process.world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
     print(json.dumps(vars(args)))
-    folder = await warm_start(args, rank, world, device, args.traces, begin + 60 * (args.minutes or math.inf))
+    folder = await warm_start(args, process, args.traces)
     print(f"checkpoint: {folder}")
 
 

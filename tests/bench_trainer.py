@@ -122,8 +122,8 @@ def trl_benchmark(checkpoint, rounds=6):
                      "--code_share", "0", "--minibatches", "1", *small], "PPO": ["--critic_warmup", "0", *small]}
     seconds = {"TRL GRPO": [], "GRPO": [], "PPO": []}
 
-    with evaluation.distributed() as (rank, world, device), asyncio.Runner() as runner:
-        trainers = {name: ppo.Trainer(ppo.parse_arguments(flags), checkpoint, rank, world, device)
+    with evaluation.distributed() as process, asyncio.Runner() as runner:
+        trainers = {name: ppo.Trainer(ppo.parse_arguments(flags), checkpoint, process)
                     for name, flags in work.items()}
         sandbox = runner.run(Sandbox(timeout=0.5).__aenter__())
 

@@ -807,9 +807,10 @@ PROBLEMS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "family": 
 def evaluated(model, tokenizer, problems=PROBLEMS, sample=None, limit=99, **settings):
     """`evaluate` in a process group of one, with a sandbox that answers 4."""
     settings = dict(n_samples=3, max_response_tokens=60, seed=3) | settings
-    with evaluation.distributed():
-        return asyncio.run(evaluation.evaluate(model, tokenizer, problems, "{question}", StubSandbox(), 0, 1,
-                                               "", limit, sample, **settings))
+    problems = evaluation.encode_problems(problems, tokenizer, "{question}", limit, "test")
+    with evaluation.distributed() as process:
+        return asyncio.run(evaluation.evaluate(model, tokenizer, problems, StubSandbox(), process, "", sample,
+                                               **settings))
 
 
 def test_votes_are_normalised_and_metrics_stand_under_their_problem(tokenizer):
@@ -818,10 +819,10 @@ def test_votes_are_normalised_and_metrics_stand_under_their_problem(tokenizer):
                 {"question": "a", "answer": r"\frac{1}{2}", "family": "addition"},
                 {"question": "b", "answer": "7", "family": "sums"}]
 
-    async def sample(model, tokenizer, prompts, answers, *common, keys, **settings):
+    async def sample(model, tokenizer, rows, *common, **settings):
         texts = {1: ["7", "7", r"\frac12", r"\dfrac{1}{2}", r"\frac{1}{2}"], 2: ["7", "8", "9", "9", ""]}
         found = []
-        for key in keys:
+        for key in [row["key"] for row in rows]:
             for j, text in enumerate(texts[key]):
                 t = response(tokenizer, f"\\boxed{{{text}}}" if text else "?")
                 t.prompt_index, t.sample_index = key, j
@@ -856,11 +857,11 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one_bit_for_bit(mode
     responses of other weights or settings that are taken over."""
     sampled, real = [], evaluation.sample_all
 
-    async def counted(*arguments, keys, **settings):
+    async def counted(model, tokenizer, problems, *arguments, **settings):
         if len(sampled) == stop:
             raise KeyboardInterrupt
-        sampled.append(keys)
-        return await real(*arguments, keys=keys, **settings)
+        sampled.append([problem["key"] for problem in problems])
+        return await real(model, tokenizer, problems, *arguments, **settings)
 
     code = encode_text(tokenizer, "<code>\nprint(4)\n</code>")  # then the model is free
     monkeypatch.setattr(evaluation, "generate",

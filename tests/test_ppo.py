@@ -630,8 +630,9 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch)
 
     monkeypatch.setattr(evaluation, "sample_all", only_failures)
     problems = [{"question": "1+1?", "answer": "2", "family": "sums"}] * 2
+    problems = evaluation.encode_problems(problems, tokenizer, "{question}", 99, "test")
     with pytest.raises(UserError, match="test: the sandbox failed in every response"):
-        asyncio.run(evaluation.evaluate(None, tokenizer, problems, "{question}", None, 0, 1, "test", 99))
+        asyncio.run(evaluation.evaluate(None, tokenizer, problems, None, evaluation.Process(0, 1, "cpu"), "test"))
 
     def full(folder):
         raise SafetensorError("I/O error: No space left on device")
@@ -704,8 +705,8 @@ def trainer_and_examples(runs):
     """A Trainer on the tiny checkpoint in a process group of this process alone, and a scored batch."""
     checkpoint = str(runs[0] / "first" / "checkpoint")
     tokenizer = rollout.load_tokenizer(checkpoint)
-    with evaluation.distributed() as (rank, world, device):
-        trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, rank, world, device)
+    with evaluation.distributed() as process:
+        trainer = ppo.Trainer(ppo.parse_arguments(TINY), checkpoint, process)
         trainer.tokenizer = tokenizer
         ids = tokenizer.encode("What is 12 + 30? It is 42, what else could it be?")
         examples = [sft.make_example(ids[:n], [0] * 4 + [1] * (n - 4),
