@@ -22,7 +22,8 @@ import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rollout import CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, first_line, need_hub
+from rollout import (ANSWER_OPEN, CLOSING, CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN,
+                     first_line, need_hub)
 from sandbox import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -68,7 +69,9 @@ def encode_prompt(tokenizer, template, question):
 # ---------------------------------------------------------------------------------------------
 # The answer that a text states
 
-BLOCKS = re.compile(r"<(code|interpreter)>.*?(?:</\1>|\Z)", re.DOTALL)  # if unclosed, to the end
+# Calls and interpreter blocks; if unclosed, to the end.
+BLOCKS = re.compile("|".join(f"{re.escape(tag)}.*?(?:{re.escape(CLOSING[tag])}|\\Z)"
+                             for tag in CLOSING if tag != ANSWER_OPEN), re.DOTALL)
 
 
 def boxed(text):

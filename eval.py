@@ -262,7 +262,7 @@ def stated_answer(trajectory, tokenizer):
     Only sampled text outside executed snippets, <code> and <interpreter> counts: a \boxed{} in
     a script, printed by one, or in an interpreter block of the policy's own making is no answer.
     """
-    if trajectory.finish_reason != "eos":
+    if not trajectory.is_complete:
         return None
     # Not by the tags alone: the engine knows which tokens it ran as code, however nested.
     segments = trajectory.prose_segments()
@@ -297,7 +297,7 @@ def mean(values):
 
 
 def code_ratio(trajectories):
-    return mean([bool(t.tool_calls) for t in trajectories])
+    return mean([bool(t.snippets) for t in trajectories])
 
 
 def rollout_metrics(trajectories):
@@ -314,14 +314,14 @@ def rollout_metrics(trajectories):
         "response_tokens": mean([len(t.response_ids) for t in kept]),
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
-        "code_lines": mean([sum(code_lines(c.code) for c in t.tool_calls) for t in kept]),
+        "code_lines": mean([sum(code_lines(c.code) for c in t.snippets) for t in kept]),
         "pass_last_correct": mean(right), "pass_last_correct_count": len(right),
         "pass_last_incorrect": mean(wrong), "pass_last_incorrect_count": len(wrong),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
         "timing_mean": mean([c.start / len(t.response_ids) for t in with_code for c in t.tool_calls]),
         "self_correction": mean(after_failure), "self_correction_count": len(after_failure),
         "corrected_share": mean([any(c.status != "ok" for c in t.tool_calls) for t in kept if t.correct]),
-        "truncated": mean([t.finish_reason != "eos" for t in kept]),
+        "truncated": mean([not t.is_complete for t in kept]),
         "sandbox_outcomes": dict(sorted(Counter(call.status for call in calls).items())),
         "sandbox_errors_dropped": len(trajectories) - len(kept)}
 
@@ -339,7 +339,7 @@ def collapse_metrics(trajectories, pieces):
                 found[name] += [t.logprobs[i] for i in set(token_of[slice(*match.span())])]
         for match in re.finditer("(?<=0)1{1,8}", "".join(map(str, t.loss_mask))):
             found["after_interpreter"] += t.logprobs[slice(*match.span())]
-        found["eos"] += t.logprobs[-1:] if t.finish_reason == "eos" else []
+        found["eos"] += t.logprobs[-1:] if t.is_complete else []
     refused = [c for t in kept for c in t.tool_calls if re.search(r"(?m)^PermissionError.*\s*\Z", c.output)]
     return {"snippets_refused": len(refused)} | {f"logprob_{k}": mean(v) for k, v in found.items()}
 

@@ -475,7 +475,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
         temperature=args.temperature, seed=args.seed, step=step, stats=stats, **rollout_settings(args))
     clock.append(time.perf_counter())
     chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
-              and (t.finish_reason == "eos" or not args.drop_truncated)
+              and (t.is_complete or not args.drop_truncated)
               and not (args.drop_void and is_void(t))]
     metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
     metrics["update_skipped"] = int(not chosen)

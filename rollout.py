@@ -63,11 +63,45 @@ if sys.version_info < (3, 11):
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
-TAG = re.compile(r"<(/?)(code|interpreter|answer)>")
-INTERPRETER_BLOCK = re.compile(r"(?<=</code>)\s*<interpreter>\n?(.*?)\n?</interpreter>", re.DOTALL)
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFILL_TOKENS = 16384  # of prompts in one tick, about: activations need memory
+
+
+# ---------------------------------------------------------------------------------------------
+# The table of tools
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What the policy writes between the two tags is run; the output comes back in an interpreter block."""
+    name: str
+    open: str
+    close: str
+    run: object  # async function of (text between the tags, seed, sandbox) -> SandboxResult
+
+
+async def run_python(code, seed, sandbox):
+    return await sandbox.run(code, seed=seed)
+
+
+# Another tool is another row: all patterns below, in data.py and in sft.py are made from this table.
+TOOLS = [Tool("code", CODE_OPEN, CODE_CLOSE, run_python)]
+CLOSING = {tool.open: tool.close for tool in TOOLS}  # of each opening tag
+CLOSING |= {INTERPRETER_OPEN: INTERPRETER_CLOSE, ANSWER_OPEN: ANSWER_CLOSE}
+TAG = re.compile("|".join(map(re.escape, [*CLOSING, *CLOSING.values()])))
+AFTER_A_CALL = "|".join(f"(?<={re.escape(tool.close)})" for tool in TOOLS)
+INTERPRETER_BLOCK = re.compile(
+    rf"(?:{AFTER_A_CALL})\s*{INTERPRETER_OPEN}\n?(.*?)\n?{INTERPRETER_CLOSE}", re.DOTALL)
+
+
+def tool_of(text):
+    """The tool whose closing tag a text ends with, or None."""
+    for tool in TOOLS:
+        if text.endswith(tool.close):
+            return tool
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,7 +126,7 @@ def encode_text(tokenizer, text):
 
 def break_tags(output):
     """Make our tags, in output that the policy controls, harmless: [tags]."""
-    return TAG.sub(r"[\1\2]", output)
+    return TAG.sub(lambda tag: f"[{tag[0][1:-1]}]", output)
 
 
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
@@ -123,7 +157,7 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), ma
         encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True)
         # A token that starts before the snippet is prose, even if it reaches into the tag.
-        snippet = segment.rfind(CODE_OPEN) if i // 2 in masked_calls else len(segment)
+        snippet = segment.rfind(tool_of(segment).open) if i // 2 in masked_calls else len(segment)
         ids += encoded["input_ids"]
         mask += [int(start < snippet) for start, _ in encoded["offset_mapping"]]
     return ids + [tokenizer.eos_token_id], mask + [1]
@@ -154,7 +188,7 @@ def shown_output(result, feedback):
 def after_earlier(code, calls):
     """`code` after the snippets of `calls` that ran, as in one session: they run again, unseen,
     within the same time limit."""
-    earlier = [call.code for call in calls if call.status == "ok"]
+    earlier = [call.code for call in calls if call.status == "ok" and call.tool == "code"]
     mute = "__import__('contextlib').redirect_stdout(__import__('io').StringIO())"
     return f"with {mute}: [exec(s, globals()) for s in {earlier!r}]\n{code}" if earlier else code
 
@@ -487,6 +521,7 @@ class ToolCall:
     start: int  # response_ids[start:end] is the snippet with its tags
     end: int
     seconds: float
+    tool: str = "code"  # a name of TOOLS
 
 
 @dataclass
@@ -503,6 +538,16 @@ class Trajectory:
     correct: bool = False  # set by eval.py
     answer: str = None  # that it states, set by eval.py
     example: object = None  # set by ppo.py
+
+    @property
+    def is_complete(self):
+        """Whether the policy itself ended the response: only then it has an answer."""
+        return self.finish_reason == "eos"
+
+    @property
+    def snippets(self):
+        """The calls that ran code."""
+        return [call for call in self.tool_calls if call.tool == "code"]
 
     def prose_segments(self):
         """Runs of sampled token ids outside the snippets that were run."""
@@ -709,30 +754,34 @@ class Engine:
             self.active.append(row)
 
     def closed_snippet(self, row, token):
-        """(index of the token in which `<code>` begins, code) of the snippet that this token
-        closes, or None."""
-        begin = max(0, len(row.text) + 1 - len(CODE_CLOSE))
+        """(tool, index of the token in which its opening tag begins, text between the tags) of the call
+        that this token closes, or None."""
+        before = len(row.text)
         row.text += self.pieces[token]
-        close = row.text.find(CODE_CLOSE, begin)
-        opening = row.text.rfind(CODE_OPEN, 0, max(0, close))
-        if opening < 0:
+        for tool in TOOLS:
+            close = row.text.find(tool.close, max(0, before + 1 - len(tool.close)))
+            opening = row.text.rfind(tool.open, 0, max(0, close))
+            if opening >= 0:
+                break
+        else:
             return None
-        row.overrun = row.text[close + len(CODE_CLOSE):]
+        row.overrun = row.text[close + len(tool.close):]
         ids = row.trajectory.response_ids
         ends = itertools.accumulate(len(self.pieces[token]) for token in ids[row.segment_begin:])
         start = row.segment_begin + bisect.bisect_right(list(ends), opening)
         # Decoded as a whole: byte-level tokens may split a character.
         text = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-        return start, strip_fence(text[:-len(CODE_CLOSE + row.overrun)].rpartition(CODE_OPEN)[2])
+        return tool, start, strip_fence(text[:-len(tool.close + row.overrun)].rpartition(tool.open)[2])
 
-    def call(self, row, start, code):
+    def call(self, row, tool, start, code):
         """Start the row's snippet; the row pauses."""
         t, settings = row.trajectory, self.settings
-        source = after_earlier(code, t.tool_calls) if settings.interpreter == "replay" else code
-        t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0))
+        is_replayed = tool.name == "code" and settings.interpreter == "replay"
+        source = after_earlier(code, t.tool_calls) if is_replayed else code
+        t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0, tool.name))
         # Seeded by the row, not by order of arrival; no sampled token has a negative position.
         bits = noise_bits(settings.seed, settings.step, row.key, t.sample_index, -len(t.tool_calls))
-        row.task = asyncio.ensure_future(self.sandbox.run(source, seed=int(bits >> np.uint64(33))))
+        row.task = asyncio.ensure_future(tool.run(source, int(bits >> np.uint64(33)), self.sandbox))
         row.due = self.tick + settings.rejoin_ticks
         self.paused.append(row)
 

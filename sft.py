@@ -58,9 +58,9 @@ from data import (LAYOUTS, boxed, embedded_problem, embedded_tokenizer, encode_p
                   field_names, load_problems, load_template, read_row, read_rows, tool_call)
 from eval import (Help, add_format_arguments, at_least, computes, given, in_range,
                   is_equivalent, make_sandbox, need_values, run_script, syntax_tree)
-from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, Packing,
+from rollout import (CLOSING, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, TOOLS, Packing,
                      at_least_fp32, break_tags, encode_response, encode_text, generate, load_config,
-                     load_model, load_tokenizer, split_segments, strip_fence)
+                     load_model, load_tokenizer, split_segments, strip_fence, tool_of)
 from sandbox import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -320,26 +320,32 @@ def load_traces(source):
 
 
 def take_apart(response):
-    """The model's texts (each but the last ends with a snippet), and of each snippet its
-    source and the interpreter text after it."""
+    """The model's texts (each but the last ends with a call), of each call its tool and the text
+    between its tags, and the interpreter text after each."""
     segments = [text for _, text in split_segments(response)]
     texts, outputs = segments[::2], segments[1::2]
-    snippets = [text.rpartition(CODE_OPEN)[2].removesuffix(CODE_CLOSE) for text in texts[:-1]]
-    return texts, [strip_fence(snippet) for snippet in snippets], outputs
+    calls = []
+    for text in texts[:-1]:
+        tool = tool_of(text)
+        snippet = text.rpartition(tool.open)[2].removesuffix(tool.close)
+        calls.append((tool, strip_fence(snippet)))
+    return texts, calls, outputs
 
 
 def check_format(response):
     """Rejects what a reader or the rollout engine would not understand."""
-    opened = ""
-    for closing, name in [*TAG.findall(response), ("", "")]:
-        if opened != (name if closing else ""):
+    wanted = None  # the closing tag of what is open
+    for tag in TAG.findall(response):
+        if tag != wanted and (wanted or tag not in CLOSING):
             raise Rejected("format: tags")
-        opened = "" if closing else name
-    texts, codes, _ = take_apart(response)
-    closed = [text.count(CODE_CLOSE) for text in texts]
-    if INTERPRETER_OPEN in "".join(texts) or closed != [1] * len(codes) + [0]:
+        wanted = None if tag == wanted else CLOSING[tag]
+    if wanted:
+        raise Rejected("format: tags")
+    texts, calls, _ = take_apart(response)
+    closed = [sum(text.count(tool.close) for tool in TOOLS) for text in texts]
+    if INTERPRETER_OPEN in "".join(texts) or closed != [1] * len(calls) + [0]:
         raise Rejected("format: interpreter block missing or misplaced")
-    if not all(map(syntax_tree, codes)):
+    if not all(syntax_tree(text) for tool, text in calls if tool.name == "code"):
         raise Rejected("format: snippet does not parse")
     before, _, ending = response.rpartition("<answer>")
     final, earlier = boxed(ending), extract_answer(before)
@@ -385,8 +391,8 @@ async def check_trace(candidate, reference, sandbox):
     """Check format, execution and answer: (response with the real outputs, indices of failed
     snippets, SandboxResults). An empty interpreter block is filled, any other must agree."""
     check_format(candidate)
-    texts, codes, quotes = take_apart(candidate)
-    results = [await sandbox.run(code, seed=0) for code in codes]
+    texts, calls, quotes = take_apart(candidate)
+    results = [await tool.run(text, 0, sandbox) for tool, text in calls]
     if any(result.status == "sandbox_error" for result in results):
         raise RuntimeError("the sandbox failed during curation")
     response = texts[0]
@@ -780,17 +786,17 @@ def is_used(output, later):
 def check_quality(candidate, results, reference):
     """Rejects a candidate that passed `check_trace` but computes nothing, does not use what it
     computes, or leaves errors or its answer unexplained."""
-    texts, codes, quotes = take_apart(candidate)
-    if not codes:
+    texts, calls, quotes = take_apart(candidate)
+    if not calls:
         raise Rejected("quality: no snippet")
-    for i, (code, result) in enumerate(zip(codes, results)):
+    for i, ((tool, code), result) in enumerate(zip(calls, results)):
         if result.status != "ok":
             # The error must be quoted or mentioned right after, and a later snippet run.
             noticed = quotes[i].strip() or NOTICED.search(texts[i + 1])
             corrected = any(later.status == "ok" for later in results[i:])
             if result.status not in ("error", "timeout") or not noticed or not corrected:
                 raise Rejected(f"quality: {result.status}, not corrected")
-        elif not computes(code):
+        elif tool.name == "code" and not computes(code):
             raise Rejected("quality: snippet only prints a literal")
         elif not is_used(result.output, "".join(texts[i + 1:])):
             raise Rejected("quality: snippet output is never used")
@@ -927,7 +933,7 @@ def local_model(path, temperature, max_tokens):
         found = await generate(model, tokenizer, ids, None, tools=False, prompt_keys=seeds,
                                temperature=temperature, max_response_tokens=room)
         return [tokenizer.decode(t.response_ids, skip_special_tokens=True)
-                if t.finish_reason == "eos" else None for t in found]
+                if t.is_complete else None for t in found]
     return complete
 
 
