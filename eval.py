@@ -595,10 +595,12 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """--help with the file's docstring as it is, and all defaults."""
 
 
-def given(argv):
-    """Names of the flags on a command line (its parser must have allow_abbrev=False)."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word[2:].split("=")[0] for word in words if word.startswith("--")}
+def parse_flags(parser, argv=None):
+    """(defaults, given): {flag: value} of all flags, and of those on the command line alone."""
+    defaults = vars(parser.parse_args([]))
+    nothing_yet = argparse.Namespace(**dict.fromkeys(defaults))  # argparse fills in only what is missing
+    values = vars(parser.parse_args(argv, nothing_yet))
+    return defaults, {name: value for name, value in values.items() if value is not None}
 
 
 # The paper's numbers for 32B or, where it is silent, those of public recipes: `ppo.py --preset paper`
@@ -726,13 +728,14 @@ def parse_arguments():
     add("--chunk", type=at_least(1), default=512, help="responses per line of the journal")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
-    args = parser.parse_args()
+    defaults, given = parse_flags(parser)
+    args = argparse.Namespace(**defaults | given)
     if bool(args.model) == bool(args.report):
         parser.error("give either --model or --report")
     if args.report and not args.output:
         parser.error("--report needs --output")
     if set(args.problems.split(",")) - set(SPLITS):
-        need_values(parser, given(None), ["max_prompt_tokens", "max_response_tokens"])
+        need_values(parser, given, ["max_prompt_tokens", "max_response_tokens"])
     return args
 
 

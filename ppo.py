@@ -45,7 +45,7 @@ import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
 from eval import (PAPER, Help, add_format_arguments, add_rollout_arguments, at_least,
                   check_positions, collapse_metrics, describe_trajectory, encode_problems, evaluate, evaluation_table,
-                  given, in_range, make_sandbox, mean, need_values, percent, report_page,
+                  in_range, make_sandbox, mean, need_values, parse_flags, percent, report_page,
                   rollout_metrics, rollout_settings, run_script, sample_all)
 from rollout import Pieces, load_model, load_tokenizer
 from sandbox import UserError
@@ -623,18 +623,19 @@ def parse_arguments(argv=None):
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
     add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
-    args = parser.parse_args(argv)
-    if args.preset:
-        parser.set_defaults(**{k: value for k, value in PAPER.items() if not k.startswith("sft_")})
-    if args.resume:
+    defaults, given = parse_flags(parser, argv)
+    values = dict(defaults)
+    if given.get("preset"):
+        values |= {name: value for name, value in PAPER.items() if not name.startswith("sft_")}
+    if given.get("resume"):
         try:
-            record = json.loads((Path(args.resume) / "arguments.json").read_text())
-            parser.set_defaults(**record["arguments"])
+            record = json.loads((Path(given["resume"]) / "arguments.json").read_text())
+            values |= record["arguments"]
         except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--resume {args.resume}: not the folder of a run ({error})")
-    args = parser.parse_args(argv)
+            parser.error(f"--resume {given['resume']}: not the folder of a run ({error})")
+    args = argparse.Namespace(**values | given)
     args.run_dir = args.resume or args.run_dir
-    check_combinations(parser, args, given(argv))
+    check_combinations(parser, args, set(given))
     return args
 
 

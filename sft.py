@@ -56,8 +56,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import (LAYOUTS, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
                   field_names, load_problems, load_template, read_row, read_rows, tool_call)
-from eval import (Help, add_format_arguments, at_least, computes, given, in_range,
-                  is_equivalent, make_sandbox, need_values, run_script, syntax_tree)
+from eval import (Help, add_format_arguments, at_least, computes, in_range,
+                  is_equivalent, make_sandbox, need_values, parse_flags, run_script, syntax_tree)
 from rollout import (CLOSING, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, TOOLS, Packing,
                      at_least_fp32, break_tags, encode_response, encode_text, generate, load_config,
                      load_model, load_tokenizer, split_segments, strip_fence, tool_of)
@@ -1126,9 +1126,10 @@ async def main(process):
     add_trainer_arguments(parser)
     add_format_arguments(parser)
     parser.add_argument("--traces", default="", help="a file or hub id; empty: the embedded ones")
-    args = parser.parse_args()
+    defaults, given = parse_flags(parser)
+    args = argparse.Namespace(**defaults | given)
     if args.model:
-        need_values(parser, given(None), ["sft_lr", "sft_muon_lr", "sft_steps"])
+        need_values(parser, given, ["sft_lr", "sft_muon_lr", "sft_steps"])
         if not args.traces:
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
     process.deadline = begin + 60 * (args.minutes or math.inf)
