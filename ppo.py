@@ -19,7 +19,8 @@ What the paper leaves open, and what is done here:
     torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...   # a warm-started checkpoint
 
-In shape comments: B responses, T tokens (of a padded batch or a flat packed stream).
+The file goes from the losses to the step, the trainer's parts, the flags and the run. In shape
+comments: B responses, T tokens (of a padded batch or of a flat packed stream).
 """
 import argparse
 import functools
@@ -27,6 +28,7 @@ import json
 import math
 import os
 import random
+import shlex
 import subprocess
 import time
 from collections import Counter
@@ -39,68 +41,144 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (PAPER, Help, add_format_arguments, add_rollout_arguments, at_least,
-                  check_positions, collapse_metrics, describe_trajectory, encode_problems, evaluate, evaluation_table,
-                  in_range, make_sandbox, mean, need_values, parse_flags, percent, report_page,
-                  rollout_metrics, rollout_settings, run_script, sample_all)
+from eval import (
+    PAPER,
+    Help,
+    add_format_arguments,
+    add_rollout_arguments,
+    at_least,
+    check_positions,
+    collapse_metrics,
+    describe_trajectory,
+    encode_problems,
+    evaluate,
+    evaluation_table,
+    in_range,
+    make_sandbox,
+    mean,
+    need_values,
+    parse_flags,
+    percent,
+    report_page,
+    rollout_metrics,
+    rollout_settings,
+    run_script,
+    sample_all,
+)
 from rollout import Pieces, load_model, load_tokenizer
 from sandbox import UserError
-from sft import (Policy, add_trainer_arguments, all_sum, check_mesh, clipped_step, collate, find_checkpoint,
-                 make_example, pack, save_checkpoint, shard, sync_to_disk, sync_weights,
-                 time_is_up, training_state, zero_moments)
+from sft import (
+    Policy,
+    add_trainer_arguments,
+    all_sum,
+    check_mesh,
+    clipped_step,
+    collate,
+    find_checkpoint,
+    make_example,
+    pack,
+    save_checkpoint,
+    shard,
+    sync_to_disk,
+    sync_weights,
+    time_is_up,
+    training_state,
+    zero_moments,
+)
 
-# ------------------------------------------------------------------------------------------------------------
-# The algorithm, as pure functions
+# -------------------------------------------------------------------------------------------------
+# The method, as pure functions: rewards, advantages, losses
+
+
+def token_rewards(trajectory, kind="outcome", scale=0.1):
+    """Rewards of each token of a response: a list. All kinds pay +1 or -1 for the answer
+    (equation 1's R), on the last sampled token even if forced text follows. On top of it:
+        outcome     nothing; code that runs earns nothing
+        executable  + scale * the share of its calls that ran without error
+        bonus       + scale if it called at all, even where every call failed
+        steps       + scale for a call that ran, - scale for one that failed, where it was closed
+        cost        - scale for every call, there
+    """
+    rewards = [0.0] * len(trajectory.loss_mask)
+    calls = trajectory.tool_calls
+    ran = [call for call in calls if call.status == "ok"]
+    last = max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)
+
+    rewards[last] = 1.0 if trajectory.correct else -1.0
+    if calls and kind == "executable":
+        rewards[last] += scale * (len(ran) / len(calls))
+    if calls and kind == "bonus":
+        rewards[last] += scale
+
+    for call in calls:
+        if kind == "steps":
+            rewards[call.end - 1] += scale if call.status == "ok" else -scale
+        if kind == "cost":
+            rewards[call.end - 1] -= scale
+    return rewards
 
 
 def gae(rewards, values, loss_mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438) that sees only the trainable tokens.
 
-    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at
-    the token in front of it (after a call: the last interpreter token). lam: a number, or (B,).
+    rewards, values, loss_mask: (B, T). values[b, t] is V of the state BEFORE token t, read at the
+    token in front of it (after a call: the last interpreter token). lam: a number, or (B,).
     Returns (advantages, returns), (B, T), exactly 0 where masked:
-        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V = A = 0 at the end
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lam A_{t+1},   V = A = 0 at the end
     with the masked tokens deleted: interpreter text neither decays lambda nor bootstraps.
     """
     trainable = loss_mask.bool()
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    next_value = torch.zeros_like(values[:, 0])  # (B,)
+    next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+
     for t in reversed(range(values.shape[1])):
-        now = trainable[:, t]
-        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
-        advantages[:, t] = torch.where(now, advantage, 0.0)
-        next_value = torch.where(now, values[:, t], next_value)
-        next_advantage = torch.where(now, advantage, next_advantage)
-    return advantages, torch.where(trainable, advantages + values, 0.0)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+
+        # Where token t is masked, the next trainable token stays the next one.
+        is_step = trainable[:, t]
+        advantages[:, t] = torch.where(is_step, advantage, 0.0)
+        next_value = torch.where(is_step, values[:, t], next_value)
+        next_advantage = torch.where(is_step, advantage, next_advantage)
+
+    returns = torch.where(trainable, advantages + values, 0.0)
+    return advantages, returns
 
 
 def turn_gae(rewards, values, loss_mask, gamma, lam):
-    """`gae` whose steps are turns, the runs of trainable tokens between interpreter blocks: a turn's
-    reward is the sum over its tokens, its value that of its first token, and all its tokens get
-    its advantage and its return."""
+    """`gae` whose steps are turns, the runs of trainable tokens between interpreter blocks. A turn's
+    reward is the sum over its tokens, its value that of its first token; all its tokens get its
+    advantage and its return. Shapes as in `gae`."""
     trainable = loss_mask.bool()
-    first = trainable & ~F.pad(trainable, (1, 0))[:, :-1]
-    turn = first.cumsum(1)  # (B, T): number of the turn
+    token_before = F.pad(trainable, (1, 0))[:, :-1]
+    first_of_turn = trainable & ~token_before
+    turn = first_of_turn.cumsum(1)  # (B, T): the number of each token's turn, from 1
 
-    def turn_sums(x):
+    def sum_over_turn(x):
+        """At each token the sum of x (B, T) over the tokens of its turn."""
         sums = x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_add(1, turn, x)
         return sums.gather(1, turn)
 
-    found = gae(turn_sums(rewards * loss_mask), values, first, gamma, lam)
-    return tuple(turn_sums(x) * loss_mask for x in found)
+    turn_rewards = sum_over_turn(rewards * loss_mask)
+    advantages, returns = gae(turn_rewards, values, first_of_turn, gamma, lam)
+
+    # Only the first token of a turn has its advantage: the sum spreads it over the others.
+    return sum_over_turn(advantages) * loss_mask, sum_over_turn(returns) * loss_mask
 
 
 def adaptive_lam(loss_mask):
     """lambda (B,) = 1 - 1 / (0.05 l) of a response of l trainable tokens (arXiv 2504.05118)."""
-    return (1 - 20 / loss_mask.sum(1).clamp(min=1)).clamp(min=0)
+    lengths = loss_mask.sum(1).clamp(min=1)
+    return (1 - 20 / lengths).clamp(min=0)
 
 
 def whiten(advantages, loss_mask, floor):
-    """(advantages - mean) / max(deviation, floor) over trainable tokens, 0 where masked."""
+    """(advantages - mean) / max(deviation, floor) over trainable tokens, 0 where masked; (B, T)."""
     trainable = loss_mask.bool()
     chosen = advantages[trainable]
     scale = chosen.std(unbiased=False).clamp(min=floor)
@@ -114,36 +192,33 @@ def group_advantages(totals, groups, kind):
     advantages = torch.zeros_like(totals)
     for group in groups.unique():
         members = groups == group
-        own, n = totals[members], int(members.sum())
+        rewards = totals[members]
+        n = len(rewards)
         if kind == "grpo":
-            advantages[members] = (own - own.mean()) / (own.std(unbiased=False) + 1e-4)
+            deviation = rewards.std(unbiased=False)
+            advantages[members] = (rewards - rewards.mean()) / (deviation + 1e-4)
         elif n > 1:  # alone in its group, after others were dropped, a response has no baseline
-            advantages[members] = (own - own.mean()) * n / (n - 1)
+            advantages[members] = (rewards - rewards.mean()) * n / (n - 1)
     return advantages
 
 
-def advantages_and_returns(rewards, values, loss_mask, groups, kind, unit, gamma, lam_actor, lam_critic,
-                           whiten_floor):
+def advantages_and_returns(rewards, values, loss_mask, groups, args):
     """(advantages, returns: the critic's targets), each (B, T), 0 where masked.
 
-    rewards, loss_mask, values (B, T) as in `gae`. kind "gae", by unit "token" or "turn": whitened;
-    lam_actor may be "adaptive". Else `group_advantages` of every response on all its tokens, and
-    neither values nor returns.
+    rewards, values, loss_mask (B, T) as in `gae`; groups (B,) as in `group_advantages`. Of args:
+    advantage, and for "gae" gae_unit, gamma, lam_actor (maybe "adaptive"), lam_critic and
+    whiten_floor. Without a critic every token of a response gets its `group_advantages`, and
+    there are neither values nor returns.
     """
-    if kind != "gae":
-        return group_advantages((rewards * loss_mask).sum(1), groups, kind)[:, None] * loss_mask, None
-    estimate = turn_gae if unit == "turn" else gae
-    lam_actor = adaptive_lam(loss_mask) if lam_actor == "adaptive" else lam_actor
-    raw, _ = estimate(rewards, values, loss_mask, gamma, lam_actor)
-    _, returns = estimate(rewards, values, loss_mask, gamma, lam_critic)
-    return whiten(raw, loss_mask, whiten_floor), returns
+    if args.advantage != "gae":
+        totals = (rewards * loss_mask).sum(1)
+        return group_advantages(totals, groups, args.advantage)[:, None] * loss_mask, None
 
-
-def explained_variance(values, returns, loss_mask):
-    """1 - Var(returns - values) / Var(returns) over trainable tokens."""
-    trainable = loss_mask.bool()
-    error, spread = (returns - values)[trainable].var(), returns[trainable].var()
-    return (1 - error / spread).item() if spread > 1e-6 else 0.0  # returns all alike
+    estimate = turn_gae if args.gae_unit == "turn" else gae
+    lam_actor = adaptive_lam(loss_mask) if args.lam_actor == "adaptive" else args.lam_actor
+    advantages, _ = estimate(rewards, values, loss_mask, args.gamma, lam_actor)
+    _, returns = estimate(rewards, values, loss_mask, args.gamma, args.lam_critic)
+    return whiten(advantages, loss_mask, args.whiten_floor), returns
 
 
 def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high, dual_clip=0.0,
@@ -158,21 +233,29 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
     # Masked here, not at the end: exp could overflow, and inf * 0 is nan, as nan * 0 is.
     log_ratio = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
+
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    surrogate, flat = torch.minimum(unclipped, clipped), clipped < unclipped
+    surrogate = torch.minimum(unclipped, clipped)
+    has_no_gradient = clipped < unclipped
+
     if dual_clip:
-        flat = flat | ((advantages < 0) & (surrogate < dual_clip * advantages))
-        surrogate = torch.where(advantages < 0, surrogate.clamp(min=dual_clip * advantages), surrogate)
+        bound = dual_clip * advantages
+        is_bad = advantages < 0
+        has_no_gradient = has_no_gradient | (is_bad & (surrogate < bound))
+        surrogate = torch.where(is_bad, surrogate.clamp(min=bound), surrogate)
+
     loss = -(weights * surrogate * loss_mask).sum()
-    return loss, {"approx_kl": ((ratio - 1 - log_ratio) * loss_mask).sum().detach(),
-                  "clip_fraction": (flat * loss_mask).sum()}
+    approx_kl = ((ratio - 1 - log_ratio) * loss_mask).sum().detach()
+    clip_fraction = (has_no_gradient * loss_mask).sum()
+    return loss, {"approx_kl": approx_kl, "clip_fraction": clip_fraction}
 
 
 def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
     """min(pi_old / pi_sampler, most) of sampled tokens, else 1: corrects for a sampler that is not
     the policy of the update (truncated importance sampling, by token)."""
-    return torch.where(sampled.bool(), old_logprobs - sampler_logprobs, 0.0).exp().clamp(max=most)
+    log_ratio = torch.where(sampled.bool(), old_logprobs - sampler_logprobs, 0.0)
+    return log_ratio.exp().clamp(max=most)
 
 
 def reference_kl(logprobs, reference_logprobs, loss_mask):
@@ -185,46 +268,215 @@ def reference_kl(logprobs, reference_logprobs, loss_mask):
 def value_loss(values, old_values, returns, loss_mask, value_clip):
     """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within value_clip of the old value,
     summed over trainable tokens. Returns (sum, metrics), also sums."""
-    values, old_values, returns = (torch.where(loss_mask.bool(), x, 0.0)
-                                   for x in (values, old_values, returns))
+    trainable = loss_mask.bool()
+    values = torch.where(trainable, values, 0.0)
+    old_values = torch.where(trainable, old_values, 0.0)
+    returns = torch.where(trainable, returns, 0.0)
+
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    plain_error = (values - returns) ** 2
+    clipped_error = (clipped - returns) ** 2
     loss = 0.5 * torch.maximum(plain_error, clipped_error).sum()
     return loss, {"value_clip_fraction": (clipped_error > plain_error).sum()}
 
 
-def token_rewards(trajectory, kind="outcome", scale=0.1):
-    """Rewards of each token of a response. All kinds: +1 or -1 for the answer (equation 1's R), on the
-    last sampled token even if forced text follows. On top of it:
-        outcome     nothing; code that runs earns nothing
-        executable  + scale * the share of its snippets that ran without error
-        bonus       + scale if it called at all, even where every snippet failed
-        steps       + scale for a snippet that ran, - scale for one that failed, where it was closed
-        cost        - scale for every snippet, there
-    """
-    rewards = [0.0] * len(trajectory.loss_mask)
-    last = max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)
-    rewards[last] = 1.0 if trajectory.correct else -1.0
-    ran = [call.status == "ok" for call in trajectory.tool_calls]
-    if ran and kind in ("executable", "bonus"):
-        rewards[last] += scale * (1.0 if kind == "bonus" else sum(ran) / len(ran))
-    if kind in ("steps", "cost"):
-        for call, ok in zip(trajectory.tool_calls, ran):
-            rewards[call.end - 1] += scale if ok and kind == "steps" else -scale
-    return rewards
+def explained_variance(values, returns, loss_mask):
+    """1 - Var(returns - values) / Var(returns) over trainable tokens; 0 if all returns are alike."""
+    trainable = loss_mask.bool()
+    error = (returns - values)[trainable].var()
+    spread = returns[trainable].var()
+    return (1 - error / spread).item() if spread > 1e-6 else 0.0
 
 
 def cosine(step, steps, warmup, floor=0.0):
     """Learning-rate factor: linear warm-up, then a cosine from 1 down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def is_void(trajectory):
-    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier ones
-    end with a snippet."""
+    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier
+    turns end with a call."""
     return trajectory.answer is None
+
+
+# -------------------------------------------------------------------------------------------------
+# One PPO step
+
+
+async def train_step(trainer, prompts, sandbox, tokenizer, step):
+    """Sample, reward, score, estimate advantages, update, sync: returns (metrics, trajectories)."""
+    args = trainer.args
+    stopwatch = Stopwatch()
+
+    # Sample: every rank its share of the prompts, with tool calls on the way.
+    problems = []
+    for i in range(args.prompts_per_step):
+        problems.append(prompts[step * args.prompts_per_step + i] | {"key": i})
+    stats = {}
+    trajectories = await sample_all(
+        trainer.sampler, tokenizer, problems, sandbox, trainer.process,
+        n_samples=args.samples_per_prompt, temperature=args.temperature,
+        seed=args.seed, step=step, stats=stats, **rollout_settings(args))
+    metrics = rollout_metrics(trajectories)
+    metrics |= collapse_metrics(trajectories, Pieces(tokenizer))
+    stopwatch.lap("rollout")
+
+    # Some responses are not trained on: where the sandbox itself failed, and what flags filter out.
+    chosen = [trajectory for trajectory in trajectories if is_trained_on(trajectory, args)]
+    metrics["update_skipped"] = int(not chosen)
+    if not chosen:
+        if trainer.is_synced_after(step):  # with the weights of earlier updates
+            sync_weights(trainer.actor, trainer.sampler)
+        return metrics, trajectories
+
+    # Reward: each response becomes an example, with a reward for each of its tokens.
+    for trajectory in chosen:
+        rewards = token_rewards(trajectory, args.reward, args.reward_scale)
+        trajectory.example = trajectory_example(
+            trajectory, rewards, mask_interpreter=args.mask_interpreter == "on")
+    examples = [trajectory.example for trajectory in chosen]
+
+    # Score: what actor and critic say before the update, by the trainer's own weights.
+    trainer.score(examples)
+    metrics |= score_metrics(chosen)
+    if step == 0 or trainer.is_synced_after(step - 1):
+        check_sampler(examples, args.dtype, step)
+    stopwatch.lap("score")
+
+    # Advantages: how much better each token came out than the critic, or the group, expected.
+    groups = [trajectory.prompt_index for trajectory in chosen]
+    metrics["explained_variance"] = trainer.estimate(examples, groups)
+
+    # Update: clipped steps of actor and critic.
+    metrics |= trainer.update(examples, step)
+    stopwatch.lap("update")
+
+    # Sync: the sampler gets the new weights.
+    if trainer.is_synced_after(step):
+        sync_weights(trainer.actor, trainer.sampler)
+    stopwatch.lap("sync")
+
+    # How far the update moved the responses that are kept to be looked at.
+    kept = trajectories[:args.save_rollouts]
+    trainer.fill_ratios([trajectory.example for trajectory in kept if trajectory.example])
+    stopwatch.lap("ratios")
+
+    n_sampled = sum(sum(trajectory.loss_mask) for trajectory in trajectories)
+    n_trained = sum(len(example) for example in examples)
+    seconds = stopwatch.seconds
+    metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
+    metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
+    metrics["rollout_tokens_per_second"] = n_sampled / seconds["rollout"]
+    metrics["train_tokens_per_second"] = n_trained / (seconds["score"] + seconds["update"])
+    return metrics, trajectories
+
+
+class Stopwatch:
+    """Seconds of what came since the lap before, by name."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name] = now - self.last
+        self.last = now
+
+
+def is_trained_on(trajectory, args):
+    if trajectory.finish_reason == "sandbox_error":
+        return False
+    if args.drop_truncated and not trajectory.is_complete:
+        return False
+    return not (args.drop_void and is_void(trajectory))
+
+
+def trajectory_example(trajectory, rewards, mask_interpreter=True):
+    """A trajectory and the rewards of its tokens as an Example."""
+    prompt = [0.0] * len(trajectory.prompt_ids)
+    sampled = trajectory.loss_mask
+    trained = sampled if mask_interpreter else [1] * len(sampled)
+    return make_example(
+        trajectory.prompt_ids + trajectory.response_ids,
+        prompt + trained,
+        sampled=prompt + sampled,
+        sampler_logprobs=prompt + trajectory.logprobs,
+        rewards=prompt + rewards)
+
+
+def score_metrics(trajectories):
+    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
+    prose_gaps = []
+    code_gaps = []
+    late_gaps = []
+    for trajectory in trajectories:
+        # Position t of an example speaks of token t + 1.
+        gap = sampler_gap(trajectory.example)[len(trajectory.prompt_ids) - 1:]  # (response tokens,)
+        is_code = torch.zeros(len(gap), dtype=torch.bool)
+        for call in trajectory.tool_calls:
+            is_code[call.start:call.end] = True
+
+        # The cumulative product is 1 up to the first forced token: what follows comes after a call.
+        sampled = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
+        is_late = sampled & (sampled.cumprod(0) == 0)
+        code_gaps.append(gap[is_code])
+        prose_gaps.append(gap[sampled & ~is_code & ~is_late])
+        late_gaps.append(gap[is_late & ~is_code])
+
+    prose = torch.cat(prose_gaps)
+    code = torch.cat(code_gaps)
+    late = torch.cat(late_gaps)
+    everything = torch.cat([prose, code, late])
+
+    examples = [trajectory.example for trajectory in trajectories]
+    loss_mask = torch.cat([example.loss_mask for example in examples])
+    entropy = torch.cat([example.entropy for example in examples])
+    return {"reward": mean([example.rewards.sum().item() for example in examples]),
+            "entropy": ((entropy * loss_mask).sum() / loss_mask.sum()).item(),
+            "sampler_difference": everything.mean().item(),
+            "sampler_difference_max": everything.max().item(),
+            "sampler_difference_prose": mean(prose.tolist()),
+            "sampler_difference_code": mean(code.tolist()),
+            "sampler_difference_after_interpreter": mean(late.tolist())}
+
+
+def sampler_gap(example):
+    """|log-probability by the trainer - by the sampler| of an Example's sampled tokens, (T,)."""
+    return (example.logprobs - example.sampler_logprobs).abs() * example.sampled
+
+
+# Errors of a logit that are bugs, not rounding; healthy are 1e-5, and 0.006 to 0.06.
+LOGIT_ERROR = {"fp32": 1e-3, "bf16": 0.1}
+
+
+def tolerance(logprobs, mask, dtype):
+    """Mean |log-probability difference| per token from which on it is a bug: an error of logits
+    shifts a token of probability p by about 1 - p of it, so a certain token says little."""
+    uncertain = ((1 - logprobs.exp()) * mask).sum() / mask.sum().clamp(min=1)
+    return LOGIT_ERROR[dtype] * uncertain.clamp(min=0.01)
+
+
+def check_sampler(examples, dtype, step):
+    """AssertionError where the sampler's log-probabilities are not the trainer's, on average
+    or in one response, whose limit leaves room for one token."""
+    n = torch.tensor([example.sampled.sum() for example in examples])
+    gaps = torch.tensor([sampler_gap(example).sum() for example in examples]) / n
+    allowed = torch.stack([tolerance(e.logprobs, e.sampled, dtype) for e in examples])
+
+    average = gaps.mean().item()
+    worst = gaps[(gaps / allowed).argmax()].item()
+    fits_each = gaps < 2 * allowed + 4 * LOGIT_ERROR[dtype] / n
+    assert average < allowed.mean() and fits_each.all(), (
+        f"step {step}: the sampler's log-probabilities differ from the trainer's by {average} on "
+        f"average, by {worst} in one response: were the weights synced?")
+
+
+# -------------------------------------------------------------------------------------------------
+# The trainer's parts
 
 
 class Critic(nn.Module):
@@ -239,49 +491,281 @@ class Critic(nn.Module):
 
     def forward(self, input_ids, packing):
         """input_ids (T,) -> values (T,): position t is the state before the next token."""
-        hidden = self.backbone(input_ids=input_ids[None], position_ids=packing.position_ids[None],
-                               use_cache=False, packing=packing).last_hidden_state[0]
+        output = self.backbone(
+            input_ids=input_ids[None], position_ids=packing.position_ids[None],
+            use_cache=False, packing=packing)
+        hidden = output.last_hidden_state[0]  # (T, hidden)
         return self.head(hidden).float().squeeze(-1).clone()  # a copy: FSDP warns about views
 
 
-# Errors of a logit that are bugs, not rounding
-LOGIT_ERROR = {"fp32": 1e-3, "bf16": 0.1}  # healthy: 1e-5, and 0.006 to 0.06
+class Trainer:
+    """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
+
+    def __init__(self, args, model_path, process, weights=True):
+        """weights: False where a checkpoint brings them."""
+        self.args = args
+        self.process = process
+
+        def sharded(wrapper, path):
+            lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU by layers
+            return shard(wrapper(lm), lm, args)
+
+        self.sampler = load_model(model_path, process.device, args.dtype, weights)
+        self.actor = sharded(Policy, model_path)
+        self.critic = None
+        if args.advantage == "gae":
+            self.critic = sharded(Critic, args.critic_model or model_path)
+        self.reference = None
+        if args.kl_coef:
+            self.reference = sharded(Policy, model_path).requires_grad_(False)
+
+        self.optimizers = {"actor": self.adamw(self.actor)}
+        if self.critic:
+            self.optimizers["critic"] = self.adamw(self.critic)
+        self.actor_start = args.critic_warmup if self.critic else 0  # first step in which it learns
+
+    def adamw(self, module):
+        optimizer = torch.optim.AdamW(
+            module.parameters(), betas=(0.9, 0.99), eps=self.args.adam_eps, fused=True,
+            weight_decay=self.args.weight_decay)
+        zero_moments(optimizer)
+        return optimizer
+
+    def score(self, examples):
+        """Fill what the models say before the update: logprobs, entropy, values and, with
+        --kl_coef, reference_logprobs."""
+        def compute(flat, packing):
+            columns = {}
+            columns["logprobs"], columns["entropy"] = self.logprobs(
+                self.actor, flat, packing, with_entropy=True)
+            if self.critic:
+                columns["values"] = self.critic(flat.input_ids, packing)
+            if self.reference:
+                columns["reference_logprobs"], _ = self.logprobs(self.reference, flat, packing)
+            return columns
+
+        self.fill(examples, compute)
+
+    def fill_ratios(self, examples):
+        """Fill pi_new / pi_old of responses that are kept to be looked at."""
+        def compute(flat, packing):
+            logprobs, _ = self.logprobs(self.actor, flat, packing)
+            return {"ratios": (logprobs - flat.logprobs).exp()}
+
+        if examples:
+            self.fill(examples, compute)
+
+    def estimate(self, examples, groups):
+        """Fill advantages and returns of every example; returns the explained variance (None
+        without a critic)."""
+        def padded(name):
+            columns = [getattr(example, name) for example in examples]
+            return pad_sequence(columns, batch_first=True)  # (B, T)
+
+        loss_mask = padded("loss_mask")
+        values = padded("values") if self.critic else None
+        advantages, returns = advantages_and_returns(
+            padded("rewards"), values, loss_mask, torch.tensor(groups), self.args)
+
+        for i, example in enumerate(examples):
+            example.advantages = advantages[i, :len(example)]
+            if self.critic:
+                example.returns = returns[i, :len(example)]
+        return explained_variance(values, returns, loss_mask) if self.critic else None
+
+    def update(self, examples, step):
+        """One epoch of clipped updates over shuffled minibatches; returns means over tokens."""
+        args = self.args
+        world = self.process.world
+        actor_learns = step >= self.actor_start
+        lr_factors = self.set_learning_rates(step)
+        sums = Counter()  # of metrics, over this rank's tokens
+        n_tokens = 0.0
+        actor_norms = []
+        critic_norms = []
+
+        for number, minibatch in enumerate(self.minibatches(examples, step)):
+            # A loss is a sum, divided once by the trainable tokens of all ranks: each rank has all
+            # examples. FSDP averages the ranks' gradients; a factor of world makes that their sum.
+            total = sum(example.loss_mask.sum().item() for example in minibatch)
+            n_tokens += total
+
+            # The actor's step: the clipped surrogate and, if wanted, entropy bonus and KL penalty.
+            if actor_learns:
+                for _, flat, packing in self.micro_batches(minibatch):
+                    loss_mask = flat.loss_mask
+                    logprobs, entropy = self.logprobs(
+                        self.actor, flat, packing, with_entropy=args.entropy_coef > 0)
+                    if number == 0:
+                        check_unchanged(logprobs, flat, args.dtype)
+
+                    weights = 1.0
+                    if args.importance == "token":
+                        weights = importance_weights(
+                            flat.logprobs, flat.sampler_logprobs, flat.sampled)
+                    loss, metrics = policy_loss(
+                        logprobs, flat.logprobs, flat.advantages, loss_mask,
+                        clip_low=args.clip_low, clip_high=args.clip_high,
+                        dual_clip=args.dual_clip, weights=weights)
+                    metrics["policy_loss"] = loss
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * (entropy * loss_mask).sum()
+                    if self.reference:
+                        kl = reference_kl(logprobs, flat.reference_logprobs, loss_mask)
+                        metrics["reference_kl"] = kl
+                        loss = loss + args.kl_coef * kl
+
+                    (loss / total * world).backward()
+                    for name, value in metrics.items():
+                        sums[name] += value.item()
+
+                actor_norms.append(clipped_step(
+                    self.actor, [self.optimizers["actor"]], args.max_grad_norm,
+                    f"step {step}: gradient norm of the actor"))
+
+            # The critic's step: the clipped squared error.
+            if self.critic:
+                for _, flat, packing in self.micro_batches(minibatch):
+                    values = self.critic(flat.input_ids, packing)
+                    loss, metrics = value_loss(
+                        values, flat.values, flat.returns, flat.loss_mask, args.value_clip)
+                    metrics["value_loss"] = loss
+
+                    (loss / total * world).backward()
+                    for name, value in metrics.items():
+                        sums[name] += value.item()
+
+                critic_norms.append(clipped_step(
+                    self.critic, [self.optimizers["critic"]], args.max_grad_norm,
+                    f"step {step}: gradient norm of the critic"))
+
+        # Sums of all ranks become means over tokens. Sorted: the ranks must ask in one order.
+        means = {}
+        for name in sorted(sums):
+            means[name] = all_sum(sums[name], self.process.device) / n_tokens
+            if not math.isfinite(means[name]):
+                raise FloatingPointError(f"step {step}: {name} is {means[name]}")
+        means["grad_norm_actor"] = mean(actor_norms)
+        means["grad_norm_critic"] = mean(critic_norms)
+        return means | lr_factors
+
+    def set_learning_rates(self, step):
+        """Warm-up and cosine of each optimiser from its first step on; returns the factors."""
+        args = self.args
+        peaks = {"actor": args.actor_lr, "critic": args.critic_lr}
+        first_steps = {"actor": self.actor_start, "critic": 0}
+        factors = {}
+        for name, first in first_steps.items():
+            factor = cosine(
+                max(0, step - first), args.steps - first, args.lr_warmup, floor=args.lr_floor)
+            factors[f"lr_factor_{name}"] = factor
+            if name in self.optimizers:
+                self.optimizers[name].param_groups[0]["lr"] = peaks[name] * factor
+        return factors
+
+    def minibatches(self, examples, step):
+        """The examples, in an order of seed and step, in args.minibatches lists."""
+        generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        shuffled = [examples[i] for i in order]
+        size = math.ceil(len(shuffled) / self.args.minibatches)
+        return [shuffled[begin:begin + size] for begin in range(0, len(shuffled), size)]
+
+    def micro_batches(self, examples):
+        """Yields this rank's share as (indices, flat Example, packing)."""
+        lengths = [len(example) for example in examples]
+        shares = pack(lengths, self.args.token_budget, self.process.world)
+        for indices in shares[self.process.rank]:
+            flat, packing = collate([examples[i] for i in indices], self.process.device)
+            yield indices, flat, packing
+
+    def logprobs(self, policy, flat, packing, with_entropy=False):
+        """(log-probabilities of the targets, their entropies or None), at the sampler's
+        temperature; each (T,), 0 where masked."""
+        return policy(flat.input_ids, flat.targets, flat.loss_mask, packing,
+                      temperature=self.args.temperature, with_entropy=with_entropy)
+
+    @torch.no_grad()
+    def fill(self, examples, compute):
+        """Set columns of every example, on every rank. compute: (flat Example, packing) ->
+        {name: (T,)}."""
+        pieces = []  # (index of the example, name of the column, its values)
+        for indices, flat, packing in self.micro_batches(examples):
+            for name, column in compute(flat, packing).items():
+                for index, values in zip(indices, column.cpu().split(packing.lengths)):
+                    # clone: a view would be pickled with the whole micro-batch behind it
+                    pieces.append((index, name, values.clone()))
+
+        gathered = [None] * self.process.world
+        dist.all_gather_object(gathered, pieces)
+        for pieces_of_rank in gathered:
+            for index, name, values in pieces_of_rank:
+                setattr(examples[index], name, values)
+
+    def is_synced_after(self, step):
+        """Whether the sampler gets the actor's weights at the end of a step; after the last it
+        does."""
+        return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
+
+    def state(self):
+        """All that a step changes, and the reference, as tensors by name. No random state:
+        prompts, noise, minibatches and learning rates are functions of seed and step."""
+        state = training_state("actor", self.actor, self.optimizers["actor"])
+        if self.critic:
+            state |= training_state("critic", self.critic, self.optimizers["critic"])
+        if self.reference:
+            state |= training_state("reference", self.reference)
+        if self.args.sync_every > 1:  # then the sampler is not the actor
+            for name, p in self.sampler.named_parameters():
+                state[f"sampler.{name}"] = p.detach()
+        return state
 
 
-def tolerance(logprobs, mask, dtype):
-    """Mean |log-probability difference| per token from which on it is a bug: an error of logits
-    shifts a token of probability p by about 1 - p of it, so a certain token says little."""
-    uncertain = ((1 - logprobs.exp()) * mask).sum() / mask.sum().clamp(min=1)
-    return LOGIT_ERROR[dtype] * uncertain.clamp(min=0.01)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One PPO step
+def check_unchanged(logprobs, flat, dtype):
+    """AssertionError where a forward pass before the first update does not repeat `score`: another
+    temperature, a mask off by one, dropout."""
+    mask = flat.loss_mask
+    difference = ((logprobs - flat.logprobs) * mask).abs().sum() / mask.sum().clamp(min=1)
+    assert difference < tolerance(flat.logprobs, mask, dtype), (
+        f"first minibatch: mean |log ratio| {difference}, should be 0")
 
 
 class Prompts:
     """Training prompts by position: endless embedded ones, or rows, shuffled every epoch."""
 
     def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
-        self.seed, self.tokenizer, self.template = seed, tokenizer, template
-        self.rows, self.skipped, self.duplicates = None, 0, 0
-        if problems is not None:
-            unique = {(row["question"], row["answer"]): row for row in problems}  # raw DAPO: each 100 times
-            # A token has at least one byte: only what could be too long is encoded.
-            self.rows = [row for row in unique.values()
-                         if len(row["question"].encode()) + len(template.encode()) + 200 <= max_prompt_tokens
-                         or len(self.encode(row)["prompt"]) <= max_prompt_tokens]
-            self.duplicates, self.skipped = len(problems) - len(unique), len(unique) - len(self.rows)
-            if not self.rows:
-                raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
-                                f"{max_prompt_tokens}")
+        """problems: rows with "question" and "answer", or None for the embedded ones."""
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.template = template
+        self.rows = None
+        self.skipped = 0
+        self.duplicates = 0
+        if problems is None:
+            return
+
+        # Raw DAPO holds each problem a hundred times.
+        unique = {(row["question"], row["answer"]): row for row in problems}
+        self.duplicates = len(problems) - len(unique)
+
+        # A token has at least one byte: only what could be too long is encoded.
+        self.rows = []
+        for row in unique.values():
+            n_bytes = len(row["question"].encode()) + len(template.encode()) + 200
+            if n_bytes <= max_prompt_tokens or len(self.encode(row)["prompt"]) <= max_prompt_tokens:
+                self.rows.append(row)
+        self.skipped = len(unique) - len(self.rows)
+        if not self.rows:
+            raise UserError(
+                f"--train_data: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
 
     def encode(self, row):
         return row | {"prompt": encode_prompt(self.tokenizer, self.template, row["question"])}
 
     def __getitem__(self, position):
+        """A row with "question", "answer", "family" and "prompt" (token ids)."""
         if self.rows is None:
-            # Its own seed: the warm start used this split under its.
+            # With a seed of its own: the warm start used the same split.
             problem = embedded_problem("train", f"ppo{self.seed}", position)
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
@@ -290,339 +774,27 @@ class Prompts:
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
+        indices = range(len(self.rows))
+        return random.Random(f"{self.seed}/{epoch}").sample(indices, len(indices))
 
 
-class Trainer:
-    """Actor, critic, their optimisers, and the plain copy of the actor that samples."""
-
-    def __init__(self, args, model_path, process, weights=True):
-        """weights: False where a checkpoint brings them."""
-        self.args, self.process, self.device = args, process, process.device
-        self.rank, self.world = process.rank, process.world
-        self.sampler = load_model(model_path, process.device, args.dtype, weights)
-
-        def sharded(kind, path):
-            lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU layer by layer
-            return shard(kind(lm), lm, args)
-
-        self.modules = {"actor": sharded(Policy, model_path)}
-        if args.advantage == "gae":
-            self.modules["critic"] = sharded(Critic, args.critic_model or model_path)
-        adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), eps=args.adam_eps, fused=True,
-                                  weight_decay=args.weight_decay)
-        self.optimizers = {name: adamw(module.parameters()) for name, module in self.modules.items()}
-        for optimizer in self.optimizers.values():
-            zero_moments(optimizer)
-        if args.kl_coef:
-            self.modules["reference"] = sharded(Policy, model_path).requires_grad_(False)
-        self.actor, self.critic, self.reference = map(self.modules.get, ("actor", "critic", "reference"))
-        self.actor_start = args.critic_warmup if self.critic else 0  # the first step in which it learns
-
-    def state(self):
-        """All that a step changes, and the reference, as tensors by name. No random state:
-        prompts, noise, minibatches and learning rates are functions of seed and step."""
-        state = {}
-        for name, module in self.modules.items():
-            state |= training_state(name, module, *filter(None, [self.optimizers.get(name)]))
-        if self.args.sync_every > 1:  # the sampler is not the actor
-            state |= {f"sampler.{name}": p.detach() for name, p in self.sampler.named_parameters()}
-        return state
-
-    def is_synced_after(self, step):
-        """Whether the sampler gets the actor's weights at the end of a step; after the last it does."""
-        return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
-
-    def micro_batches(self, examples):
-        """Yields this rank's share as (indices, flat Example, packing)."""
-        shares = pack([len(e) for e in examples], self.args.token_budget, self.world)
-        for indices in shares[self.rank]:
-            yield indices, *collate([examples[i] for i in indices], self.device)
-
-    def logprobs(self, policy, flat, packing, **options):
-        return policy(flat.input_ids, flat.targets, flat.loss_mask, packing,
-                      self.args.temperature, **options)
-
-    @torch.no_grad()
-    def fill(self, examples, compute):
-        """Set columns of every example, on every rank; compute: (flat Example, packing) -> {name: (T,)}."""
-        mine = []
-        for indices, flat, packing in self.micro_batches(examples):
-            found = compute(flat, packing)
-            # clone: a view would be pickled with the whole micro-batch behind it
-            parts = zip(*([x.clone() for x in column.cpu().split(packing.lengths)]
-                          for column in found.values()))
-            mine += [(i, dict(zip(found, columns))) for i, columns in zip(indices, parts)]
-        gathered = [None] * self.world
-        dist.all_gather_object(gathered, mine)
-        for index, columns in (row for part in gathered for row in part):
-            vars(examples[index]).update(columns)
-
-    def score(self, examples):
-        """Fill what the models say before the update: logprobs, entropy, values, reference_logprobs."""
-        def compute(flat, packing):
-            scores = self.logprobs(self.actor, flat, packing, with_entropy=True)
-            found = dict(zip(("logprobs", "entropy"), scores))
-            if self.critic:
-                found["values"] = self.critic(flat.input_ids, packing)
-            if self.reference:
-                found["reference_logprobs"] = self.logprobs(self.reference, flat, packing)
-            return found
-
-        self.fill(examples, compute)
-
-    def fill_ratios(self, examples):
-        """Fill pi_new / pi_old of responses that are kept to be looked at."""
-        if examples:
-            self.fill(examples, lambda flat, packing: {"ratios": (
-                self.logprobs(self.actor, flat, packing) - flat.logprobs).exp()})
-
-    def estimate(self, examples, groups):
-        """Fill advantages and returns of every example; returns the explained variance (None
-        without a critic)."""
-        def padded(name):
-            return pad_sequence([getattr(e, name) for e in examples], batch_first=True)  # (B, T)
-
-        args, mask, values = self.args, padded("loss_mask"), padded("values") if self.critic else None
-        advantages, returns = advantages_and_returns(
-            padded("rewards"), values, mask, torch.tensor(groups), args.advantage, args.gae_unit,
-            args.gamma, args.lam_actor, args.lam_critic, args.whiten_floor)
-        for i, e in enumerate(examples):
-            e.advantages = advantages[i, :len(e)]
-            e.returns = returns[i, :len(e)] if self.critic else None
-        return explained_variance(values, returns, mask) if self.critic else None
-
-    def update(self, examples, step):
-        """One epoch of clipped updates over shuffled minibatches; returns token means."""
-        sums, norms, counted = Counter(), {}, 0.0
-        learning = [name for name in self.optimizers if name == "critic" or step >= self.actor_start]
-        lr_factors = self.set_learning_rates(step)
-        for number, minibatch in enumerate(self.minibatches(examples, step)):
-            total = sum(e.loss_mask.sum().item() for e in minibatch)  # every rank has all examples
-            for _, flat, packing in self.micro_batches(minibatch):
-                for name in learning:
-                    loss, metrics = (self.critic_loss(flat, packing) if name == "critic" else
-                                     self.actor_loss(flat, packing, unchanged=number == 0))
-                    # the factor: see sft.batch_loss
-                    (loss / total * self.world).backward()
-                    sums.update({key: value.item() for key, value in metrics.items()})
-            counted += total
-            for name in learning:
-                norms.setdefault(name, []).append(clipped_step(
-                    self.modules[name], [self.optimizers[name]], self.args.max_grad_norm,
-                    f"step {step}: gradient norm of the {name}"))
-        metrics = {name: all_sum(value, self.device) / counted for name, value in sorted(sums.items())}
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: {name} is {value}")
-        metrics |= {f"grad_norm_{name}": mean(norms.get(name, [])) for name in ("actor", "critic")}
-        return metrics | lr_factors
-
-    def set_learning_rates(self, step):
-        """Warm-up and cosine of each optimiser from its first step on; returns the factors."""
-        args, factors = self.args, {}
-        for name, first in (("actor", self.actor_start), ("critic", 0)):
-            factor = cosine(max(0, step - first), args.steps - first, args.lr_warmup, floor=args.lr_floor)
-            factors[f"lr_factor_{name}"] = factor
-            if name in self.optimizers:
-                self.optimizers[name].param_groups[0]["lr"] = getattr(args, f"{name}_lr") * factor
-        return factors
-
-    def minibatches(self, examples, step):
-        """The examples, in an order of seed and step, in args.minibatches lists."""
-        generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        size = math.ceil(len(order) / self.args.minibatches)
-        return [[examples[i] for i in order[begin:begin + size]] for begin in range(0, len(order), size)]
-
-    def actor_loss(self, flat, packing, unchanged):
-        """(policy loss, metrics), sums over tokens. unchanged: no update since `score`."""
-        args, mask = self.args, flat.loss_mask
-        logprobs = self.logprobs(self.actor, flat, packing, with_entropy=args.entropy_coef > 0)
-        if args.entropy_coef:
-            logprobs, entropy = logprobs
-        if unchanged:
-            # Any difference is a bug: another temperature, a mask off by one, dropout.
-            difference = ((logprobs - flat.logprobs) * mask).abs().sum() / mask.sum().clamp(min=1)
-            assert difference < tolerance(flat.logprobs, mask, args.dtype), (
-                f"first minibatch: mean |log ratio| {difference}, should be 0")
-        weights = (importance_weights(flat.logprobs, flat.sampler_logprobs, flat.sampled)
-                   if args.importance == "token" else 1.0)
-        loss, metrics = policy_loss(logprobs, flat.logprobs, flat.advantages, mask, args.clip_low,
-                                    args.clip_high, args.dual_clip, weights)
-        metrics["policy_loss"] = loss
-        if args.entropy_coef:
-            loss = loss - args.entropy_coef * (entropy * mask).sum()
-        if self.reference:
-            metrics["reference_kl"] = reference_kl(logprobs, flat.reference_logprobs, mask)
-            loss = loss + args.kl_coef * metrics["reference_kl"]
-        return loss, metrics
-
-    def critic_loss(self, flat, packing):
-        """(value loss, metrics), sums over tokens."""
-        values = self.critic(flat.input_ids, packing)
-        loss, metrics = value_loss(values, flat.values, flat.returns, flat.loss_mask, self.args.value_clip)
-        return loss, metrics | {"value_loss": loss}
-
-
-async def train_step(trainer, prompts, sandbox, tokenizer, step):
-    """One PPO step; returns (metrics, trajectories)."""
-    args, stats, clock = trainer.args, {}, [time.perf_counter()]
-    rows = [prompts[step * args.prompts_per_step + i] for i in range(args.prompts_per_step)]
-    problems = [row | {"key": i} for i, row in enumerate(rows)]
-    trajectories = await sample_all(
-        trainer.sampler, tokenizer, problems, sandbox, trainer.process, n_samples=args.samples_per_prompt,
-        temperature=args.temperature, seed=args.seed, step=step, stats=stats, **rollout_settings(args))
-    clock.append(time.perf_counter())
-    chosen = [t for t in trajectories if t.finish_reason != "sandbox_error"
-              and (t.is_complete or not args.drop_truncated)
-              and not (args.drop_void and is_void(t))]
-    metrics = rollout_metrics(trajectories) | collapse_metrics(trajectories, Pieces(tokenizer))
-    metrics["update_skipped"] = int(not chosen)
-    if not chosen:
-        if trainer.is_synced_after(step):  # of earlier updates
-            sync_weights(trainer.actor, trainer.sampler)
-        return metrics, trajectories
-    for t in chosen:
-        t.example = trajectory_example(t, token_rewards(t, args.reward, args.reward_scale),
-                                       args.mask_interpreter == "on")
-    examples = [t.example for t in chosen]
-    trainer.score(examples)
-    metrics |= score_metrics(chosen)
-    if step == 0 or trainer.is_synced_after(step - 1):
-        check_sampler(examples, args.dtype, step)
-    clock.append(time.perf_counter())
-    groups = [t.prompt_index for t in chosen]
-    metrics["explained_variance"] = trainer.estimate(examples, groups)  # advantages
-    metrics |= trainer.update(examples, step)
-    clock.append(time.perf_counter())
-    if trainer.is_synced_after(step):
-        sync_weights(trainer.actor, trainer.sampler)
-    clock.append(time.perf_counter())
-    trainer.fill_ratios([t.example for t in trajectories[:args.save_rollouts] if t.example])
-    clock.append(time.perf_counter())
-    metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
-    seconds = {name: after - before for name, before, after
-               in zip(("rollout", "score", "update", "sync", "ratios"), clock, clock[1:])}
-    metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
-    sampled, fed = sum(sum(t.loss_mask) for t in trajectories), sum(len(e) for e in examples)
-    metrics["rollout_tokens_per_second"] = sampled / seconds["rollout"]
-    metrics["train_tokens_per_second"] = fed / (seconds["score"] + seconds["update"])
-    return metrics, trajectories
-
-
-def trajectory_example(t, rewards, mask_interpreter=True):
-    """A trajectory and the rewards of its tokens as an Example."""
-    before = [0.0] * len(t.prompt_ids)
-    trained = t.loss_mask if mask_interpreter else [1] * len(t.loss_mask)
-    return make_example(t.prompt_ids + t.response_ids, before + trained, sampled=before + t.loss_mask,
-                        sampler_logprobs=before + t.logprobs, rewards=before + rewards)
-
-
-def score_metrics(trajectories):
-    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
-    examples, gaps = [t.example for t in trajectories], {"prose": [], "code": [], "after_interpreter": []}
-    mask, entropy = (torch.cat(column) for column in zip(*((e.loss_mask, e.entropy) for e in examples)))
-    for t in trajectories:
-        gap = sampler_gap(t.example)[len(t.prompt_ids) - 1:]  # (response tokens,)
-        code = torch.zeros(len(gap), dtype=torch.bool)
-        for call in t.tool_calls:
-            code[call.start:call.end] = True
-        sampled = torch.tensor(t.loss_mask, dtype=torch.bool)
-        after = sampled & (sampled.cumprod(0) == 0)  # a call in front of it
-        gaps["code"].append(gap[code])
-        gaps["prose"].append(gap[sampled & ~code & ~after])
-        gaps["after_interpreter"].append(gap[after & ~code])
-    gaps = {f"sampler_difference_{name}": torch.cat(found) for name, found in gaps.items()}
-    whole = torch.cat(list(gaps.values()))
-    return {"reward": mean([e.rewards.sum().item() for e in examples]),
-            "entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "sampler_difference": whole.mean().item(), "sampler_difference_max": whole.max().item(),
-            **{name: mean(found.tolist()) for name, found in gaps.items()}}
-
-
-def sampler_gap(e):
-    """|log-probability by the trainer - by the sampler| of an Example's sampled tokens, (T,)."""
-    return (e.logprobs - e.sampler_logprobs).abs() * e.sampled
-
-
-def check_sampler(examples, dtype, step):
-    """AssertionError where the sampler's log-probabilities are not the trainer's, on average
-    or in one response, whose limit leaves room for one token."""
-    n = torch.tensor([e.sampled.sum() for e in examples])
-    rows = torch.tensor([sampler_gap(e).sum() for e in examples]) / n
-    allowed = torch.stack([tolerance(e.logprobs, e.sampled, dtype) for e in examples])
-    mean, row = rows.mean().item(), rows[(rows / allowed).argmax()].item()
-    assert mean < allowed.mean() and (rows < 2 * allowed + 4 * LOGIT_ERROR[dtype] / n).all(), (
-        f"step {step}: the sampler's log-probabilities differ from the trainer's by {mean} on average, "
-        f"by {row} in one response: were the weights synced?")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The run
+# -------------------------------------------------------------------------------------------------
+# Flags
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    """The flags as a namespace. Each comes from the last of these that names it: its default,
+    --preset, the run that --resume goes on with, the command line."""
+    parser = argparse.ArgumentParser(
+        usage="torchrun ppo.py [flags]", description=__doc__, formatter_class=Help,
+        allow_abbrev=False)
+    add_ppo_arguments(parser)
+    add_run_arguments(parser)
     sft.add_warm_start_arguments(parser)
     add_trainer_arguments(parser)
     add_rollout_arguments(parser)
     add_format_arguments(parser)
-    add = parser.add_argument_group("PPO").add_argument
-    add("--preset", choices=("", "paper"), default="", help="paper: its numbers as defaults")
-    add("--critic_model", default="", help="where the critic starts; empty: at the policy")
-    add("--train_data", default="embedded", help="embedded, or a file; paper: DAPO-Math-17k")
-    add("--eval_data", default="", help="files, separated by commas; empty: the embedded test splits")
-    add("--eval_problems", type=at_least(2), default=256, help="of test; half as many of other splits")
-    add("--eval_every", type=at_least(0), default=0, help="steps; 0: only before and after training")
-    add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
-    add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0, help="nucleus; paper 0.7")
-    add("--steps", type=at_least(1), default=24, help="PPO steps; paper 400")
-    add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
-        help="gae: by a critic; the others by the group of a prompt's samples, and no critic is built")
-    add("--prompts_per_step", type=at_least(1), default=256, help="paper 512 per minibatch")
-    add("--gae_unit", choices=("token", "turn"), default="token", help="a step of GAE: see `turn_gae`")
-    add("--reward", choices=("outcome", "executable", "bonus", "steps", "cost"), default="outcome",
-        help="what is paid besides the answer: see `token_rewards`")
-    add("--reward_scale", type=in_range(0.0), default=0.1, help="of that; the answer pays 1 or -1")
-    add("--samples_per_prompt", type=at_least(1), default=1, help="the critic is the baseline")
-    add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
-    add("--actor_lr", type=in_range(0.0), default=4e-4, help="AdamW; paper 1e-6 (32B)")
-    add("--critic_lr", type=in_range(0.0), default=5e-4, help="AdamW; public recipes 2e-6 (32B)")
-    add("--adam_eps", type=in_range(0.0, above=True), default=1e-8, help="1e-6 halves a 7B model's updates")
-    add("--weight_decay", type=in_range(0.0), default=0.0, help="of actor and critic")
-    add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up")
-    add("--lr_floor", type=in_range(0.0, 1.0), default=0.1, help="end of the cosine; 1.0: constant")
-    add("--critic_warmup", type=at_least(0), default=3, help="steps of the critic alone; recipes 20")
-    add("--temperature", type=in_range(0.0, above=True), default=1.0, help="of rollouts and loss; paper 1.0")
-    add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount")
-    add("--lam_actor", type=lambda text: text if text == "adaptive" else in_range(0.0, 1.0)(text),
-        default=1.0, help="GAE lambda of the advantages, or adaptive: longer responses, a larger one")
-    add("--lam_critic", type=in_range(0.0, 1.0), default=1.0, help="GAE lambda of the critic's targets")
-    add("--clip_low", type=in_range(0.0, 1.0), default=0.2, help="the ratio is at least 1 - clip_low")
-    add("--clip_high", type=in_range(0.0), default=0.28, help="and at most 1 + clip_high")
-    add("--dual_clip", type=in_range(1.0), default=0.0, help="least loss per bad token, e.g. 3; 0: none")
-    add("--kl_coef", type=in_range(0.0), default=0.0, help="of KL to the start, in the loss; paper 0")
-    add("--entropy_coef", type=in_range(0.0), default=0.0, help="of the entropy bonus")
-    add("--importance", choices=("off", "token"), default="off",
-        help="token: weight by trainer's / sampler's probability, at most 2")
-    add("--sync_every", type=at_least(1), default=1, help="steps between copies of weights to the sampler")
-    add("--mask_interpreter", choices=("on", "off"), default="on",
-        help="off: PPO trains on interpreter text too (a known mistake)")
-    add("--value_clip", type=in_range(0.0), default=0.5, help="how far values may move")
-    add("--whiten_floor", type=in_range(0.0, above=True), default=0.2, help="least divisor of advantages")
-    add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0, help="of actor and critic each")
-    add("--drop_truncated", action="store_true", help="overlong filter: truncated ones are not trained on")
-    add("--drop_void", action="store_true", help="nor responses whose last turn has no answer")
-    add("--seed", type=int, default=0, help="the warm start has --sft_seed")
-    add("--run_dir", default="", help="new folder; empty: out/ppo/<date>-<time>")
-    add("--resume", default="",
-        help="run folder to go on with, under its arguments except those given here")
-    add("--export", default="", help="with --resume: only write its newest checkpoint here")
-    add("--track", choices=("", "wandb", "trackio"), default="", help="send each step's metrics there too")
-    add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
-    add("--keep_checkpoints", type=at_least(1), default=2, help="the last ones are kept")
-    add("--save_rollouts", type=at_least(0), default=32, help="responses per step in rollouts.jsonl")
+
     defaults, given = parse_flags(parser, argv)
     values = dict(defaults)
     if given.get("preset"):
@@ -635,59 +807,297 @@ def parse_arguments(argv=None):
             parser.error(f"--resume {given['resume']}: not the folder of a run ({error})")
     args = argparse.Namespace(**values | given)
     args.run_dir = args.resume or args.run_dir
-    check_combinations(parser, args, set(given))
+
+    refuse_contradictions(parser, args, given)
     return args
 
 
-def check_combinations(parser, args, flags):
-    """parser.error for flags that contradict each other or do nothing. flags: those given."""
+def add_ppo_arguments(parser):
+    add = parser.add_argument_group("PPO").add_argument
+    # The task
+    add("--train_data", default="embedded",
+        help="problems to train on: embedded, or a file; paper: DAPO-Math-17k")
+    add("--eval_data", default="",
+        help="files to evaluate on, separated by commas; empty: the embedded test splits")
+    add("--seed", type=int, default=0,
+        help="seed of prompts, noise and minibatches; the warm start has --sft_seed")
+    # The batch
+    add("--steps", type=at_least(1), default=24, help="number of PPO steps; paper 400")
+    add("--prompts_per_step", type=at_least(1), default=256,
+        help="prompts sampled in a step; paper 512 per minibatch")
+    add("--samples_per_prompt", type=at_least(1), default=1,
+        help="responses to each prompt; grpo and rloo need at least 2")
+    add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
+    add("--temperature", type=in_range(0.0, above=True), default=1.0,
+        help="softmax temperature of rollouts and losses; paper 1.0")
+    # Rewards and advantages
+    add("--reward", choices=("outcome", "executable", "bonus", "steps", "cost"), default="outcome",
+        help="what is paid besides the answer: see `token_rewards`")
+    add("--reward_scale", type=in_range(0.0), default=0.1,
+        help="size of what --reward pays besides the answer, which pays 1 or -1")
+    add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
+        help="gae: by a critic; grpo, rloo: by the other responses to a prompt, without a critic")
+    add("--gae_unit", choices=("token", "turn"), default="token",
+        help="what a step of GAE is: see `turn_gae`")
+    add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount of rewards per token")
+    add("--lam_actor", type=lambda_or_adaptive, default=1.0,
+        help="GAE's lambda for advantages, or adaptive: longer responses, a larger one")
+    add("--lam_critic", type=in_range(0.0, 1.0), default=1.0,
+        help="GAE's lambda for the critic's targets")
+    add("--whiten_floor", type=in_range(0.0, above=True), default=0.2,
+        help="least number that advantages are divided by")
+    # The losses
+    add("--clip_low", type=in_range(0.0, 1.0), default=0.2,
+        help="probability ratios below 1 - clip_low are clipped")
+    add("--clip_high", type=in_range(0.0), default=0.28,
+        help="probability ratios above 1 + clip_high are clipped")
+    add("--dual_clip", type=in_range(1.0), default=0.0,
+        help="least surrogate of a bad token, in advantages, e.g. 3; 0: none")
+    add("--value_clip", type=in_range(0.0), default=0.5,
+        help="how far a value may move from its old one")
+    add("--kl_coef", type=in_range(0.0), default=0.0,
+        help="weight of the KL to the starting policy in the loss; paper 0")
+    add("--entropy_coef", type=in_range(0.0), default=0.0, help="weight of the entropy bonus")
+    add("--importance", choices=("off", "token"), default="off",
+        help="token: weight tokens by the trainer's / the sampler's probability, at most 2")
+    add("--mask_interpreter", choices=("on", "off"), default="on",
+        help="off: PPO trains on interpreter text too (a known mistake)")
+    add("--drop_truncated", action="store_true",
+        help="overlong filter: do not train on responses that were cut off")
+    add("--drop_void", action="store_true",
+        help="do not train on responses whose last turn states no answer")
+    # The optimisers
+    add("--actor_lr", type=in_range(0.0), default=4e-4,
+        help="AdamW's peak rate for the actor; paper 1e-6 (32B)")
+    add("--critic_lr", type=in_range(0.0), default=5e-4,
+        help="AdamW's peak rate for the critic; public recipes 2e-6 (32B)")
+    add("--critic_model", default="",
+        help="checkpoint that the critic starts from, of any size; empty: the policy's")
+    add("--critic_warmup", type=at_least(0), default=3,
+        help="first steps, in which the critic learns alone; public recipes 20")
+    add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up of both rates")
+    add("--lr_floor", type=in_range(0.0, 1.0), default=0.1,
+        help="factor of both rates at the cosine's end; 1.0: constant rates")
+    add("--adam_eps", type=in_range(0.0, above=True), default=1e-8,
+        help="AdamW's epsilon; 1e-6 halves a 7B model's updates")
+    add("--weight_decay", type=in_range(0.0), default=0.0, help="AdamW's weight decay")
+    add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0,
+        help="gradients of actor and critic are clipped to this norm, each by itself")
+    add("--sync_every", type=at_least(1), default=1,
+        help="steps between copies of the weights to the sampler")
+
+
+def lambda_or_adaptive(text):
+    return text if text == "adaptive" else in_range(0.0, 1.0)(text)
+
+
+def add_run_arguments(parser):
+    add = parser.add_argument_group("the run").add_argument
+    add("--preset", choices=("", "paper"), default="", help="paper: its numbers as defaults")
+    add("--run_dir", default="", help="a new folder for the run; empty: out/ppo/<date>-<time>")
+    add("--resume", default="",
+        help="run folder to go on with, under its arguments except those given here")
+    add("--export", default="",
+        help="with --resume: only write the newest checkpoint to this folder")
+    add("--warm_start", default="",
+        help="finished warm start of the embedded model, used as it is instead of making one")
+    add("--eval_problems", type=at_least(2), default=256,
+        help="problems of the embedded test split; half as many of the other splits")
+    add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
+    add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0,
+        help="nucleus sampling in evaluations; paper 0.7")
+    add("--eval_every", type=at_least(0), default=0,
+        help="steps between evaluations; 0: only before and after training")
+    add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
+    add("--keep_checkpoints", type=at_least(1), default=2, help="how many checkpoints are kept")
+    add("--save_rollouts", type=at_least(0), default=32,
+        help="responses per step that rollouts.jsonl keeps")
+    add("--track", choices=("", "wandb", "trackio"), default="",
+        help="where each step's metrics are sent besides metrics.jsonl")
+
+
+def refuse_contradictions(parser, args, given):
+    """parser.error for flags that contradict each other or do nothing. given: {flag: value} of the
+    command line."""
+    def refuse(flag, idle):
+        for name in sorted(idle & given.keys()):
+            parser.error(f"--{name} has no effect with {flag}")
+
+    of_warm_start = {name for name in given if name.startswith("sft_")}
+    of_warm_start |= {"code_share", "warm_start_dir", "mask_failed"}
+    if args.resume:
+        refuse("--resume", {"run_dir", "model", "critic_model", "preset", "train_data", "advantage",
+                            "kl_coef", "sync_every", "warm_start"})
+    if args.model and not args.resume:
+        refuse("--model", of_warm_start | {"warm_start"})
+    if args.warm_start and not args.resume:
+        refuse("--warm_start", of_warm_start)
+    if args.advantage != "gae":
+        refuse(f"--advantage {args.advantage}", {
+            "critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma", "lam_actor",
+            "lam_critic", "whiten_floor", "gae_unit"})
+    if args.reward == "outcome":
+        refuse("--reward outcome", {"reward_scale"})
+
     if args.export and not args.resume:
         parser.error("--export needs --resume")
-    idle = [  # (whether it holds that, with this flag, those do nothing)
-        (args.resume, "--resume", {"run_dir", "model", "critic_model", "preset", "train_data", "advantage",
-                                   "kl_coef", "sync_every"}),
-        (args.model and not args.resume, "--model", {f for f in flags if f.startswith("sft_")} | {
-            "code_share", "warm_start_dir", "mask_failed"}),
-        (args.advantage != "gae", f"--advantage {args.advantage}", {
-            "critic_model", "critic_lr", "critic_warmup", "value_clip", "gamma", "lam_actor", "lam_critic",
-            "whiten_floor", "gae_unit"}),
-        (args.reward == "outcome", "--reward outcome", {"reward_scale"})]
-    for holds, flag, others in idle:
-        if holds and others & flags:
-            parser.error(f"--{min(others & flags)} has no effect with {flag}")
-    if args.model and not (args.resume or args.preset):
+    if args.model and not args.resume and not args.preset:
         rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
-        need_values(parser, flags, [*rates, "sandbox_timeout", "max_prompt_tokens", "max_response_tokens"])
-    if not args.model and args.tools == "off" and args.code_share:
-        parser.error("--tools off needs --code_share 0: else the warm start teaches code that never runs")
+        lengths = ["sandbox_timeout", "max_prompt_tokens", "max_response_tokens"]
+        need_values(parser, given, rates + lengths)
+    if not args.model and not args.warm_start and args.tools == "off" and args.code_share:
+        parser.error("--tools off needs --code_share 0: else the warm start teaches code that "
+                     "never runs")
     if args.advantage != "gae" and args.samples_per_prompt < 2:
-        parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at least 2")
+        parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at "
+                     "least 2")
     if args.advantage == "gae" and args.critic_warmup + args.lr_warmup >= args.steps:
-        parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave nothing "
-                     f"of --steps {args.steps}")
+        parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave "
+                     f"nothing of --steps {args.steps}")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
 
 
-def step_line(step, steps, m):
-    seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
-    outcomes = " ".join(f"{name} {count}" for name, count in m["sandbox_outcomes"].items()) or "none"
-    if m["update_skipped"]:
-        return f"step {step:3d}/{steps} | no response to train on (truncated {percent(m['truncated'])} %)"
-    return (
-        f"step {step:3d}/{steps} | acc {percent(m['accuracy']):>5} | code {percent(m['code_ratio']):>5} | "
-        f"len {m['response_tokens']:5.1f} | trunc {percent(m['truncated']):>4} | "
-        f"kl {m.get('approx_kl', 0):.4f} | clip {m.get('clip_fraction', 0):.3f} | "
-        f"ent {m['entropy']:.3f} | vloss {m.get('value_loss', 0):.3f} | "
-        f"ev {m['explained_variance'] or 0:5.2f} | "
-        f"sampler {m['sampler_difference']:.0e} | tools {outcomes} | {seconds:.1f}s")
+# -------------------------------------------------------------------------------------------------
+# The run
 
 
-def commit():
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                            text=True)
-    return result.stdout.strip() or "not a git checkout"
+async def main(process):
+    begin = time.perf_counter()
+    args = parse_arguments()
+    process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+
+    # What can be wrong is found before the warm start: a bad file should not cost minutes.
+    run = RunFolder(args, process)
+    check_mesh(args.replicas, process.world)
+    saved_model = run.path / "model"
+    is_known = args.resume and saved_model.is_dir()
+    start_model = str(saved_model) if is_known else args.model or args.warm_start
+    config, tokenizer = sft.starting_point(start_model)
+    check_positions(config, args)
+    if args.critic_model:
+        check_vocabulary(args.critic_model, tokenizer)
+    template = load_template(args.prompt_template)
+    sets = evaluation_sets(args)
+    problems = None if args.train_data == "embedded" else load_problems(args.train_data)
+    checkpoint, record = find_checkpoint(run.path / "checkpoints", process.rank)
+    if args.export and not checkpoint:
+        raise UserError(f"--resume {run.path}: there is no checkpoint to export")
+    if record["step"] > args.steps:
+        raise UserError(f"--steps {args.steps}: the run has done {record['step']} already")
+
+    # The run's folder begins with what it was started with.
+    if not args.export:
+        if not args.resume:
+            run.write_arguments(args)
+        print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
+    process.goes_on = f"torchrun ppo.py --resume {run.path}"
+    run.track(args)
+
+    # The model: a checkpoint of this run, a checkpoint of the user's, or the warm start.
+    if checkpoint:
+        model_path = str(saved_model)  # of it only the configuration is needed
+    elif args.model or args.warm_start:
+        model_path = args.model or args.warm_start
+    else:
+        model_path = str(await sft.warm_start(args, process))
+    tokenizer = load_tokenizer(model_path)
+    trainer = Trainer(args, model_path, process, weights=not checkpoint)
+    if checkpoint:
+        dcp.load(trainer.state(), checkpoint_id=checkpoint)
+        if args.sync_every == 1:
+            sync_weights(trainer.actor, trainer.sampler)
+    if args.export:
+        if process.rank == 0:
+            trainer.sampler.save_pretrained(args.export)
+            tokenizer.save_pretrained(args.export)
+        print(f"step {record['step']} of {run.path} exported to {args.export}")
+        return
+
+    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
+    for name in sets:
+        sets[name] = encode_problems(sets[name], tokenizer, template, args.max_prompt_tokens, name)
+    if args.resume:  # only now: what is refused leaves no trace
+        run.write_arguments(args)
+    if not checkpoint:
+        run.write_model(trainer.sampler, tokenizer)
+    print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
+          f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
+    if args.resume:
+        print(f"{run.path}: goes on after step {record['step']}")
+    run.open(record["bytes"])
+    begin -= record["seconds"]  # of the runs that this one continues
+
+    async def evaluate_all(when):
+        """Evaluate on every set, and print the table."""
+        for name, rows in sets.items():
+            label = f"{name} {when}"
+            run.results[label], _ = await evaluate(
+                trainer.sampler, tokenizer, rows, sandbox, process, label,
+                n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
+                **rollout_settings(args))
+            run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+        if sets:
+            print(evaluation_table(run.results), flush=True)
+
+    async with make_sandbox(args) as sandbox:
+        print(sandbox.report)
+        run.add_to_arguments({"sandbox": sandbox.report})
+        if record["step"] == 0:
+            print(f"evaluation before training: {', '.join(sets)}", flush=True)
+            await evaluate_all("before")
+        n_responses = args.prompts_per_step * args.samples_per_prompt
+        print(f"PPO: {args.steps} steps of {n_responses} responses\n{LEGEND}", flush=True)
+
+        seconds_checkpoint = 0.0
+        for step in range(record["step"], args.steps):
+            done = step + 1
+
+            # One step of PPO: sample, reward, score, advantages, update, sync.
+            metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
+            metrics["seconds_checkpoint"] = seconds_checkpoint  # of the save before
+            seconds_checkpoint = 0.0
+
+            # Log: a line for people, metrics and some responses for files.
+            run.log_step(step, metrics)
+            for trajectory in trajectories[:args.save_rollouts]:
+                problem = prompts[step * args.prompts_per_step + trajectory.prompt_index]
+                description = describe_trajectory(trajectory, tokenizer, problem)
+                run.write("rollouts.jsonl", {"step": step} | description)
+            print(step_line(done, args.steps, metrics), flush=True)
+            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+                await evaluate_all(f"step {done}")
+
+            # Save: now and then, at the end, and when --minutes are over.
+            is_over = time_is_up(process)
+            if done % args.save_every == 0 or done == args.steps or is_over:
+                save_begin = time.perf_counter()
+                record = {"step": done, "seconds": save_begin - begin, "bytes": run.sizes()}
+                save_checkpoint(run.path / "checkpoints", trainer.state(), record,
+                                args.keep_checkpoints, process.rank)
+                seconds_checkpoint = time.perf_counter() - save_begin
+            if is_over and done < args.steps:
+                print(f"--minutes are over after step {done}: {process.goes_on}")
+                return
+
+        print(f"evaluation after training: {', '.join(sets)}", flush=True)
+        await evaluate_all("after")
+
+    seconds_total = time.perf_counter() - begin
+    run.write("metrics.jsonl", {"seconds_total": seconds_total})
+    run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
+    run.finish(trainer.sampler, tokenizer)
+    question = prompts[args.steps * args.prompts_per_step]["question"]
+    print(f"{run.path}: done in {seconds_total:.0f} s\n"
+          f"curves and responses: {run.path}/report.html, in a browser\n"
+          "one response live: python rollout.py "
+          f"--model {run.path}/checkpoint {shlex.quote(question)}")
+
+
+def check_vocabulary(critic_model, tokenizer):
+    if load_tokenizer(critic_model).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--critic_model {critic_model}: its vocabulary is not the policy's")
 
 
 def evaluation_sets(args):
@@ -696,8 +1106,49 @@ def evaluation_sets(args):
         return {name: load_problems(name) for name in args.eval_data.split(",")}
     if args.train_data != "embedded":
         return {}
-    return {name: embedded_rows(name, args.eval_problems // (1 + (name != "test")))
-            for name in ("test", "ood_large", "ood_families")}
+    half = args.eval_problems // 2
+    return {"test": embedded_rows("test", args.eval_problems),
+            "ood_large": embedded_rows("ood_large", half),
+            "ood_families": embedded_rows("ood_families", half)}
+
+
+def settings_line(args):
+    """The flags that differ from the embedded run's defaults."""
+    defaults = vars(parse_arguments([]))
+    changed = [f"--{name} {value}" for name, value in vars(args).items()
+               if value != defaults.get(name)]
+    return f"settings: {' '.join(changed) or 'all defaults'} (in full: arguments.json)"
+
+
+LEGEND = """\
+  acc, code   % of responses that are right, that ran code       len, trunc  tokens; % cut off
+  kl, clip    how far the update moved; % of tokens clipped      ent         the policy's entropy
+  vloss, ev   the critic's loss and explained variance           tools       calls by status
+  sampler     |log-probability by the sampler - by the trainer|, mean of sampled tokens"""
+
+
+def step_line(step, steps, m):
+    """A step's metrics `m` as one line of fixed format; LEGEND explains it."""
+    if m["update_skipped"]:
+        return (f"step {step:3d}/{steps} | no response to train on "
+                f"(truncated {percent(m['truncated'])} %)")
+    seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
+    outcomes = [f"{status} {count}" for status, count in m["sandbox_outcomes"].items()]
+    return (
+        f"step {step:3d}/{steps} | acc {percent(m['accuracy']):>5} | "
+        f"code {percent(m['code_ratio']):>5} | "
+        f"len {m['response_tokens']:5.1f} | trunc {percent(m['truncated']):>4} | "
+        f"kl {m.get('approx_kl', 0):.4f} | clip {m.get('clip_fraction', 0):.3f} | "
+        f"ent {m['entropy']:.3f} | vloss {m.get('value_loss', 0):.3f} | "
+        f"ev {m['explained_variance'] or 0:5.2f} | sampler {m['sampler_difference']:.0e} | "
+        f"tools {' '.join(outcomes) or 'none'} | {seconds:.1f}s")
+
+
+def commit():
+    """The checkout's commit, for the run's record."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() or "not a git checkout"
 
 
 class RunFolder:
@@ -707,34 +1158,50 @@ class RunFolder:
     old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.
     """
 
-    def __init__(self, args, rank):
+    def __init__(self, args, process):
+        # Rank 0 decides: the ranks' clocks may differ.
         path = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
-        dist.broadcast_object_list(path)  # the ranks' clocks may differ
-        self.path, self.rank = Path(path[0]), rank
-        self.files, self.results, self.tracker = {}, {}, None
-        if rank == 0 and not args.resume and self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
+        dist.broadcast_object_list(path)
+        self.path = Path(path[0])
+        self.process = process
+        self.writes = process.rank == 0
+        self.files = {}
+        self.results = {}  # of evaluations, by label
+        self.tracker = None
+        if self.writes and not args.resume and self.path.exists() and any(self.path.iterdir()):
+            raise UserError(
+                f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
 
-    def write_arguments(self, args, world, device):
+    def write_arguments(self, args):
         """What the run was started with; a resumed run adds a line about itself."""
-        record = {"versions": sft.versions(), "commit": commit(), "world_size": world,
-                  "threads": torch.get_num_threads(), "device": str(device)}
-        self.path.mkdir(parents=True, exist_ok=True)
-        if args.resume:
+        start = {"versions": sft.versions(), "commit": commit(), "world_size": self.process.world,
+                 "threads": torch.get_num_threads(), "device": str(self.process.device)}
+        if args.resume and self.writes:
             before = json.loads((self.path / "arguments.json").read_text())
-            record = {"resumed": before.get("resumed", []) + [record]}
-        self.add_to_arguments(record | {"arguments": vars(args)})
+            start = {"resumed": before.get("resumed", []) + [start]}
+        self.add_to_arguments(start | {"arguments": vars(args)})
 
     def add_to_arguments(self, entries):
-        path, partial = self.path / "arguments.json", self.path / "arguments.partial"
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / "arguments.json"
+        partial = self.path / "arguments.partial"
         record = json.loads(path.read_text()) if path.exists() else {}
         partial.write_text(json.dumps(record | entries, indent=1))
         sync_to_disk(partial)
         partial.rename(path)
 
+    def write_model(self, model, tokenizer):
+        """Configuration and tokenizer: with them a checkpoint of the run can be read."""
+        if self.writes:
+            model.config.save_pretrained(self.path / "model")
+            model.generation_config.save_pretrained(self.path / "model")
+            tokenizer.save_pretrained(self.path / "model")
+
     def open(self, sizes):
         """Open the JSONL files, cut to the sizes that a checkpoint recorded, and read them."""
-        if self.rank > 0:
+        if not self.writes:
             return
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             self.files[name] = open(self.path / name, "a", buffering=1)
@@ -745,17 +1212,25 @@ class RunFolder:
                 self.results[row.pop("evaluation")] = row
 
     def write(self, name, row):
-        if self.rank == 0:
+        if self.writes:
             self.files[name].write(json.dumps(row) + "\n")
 
-    def track(self, package, args):
-        """Open a run of wandb or trackio, whose calls are alike; metrics of steps go there too."""
-        if package and self.rank == 0:
-            try:
-                self.tracker = __import__(package)
-            except ImportError:
-                raise UserError(f"--track {package}: not installed (pip install {package})") from None
-            self.tracker.init(project="retool", name=self.path.name, config=vars(args))
+    def track(self, args):
+        """Open a run of wandb or trackio, whose calls are alike."""
+        if not args.track or not self.writes:
+            return
+        try:
+            self.tracker = __import__(args.track)
+        except ImportError:
+            raise UserError(
+                f"--track {args.track}: not installed (pip install {args.track})") from None
+        self.tracker.init(project="retool", name=self.path.name, config=vars(args))
+
+    def log_step(self, step, metrics):
+        row = {"step": step} | metrics
+        self.write("metrics.jsonl", row)
+        if self.tracker:
+            self.tracker.log(row, step=step)
 
     def sizes(self):
         """Bytes of the JSONL files, now on the disk; a resumed run cuts them to these."""
@@ -764,6 +1239,9 @@ class RunFolder:
         return {name: os.path.getsize(self.path / name) for name in self.files}
 
     def finish(self, model, tokenizer):
+        """The files that a finished run has."""
+        if not self.writes:
+            return
         for file in self.files.values():
             file.close()
         if self.tracker:
@@ -771,131 +1249,14 @@ class RunFolder:
         try:
             model.save_pretrained(self.path / "checkpoint")
         except SafetensorError as error:
-            raise UserError(f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
-                            "last checkpoint is there; --resume writes this again") from None
+            raise UserError(
+                f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
+                "last checkpoint is there; --resume writes this again") from None
         tokenizer.save_pretrained(self.path / "checkpoint")
-        (self.path / "report.html").write_text(report_page([self.path]), encoding="utf-8")
+        page = report_page([self.path])
+        (self.path / "report.html").write_text(page, encoding="utf-8")
         if self.results:
-            table = evaluation_table(self.results)
-            (self.path / "table.md").write_text(table + "\n")
-            print(table)
-
-
-async def main(process):
-    args, begin = parse_arguments(), time.perf_counter()
-    process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    rank, world, device = process.rank, process.world, process.device
-    run = RunFolder(args, rank)
-    # Before the warm start: a bad file should not be found minutes later.
-    check_mesh(args.replicas, world)
-    folder = run.path / "model"
-    resumed = folder.is_dir() and args.resume
-    config, tokenizer = sft.starting_point(str(folder) if resumed else args.model)
-    check_positions(config, args)
-    if args.critic_model and load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
-    template, sets = load_template(args.prompt_template), evaluation_sets(args)
-    problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    checkpoint, start = find_checkpoint(run.path / "checkpoints", rank)
-    if args.export and not checkpoint:
-        raise UserError(f"--resume {run.path}: there is no checkpoint to export")
-    if start["step"] > args.steps:
-        raise UserError(f"--steps {args.steps}: the run has done {start['step']} already")
-    if rank == 0 and not args.export:
-        if not args.resume:
-            run.write_arguments(args, world, device)
-        print(f"run folder: {run.path}\n{json.dumps(vars(args))}")
-    process.goes_on = f"torchrun ppo.py --resume {run.path}"
-    run.track(args.track, args)
-
-    # A checkpoint has all weights; of model/ only the configuration is needed.
-    model_path = str(folder) if checkpoint else (
-        args.model or str(await sft.warm_start(args, process)))
-    tokenizer = load_tokenizer(model_path)
-    trainer = Trainer(args, model_path, process, weights=not checkpoint)
-    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
-    if checkpoint:
-        dcp.load(trainer.state(), checkpoint_id=checkpoint)
-        if args.sync_every == 1:
-            sync_weights(trainer.actor, trainer.sampler)
-    if args.export:
-        if rank == 0:
-            trainer.sampler.save_pretrained(args.export)
-            tokenizer.save_pretrained(args.export)
-            print(f"step {start['step']} of {run.path} exported to {args.export}")
-        return
-    if rank == 0:
-        if args.resume:  # only now: what is refused leaves no trace
-            run.write_arguments(args, world, device)
-        if not checkpoint:
-            trainer.sampler.config.save_pretrained(folder)
-            trainer.sampler.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
-              f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
-        if args.resume:
-            print(f"{run.path}: goes on after step {start['step']}")
-    run.open(start["bytes"])
-    sets = {name: encode_problems(problems, tokenizer, template, args.max_prompt_tokens, name)
-            for name, problems in sets.items()}
-    await train_and_evaluate(trainer, tokenizer, prompts, sets, run, start, begin)
-
-
-async def train_and_evaluate(trainer, tokenizer, prompts, sets, run, start, begin):
-    """From the step that `start` records on; begin: perf_counter() of the script's start. At
-    process.deadline a checkpoint is made and the run ends."""
-    args, rank, process = trainer.args, trainer.rank, trainer.process
-    begin -= start["seconds"]  # of the runs that this one continues
-
-    async def evaluate_all(when):
-        found = {}
-        for name, problems in sets.items():
-            label = f"{name} {when}"
-            found[label], _ = await evaluate(
-                trainer.sampler, tokenizer, problems, sandbox, process, label, n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p,
-                seed=0, **rollout_settings(args))
-            run.write("metrics.jsonl", {"evaluation": label} | found[label])
-        run.results |= found
-        if sets:
-            print(evaluation_table(found), flush=True)
-
-    async with make_sandbox(args) as sandbox:
-        print(sandbox.report)
-        if rank == 0:
-            run.add_to_arguments({"sandbox": sandbox.report})
-        if start["step"] == 0:
-            await evaluate_all("before")
-        seconds_checkpoint = 0.0
-        for step in tqdm(range(start["step"], args.steps), desc="ppo", disable=rank > 0):
-            done = step + 1
-            metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
-            metrics["seconds_checkpoint"], seconds_checkpoint = seconds_checkpoint, 0.0
-            row = {"step": step} | metrics
-            run.write("metrics.jsonl", row)
-            if run.tracker:
-                run.tracker.log(row, step=step)
-            for t in trajectories[:args.save_rollouts]:
-                problem = prompts[step * args.prompts_per_step + t.prompt_index]
-                run.write("rollouts.jsonl", {"step": step} | describe_trajectory(t, tokenizer, problem))
-            tqdm.write(step_line(done, args.steps, metrics))
-            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-                await evaluate_all(f"step {done}")
-            is_over = time_is_up(process)
-            if done % args.save_every == 0 or done == args.steps or is_over:
-                clock = time.perf_counter()
-                record = {"step": done, "seconds": clock - begin, "bytes": run.sizes()}
-                save_checkpoint(run.path / "checkpoints", trainer.state(), record,
-                                args.keep_checkpoints, rank)
-                seconds_checkpoint = time.perf_counter() - clock
-            if is_over and done < args.steps:
-                return print(f"--minutes are over after step {done}: {process.goes_on}")
-        await evaluate_all("after")
-    seconds_total = time.perf_counter() - begin
-    run.write("metrics.jsonl", {"seconds_total": seconds_total})
-    if rank == 0:
-        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
-        run.finish(trainer.sampler, tokenizer)
-        print(f"{run.path}: done in {seconds_total:.0f} s")
+            (self.path / "table.md").write_text(evaluation_table(self.results) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""Where does the format come from? Cold-start traces, the warm start on them, shared parts.
+"""Where does the format come from? Cold-start traces, the warm start on them, and what both
+trainers share: examples, packing, the policy, sharding, checkpoints.
 
-`curate` takes rewritings of solutions, whoever wrote them, through the paper's two checks, of
-format and answer, and two more: every snippet runs, and a quoted output that is not the real
-one rejects the trace (the paper lets an LLM invent them); in real data, snippets must compute
-what they print, and the text use it.
-
-The warm start is a masked next-token loss on these traces. Differences from the paper: (1) the
-traces were executed; (2) snippets that failed stay, for the text corrects them, but are masked:
-the model learns to recover from errors, not to make them; (3) a step's loss is a sum over
-trainable tokens, divided once by their global number: packing and ranks do not change it.
+The warm start is a masked next-token loss on traces. Differences from the paper:
+ 1. The traces were executed: a quoted output that is not the real one rejects a trace (the paper
+    lets an LLM invent them), and in real data snippets must compute what they print.
+ 2. Snippets that failed stay, for the text corrects them, but are masked: the model learns to
+    recover from errors, not to make them.
+ 3. A step's loss is a sum over trainable tokens, divided once by their global number: packing and
+    ranks do not change it.
 
     torchrun sft.py                                      # CPU: the embedded warm start, as ppo.py makes it
     torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
     python sft.py curate --input gsm8k_train.jsonl --decontaminate gsm8k_test.jsonl --output traces.jsonl
     python sft.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces once more
+
+In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 """
 import argparse
+import ast
 import asyncio
 import builtins
 import contextlib
@@ -63,10 +65,11 @@ from rollout import (CLOSING, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_
                      load_model, load_tokenizer, split_segments, strip_fence, tool_of)
 from sandbox import UserError
 
-# ---------------------------------------------------------------------------------------------
-# Sequences for the trainer: one position per token, packed into micro-batches
+# -------------------------------------------------------------------------------------------------
+# Examples: one position per token, packed into micro-batches
 
-LOGIT_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}  # at once: a CPU's cache is small
+# Logits that exist at a time, in bytes: a CPU's cache is small.
+LOGIT_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 
 
 @dataclass
@@ -94,8 +97,10 @@ class Example:
 def make_example(ids, loss_mask, **per_token):
     """An Example of columns aligned with the tokens: only here are they shifted."""
     columns = {"loss_mask": loss_mask, "sampled": loss_mask} | per_token
-    return Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]),
-                   **{name: torch.as_tensor(x, dtype=torch.float32)[1:] for name, x in columns.items()})
+    example = Example(torch.tensor(ids[:-1]), torch.tensor(ids[1:]), None)
+    for name, column in columns.items():
+        setattr(example, name, torch.as_tensor(column, dtype=torch.float32)[1:])
+    return example
 
 
 def pack(lengths, token_budget, world):
@@ -103,25 +108,41 @@ def pack(lengths, token_budget, world):
     equally many bins per rank, maybe empty; above token_budget only a single sequence."""
     assert lengths, "nothing to pack"
     budget = max(token_budget, max(lengths))
-    for n in itertools.count(max(1, math.ceil(sum(lengths) / (token_budget * world)))):
-        bins, loads = [[] for _ in range(n * world)], [0] * (n * world)
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            j = loads.index(min(loads))
-            bins[j].append(i)
-            loads[j] += lengths[i]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    bins_per_rank = max(1, math.ceil(sum(lengths) / (token_budget * world)))
+
+    while True:
+        n_bins = bins_per_rank * world
+        bins = [[] for _ in range(n_bins)]
+        loads = [0] * n_bins
+        for i in longest_first:
+            emptiest = loads.index(min(loads))
+            bins[emptiest].append(i)
+            loads[emptiest] += lengths[i]
         if max(loads) <= budget:
-            return [[bins[m * world + rank] for m in range(n)] for rank in range(world)]
+            return [bins[rank::world] for rank in range(world)]
+        bins_per_rank += 1
 
 
 def collate(examples, device):
     """(flat Example (T,), its Packing); an empty micro-batch becomes one masked token."""
     if not examples:
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        return Example(zero, zero, *[zero.float()] * (len(fields(Example)) - 2)), Packing([1], device)
-    packing = Packing([len(e) for e in examples], device)
-    columns = {name: torch.cat([getattr(e, name) for e in examples]).to(device)
-               for name, column in vars(examples[0]).items() if column is not None}
-    return Example(**columns), packing
+        examples = [empty_example()]
+    flat = Example(None, None, None)
+    for name, column in vars(examples[0]).items():
+        if column is not None:
+            columns = [getattr(example, name) for example in examples]
+            setattr(flat, name, torch.cat(columns).to(device))
+    return flat, Packing([len(example) for example in examples], device)
+
+
+def empty_example():
+    """One masked token, with every column that a loss may read."""
+    example = Example(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), None)
+    for field in fields(Example):
+        if getattr(example, field.name) is None:
+            setattr(example, field.name, torch.zeros(1))
+    return example
 
 
 class Policy(nn.Module):
@@ -133,51 +154,71 @@ class Policy(nn.Module):
         self.lm = lm
 
     def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
-        """input_ids, targets, loss_mask (T,) -> the targets' logprobs (T,) at the temperature;
-        with_entropy: also the entropy (T,). 0 where masked: the head skips that."""
-        hidden = self.lm.model(input_ids=input_ids[None], position_ids=packing.position_ids[None],
-                               use_cache=False, packing=packing).last_hidden_state[0]  # (T, hidden)
-        chosen = loss_mask.nonzero()[:, 0]
+        """input_ids, targets, loss_mask (T,) -> (the targets' log-probabilities at the temperature,
+        the entropies or None), each (T,). 0 where masked: the head skips that."""
+        output = self.lm.model(
+            input_ids=input_ids[None], position_ids=packing.position_ids[None],
+            use_cache=False, packing=packing)
+        hidden = output.last_hidden_state[0]  # (T, hidden)
+        chosen = loss_mask.nonzero()[:, 0]  # (n,)
         chunk = max(1, LOGIT_BYTES[hidden.device.type] // (4 * self.lm.config.vocab_size))
+
+        # With several chunks a training step computes logits again in the backward pass.
         head = self.head
-        if len(chosen) > chunk and torch.is_grad_enabled():  # recompute logits in backward
+        if len(chosen) > chunk and torch.is_grad_enabled():
             head = functools.partial(checkpoint, self.head, use_reentrant=False)
-        parts = [head(hidden[i], targets[i], temperature, with_entropy) for i in chosen.split(chunk)]
-        columns = [torch.zeros_like(input_ids, dtype=values.dtype).index_put((chosen,), values)
-                   for values in map(torch.cat, zip(*parts))]
-        return columns if with_entropy else columns[0]
+        logprob_chunks = []
+        entropy_chunks = []
+        for indices in chosen.split(chunk):
+            logprobs, entropy = head(
+                hidden[indices], targets[indices], temperature, with_entropy)
+            logprob_chunks.append(logprobs)
+            entropy_chunks.append(entropy)
+
+        def over_all_tokens(chunks):
+            values = torch.cat(chunks)
+            zeros = torch.zeros_like(input_ids, dtype=values.dtype)
+            return zeros.index_put((chosen,), values)
+
+        entropy = over_all_tokens(entropy_chunks) if with_entropy else None
+        return over_all_tokens(logprob_chunks), entropy
 
     def head(self, hidden, targets, temperature, with_entropy):
-        """hidden (n, hidden), targets (n,) -> logprobs (n,) and, if wanted, entropy (n,)."""
+        """hidden (n, hidden), targets (n,) -> logprobs (n,) and entropy (n,), or None."""
         logits = at_least_fp32(self.lm.lm_head(hidden)) / temperature  # (n, V)
         normaliser = torch.logsumexp(logits, -1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
         if not with_entropy:
-            return (logprobs,)
-        return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+            return logprobs, None
+        entropy = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+        return logprobs, entropy
 
-
-# ---------------------------------------------------------------------------------------------
-# Training
 
 def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_interpreter=True,
                   mask_failed=True):
     """A trace as an Example: prompt, interpreter text and failed snippets are masked."""
     prompt = encode_prompt(tokenizer, template, trace["question"])
-    ids, mask = encode_response(tokenizer, trace["response"], max_interpreter_tokens,
-                                trace["failed_calls"] if mask_failed else (), mask_interpreter)
+    masked_calls = trace["failed_calls"] if mask_failed else ()
+    ids, mask = encode_response(
+        tokenizer, trace["response"], max_interpreter_tokens, masked_calls, mask_interpreter)
     return make_example(prompt + ids, [0] * len(prompt) + mask)
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
 
 
 def batch_loss(policy, batch, token_budget, process, backward=False):
     """Mean loss over all trainable tokens of a list of Example, on all ranks; with backward
     also its gradient."""
-    total = sum(e.loss_mask.sum().item() for e in batch)
+    total = sum(example.loss_mask.sum().item() for example in batch)
+    lengths = [len(example) for example in batch]
     token_sum = 0.0
-    for indices in pack([len(e) for e in batch], token_budget, process.world)[process.rank]:
+    for indices in pack(lengths, token_budget, process.world)[process.rank]:
         flat, packing = collate([batch[i] for i in indices], process.device)
         with torch.set_grad_enabled(backward):
-            loss = -policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum()
+            logprobs, _ = policy(flat.input_ids, flat.targets, flat.loss_mask, packing)
+            loss = -logprobs.sum()
         token_sum += loss.item()
         if backward:
             # FSDP averages the ranks' gradients; a factor of world makes that their sum.
@@ -199,7 +240,8 @@ def clipped_step(module, optimizers, max_norm, what):
 
 def batches(n, batch_size, seed):
     """Endless lists of batch_size of n indices, shuffled anew every epoch."""
-    rng, order = random.Random(seed), []
+    rng = random.Random(seed)
+    order = []
     while True:
         if len(order) < batch_size:
             order += rng.sample(range(n), n)
@@ -225,17 +267,30 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        [group] = self.param_groups
-        mesh, local = group["params"][0].device_mesh, []
-        for p in group["params"]:
-            average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            local.append(p.grad.lerp(average, group["momentum"]).to_local().flatten())  # Nesterov
-        shards = [None] * mesh.size(mesh.ndim - 1)  # in one message: one per matrix took 100 ms
-        mine = torch.cat(local), [len(rows) for rows in local]
-        dist.all_gather_object(shards, mine, mesh.get_group(mesh.ndim - 1))
-        for p, *pieces in zip(group["params"], *(flat.split(sizes) for flat, sizes in shards)):
-            update = orthogonalise(torch.cat(pieces).view(p.shape)) * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            p.sub_(group["lr"] * distribute_tensor(update, mesh, p.placements, src_data_rank=None))
+        lr = self.param_groups[0]["lr"]
+        momentum = self.param_groups[0]["momentum"]
+        matrices = self.param_groups[0]["params"]
+
+        # Nesterov: this rank's rows of each gradient, mixed with its running average.
+        my_rows = []
+        for p in matrices:
+            average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
+            my_rows.append(p.grad.lerp(average, momentum).to_local().flatten())
+
+        # Every rank gets the others' rows, in one message: one per matrix took 100 ms.
+        mesh = matrices[0].device_mesh
+        shard_dim = mesh.ndim - 1
+        rows_of_rank = [None] * mesh.size(shard_dim)
+        my_sizes = [len(rows) for rows in my_rows]
+        dist.all_gather_object(
+            rows_of_rank, (torch.cat(my_rows), my_sizes), mesh.get_group(shard_dim))
+        split_rows = [flat.split(sizes) for flat, sizes in rows_of_rank]
+
+        for i, p in enumerate(matrices):
+            direction = torch.cat([rows[i] for rows in split_rows]).view(p.shape)
+            scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            update = orthogonalise(direction) * scale
+            p.sub_(lr * distribute_tensor(update, mesh, p.placements, src_data_rank=None))
 
 
 def orthogonalise(x):
@@ -253,50 +308,311 @@ def train(policy, examples, held_out, recipe, process, folder, save_every):
     """Train the sharded policy on a list of Example, from the newest checkpoint in the folder;
     metrics.jsonl there gets a line every tenth step. Returns the metrics on held_out and on as
     many examples. At process.deadline the process ends with a checkpoint."""
-    lr, muon_lr, steps = recipe.sft_lr, recipe.sft_muon_lr, recipe.sft_steps
-    settings = recipe.token_budget, process
-    rank = process.rank
-    of_muon = {p for p in policy.lm.model.layers.parameters() if p.ndim == 2} if muon_lr else set()
-    of_adamw = [p for p in policy.parameters() if p not in of_muon]
-    adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    # Muon for the layers' matrices, AdamW for the rest: embeddings and norms.
+    in_layers = set(policy.lm.model.layers.parameters())
+    of_muon = []
+    of_adamw = []
+    for p in policy.parameters():
+        if recipe.sft_muon_lr and p in in_layers and p.ndim == 2:
+            of_muon.append(p)
+        else:
+            of_adamw.append(p)
+    adamw = torch.optim.AdamW(
+        of_adamw, lr=recipe.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     zero_moments(adamw)
-    optimizers = {adamw: lr}  # -> peak rate
+    peak_rates = {adamw: recipe.sft_lr}
     if of_muon:
-        optimizers[Muon([p for p in policy.parameters() if p in of_muon], muon_lr)] = muon_lr
-    state = training_state("policy", policy, *optimizers)
-    path, record = find_checkpoint(folder / "checkpoints", rank)
+        peak_rates[Muon(of_muon, recipe.sft_muon_lr)] = recipe.sft_muon_lr
+    optimizers = list(peak_rates)
+
+    # Go on where the newest checkpoint was made.
+    path, record = find_checkpoint(folder / "checkpoints", process.rank)
     if path:
-        dcp.load(state, checkpoint_id=path)
-    start = record["step"]
-    file = open(folder / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
-    if rank == 0:
+        dcp.load(training_state("policy", policy, *optimizers), checkpoint_id=path)
+    file = open(folder / "metrics.jsonl" if process.rank == 0 else os.devnull, "a", buffering=1)
+    if process.rank == 0:
         file.truncate(record["bytes"].get("metrics.jsonl", 0))
     order = batches(len(examples), recipe.sft_batch_size, recipe.sft_seed)
-    order = itertools.islice(order, start, None)
-    bar = tqdm(range(start, steps), desc="warm start", disable=rank > 0, mininterval=1.0)
+    for _ in range(record["step"]):
+        next(order)
+
+    steps = recipe.sft_steps
+    bar = tqdm(range(record["step"], steps), desc="warm start", disable=process.rank > 0,
+               mininterval=1.0)
     for step in bar:
         batch = [examples[i] for i in next(order)]
-        for optimizer, peak in optimizers.items():
-            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, recipe.sft_warmup)
-        loss = batch_loss(policy, batch, *settings, backward=True)
+        for optimizer, peak in peak_rates.items():
+            rate = peak * trapezoid(step, steps, recipe.sft_warmup)
+            optimizer.param_groups[0]["lr"] = rate
+
+        loss = batch_loss(policy, batch, recipe.token_budget, process, backward=True)
         norm = clipped_step(policy, optimizers, 1.0, f"warm start step {step}: gradient norm")
+
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % 10 == 0 or step == steps - 1:
             file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm}) + "\n")
-        stops = time_is_up(process)
-        if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
+
+        # After the last step the finished model is saved instead.
+        is_over = time_is_up(process)
+        if (is_over or (step + 1) % save_every == 0) and step + 1 < steps:
             sizes = {"metrics.jsonl": os.fstat(file.fileno()).st_size}
             save_checkpoint(folder / "checkpoints", training_state("policy", policy, *optimizers),
-                            {"step": step + 1, "bytes": sizes}, 1, rank)
-            if stops:
-                print(f"--minutes are over after step {step + 1} of the warm start: {process.goes_on}")
+                            {"step": step + 1, "bytes": sizes}, 1, process.rank)
+            if is_over:
+                print(f"--minutes are over after step {step + 1} of the warm start: "
+                      f"{process.goes_on}")
                 sys.exit(0)
-    seen, unseen = (batch_loss(policy, batch, *settings)
-                    for batch in (examples[:len(held_out)], held_out))
+
+    seen = batch_loss(policy, examples[:len(held_out)], recipe.token_budget, process)
+    unseen = batch_loss(policy, held_out, recipe.token_budget, process)
     metrics = {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
     file.write(json.dumps(metrics) + "\n")
     file.close()
     return metrics
+
+
+# -------------------------------------------------------------------------------------------------
+# The warm start: made once, then found again under a key of what decides it
+
+
+async def warm_start(args, process, traces_file=""):
+    """The folder of the warm-started checkpoint for these arguments, made now or reused. An
+    interrupted one goes on at its last checkpoint, with the same metrics."""
+    parent = Path(args.warm_start_dir)
+    parent.mkdir(parents=True, exist_ok=True)
+    recipe = warm_start_recipe(args)
+
+    # Rank 0 makes or reads the traces and finds the folder: curation runs once.
+    shared = [None]
+    if process.rank == 0:
+        traces, held_out = await warm_start_traces(args, recipe, traces_file, parent)
+        shared = [(traces, held_out, warm_start_folder(parent, recipe, traces, held_out))]
+    dist.broadcast_object_list(shared)
+    traces, held_out, folder = shared[0]
+
+    with open(folder.with_suffix(".lock") if process.rank == 0 else os.devnull, "w") as lock:
+        # A run with the same arguments finishes first.
+        is_there = [None]
+        if process.rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            is_there = [folder.is_dir()]
+        dist.broadcast_object_list(is_there)
+        if is_there[0]:
+            print(f"warm start: reusing {folder}")
+            return folder
+
+        print(f"warm start: {recipe.sft_steps} steps on {len(traces)} traces", flush=True)
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(exist_ok=True)
+        metrics = train_on_traces(traces, held_out, recipe, args, partial, process)
+        if process.rank == 0:
+            record = vars(args) | {"versions": versions(), "code": training_code()}
+            (partial / "arguments.json").write_text(json.dumps(record, indent=1))
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            partial.rename(folder)  # only a finished one is ever found under its name
+        losses = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(f"warm start: {losses}")
+        dist.barrier()
+    return folder
+
+
+def train_on_traces(traces, held_out, recipe, args, folder, process):
+    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
+    args: for what decides no result, the settings of `shard` and --sft_save_every."""
+    config, tokenizer = starting_point(recipe.model)
+
+    def examples_of(rows):
+        return [trace_example(
+            row, tokenizer, recipe.template, recipe.max_interpreter_tokens,
+            mask_interpreter=recipe.sft_mask_interpreter == "on",
+            mask_failed=recipe.mask_failed == "on") for row in rows]
+
+    examples = examples_of(traces)
+    held_out_examples = examples_of(held_out)
+    longest = max(len(example) for example in examples + held_out_examples)
+    if longest > config.max_position_embeddings:
+        raise UserError(f"a trace has {longest} tokens, the model "
+                        f"{config.max_position_embeddings} positions")
+
+    # The plain model, on rank 0 alone, receives the trained weights and is saved.
+    plain = None
+    if process.rank == 0:
+        plain = starting_model(recipe.model, config, recipe.sft_seed)
+    policy = Policy(starting_model(recipe.model, config, recipe.sft_seed))
+    shard(policy, policy.lm, args)
+    metrics = train(policy, examples, held_out_examples, recipe, process, folder,
+                    args.sft_save_every)
+    sync_weights(policy, plain)
+    if process.rank == 0:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return metrics
+
+
+async def warm_start_traces(args, recipe, traces_file, folder):
+    """(traces, held-out traces): the rows of a file, or the embedded ones, which are curated once
+    and then read again."""
+    if traces_file:
+        rows = load_traces(traces_file)
+        if len(rows) < 2:
+            raise UserError(f"{traces_file}: needs at least two traces, one is held out")
+        split = len(rows) - max(1, len(rows) // 50)
+        return rows[:split], rows[split:]
+
+    decides = [recipe.sft_traces, recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout]
+    code = code_hashes(["embedded_traces", "sandbox.py"])
+    path = folder / f"traces-{digest(decides, versions())}-{digest(code)}.json"
+    if not path.exists():
+        print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
+        async with make_sandbox(args) as sandbox:
+            traces, counts = await embedded_traces(
+                recipe.sft_traces, recipe.code_share, recipe.sft_seed, sandbox, "train")
+            held_out, _ = await embedded_traces(
+                256, recipe.code_share, recipe.sft_seed, sandbox, "test")
+        print(f"curation: {dict(counts)}")
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(json.dumps([traces, held_out]))
+        partial.rename(path)  # only a finished curation is ever found under its name
+    return json.loads(path.read_text())
+
+
+def warm_start_recipe(args):
+    """The arguments that decide a warm start's result: `train_on_traces` sees no other that could
+    change it. (The number of ranks only changes rounding.)"""
+    files = sorted(Path(args.model).glob("*")) if args.model else []
+    return SimpleNamespace(
+        model=args.model,
+        weights=[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        template=load_template(args.prompt_template),
+        sft_traces=args.sft_traces,
+        code_share=args.code_share,
+        sft_steps=args.sft_steps,
+        sft_batch_size=args.sft_batch_size,
+        sft_lr=args.sft_lr,
+        sft_muon_lr=args.sft_muon_lr,
+        sft_warmup=args.sft_warmup,
+        sft_seed=args.sft_seed,
+        token_budget=args.token_budget,
+        dtype=args.dtype,
+        max_interpreter_tokens=args.max_interpreter_tokens,
+        sandbox_timeout=args.sandbox_timeout,
+        sft_mask_interpreter=args.sft_mask_interpreter,
+        mask_failed=args.mask_failed)
+
+
+def warm_start_folder(parent, recipe, traces, held_out):
+    """Where the warm start of this recipe on these traces lies. If there is one that other code
+    made, says which file has changed."""
+    _, tokenizer = starting_point(recipe.model)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    decides = digest(vars(recipe), traces, held_out, vocabulary, versions())
+    code = training_code()
+    folder = parent / f"{decides}-{digest(code)}"
+    if not folder.is_dir():
+        for record in sorted(parent.glob(f"{decides}-*/arguments.json")):
+            before = json.loads(record.read_text())["code"]
+            changed = [file for file in code if code[file] != before.get(file)]
+            print(f"warm start: made anew, for code in {', '.join(changed)} is not that of "
+                  f"{record.parent}")
+    return folder
+
+
+def training_code():
+    """`code_hashes` of the training loop and of the forward pass, which transformers calls. The
+    tokenizer's code does not count: the key holds what it made."""
+    return code_hashes(["train_on_traces", "packed_attention"], left_out={"embedded_tokenizer"})
+
+
+def code_hashes(entries, left_out=frozenset()):
+    """{file: hash} of the definitions that the entries reach by name, in this project's files; an
+    entry may be a whole file. Comments, docstrings, layout, and definitions that are not reached
+    may change freely."""
+    definitions = []  # (file, names that it defines, tree)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            definitions.append((path.name, defined_names(node), node))
+
+    reached = {}  # file -> the trees, as text
+    waiting = list(entries)
+    done = set(left_out)
+    while waiting:
+        entry = waiting.pop()
+        if entry in done:
+            continue
+        done.add(entry)
+        for file, names, node in definitions:
+            if entry == file or entry in names:
+                waiting += used_names(node)
+                reached.setdefault(file, set()).add(ast.dump(without_docstrings(node)))
+    return {file: digest(sorted(reached[file])) for file in sorted(reached)}
+
+
+def defined_names(node):
+    """The names that a statement of a file defines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        targets = [node.target]
+    else:
+        return set()
+    names = set()
+    for target in targets:
+        names |= {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+def used_names(node):
+    """The names that a definition takes from outside: local variables and arguments aside."""
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    arguments = {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
+    return {name.id for name in names} - stored - arguments
+
+
+def without_docstrings(node):
+    for part in ast.walk(node):
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if ast.get_docstring(part) is not None:
+                part.body = part.body[1:]
+    return node
+
+
+def digest(*records):
+    """16 hex digits that change with JSON-able records."""
+    return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+
+
+def embedded_config(tokenizer):
+    """The small Qwen3 of the embedded default: 0.6 M parameters."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def starting_point(path):
+    """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
+    if path:
+        tokenizer = load_tokenizer(path)
+        return load_config(path, tokenizer), tokenizer
+    tokenizer = embedded_tokenizer()
+    return embedded_config(tokenizer), tokenizer
+
+
+def starting_model(path, config, seed):
+    """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
+    if path:
+        return load_model(path, "cpu")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,138 +743,9 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train"):
         outcomes = await asyncio.gather(*map(verify, problems, candidates))
     return [trace for _, trace in outcomes if trace], Counter(reason for reason, _ in outcomes)
 
+# -------------------------------------------------------------------------------------------------
+# Sharding, and sums over ranks
 
-# ---------------------------------------------------------------------------------------------
-# The warm start
-
-def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-
-
-def embedded_config(tokenizer):
-    """The small Qwen3 of the embedded default: 0.6 M parameters."""
-    return Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-
-
-def starting_point(path):
-    """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
-    tokenizer = load_tokenizer(path) if path else embedded_tokenizer()
-    return load_config(path, tokenizer) if path else embedded_config(tokenizer), tokenizer
-
-
-def starting_model(path, config, seed):
-    """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
-    if path:
-        return load_model(path, "cpu")
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
-
-
-def digest(*records):
-    """16 hex digits that change with JSON-able records, versions and the code of these files."""
-    found = hashlib.sha256(json.dumps([*records, versions()]).encode())
-    for name in ("sandbox.py", "rollout.py", "data.py", "eval.py", "sft.py"):
-        found.update((Path(__file__).parent / name).read_bytes())
-    return found.hexdigest()[:16]
-
-
-def warm_start_recipe(args, traces=()):
-    """All that decides a warm start's result, which is kept under its hash: the code below sees
-    no other argument that could change it. (The number of ranks only changes rounding.)"""
-    names = """model sft_traces code_share sft_steps sft_batch_size sft_lr sft_muon_lr sft_warmup
-        sft_seed token_budget dtype max_interpreter_tokens sandbox_timeout sft_mask_interpreter
-        mask_failed""".split()
-    files = sorted(Path(args.model).glob("*")) if args.model else []
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return SimpleNamespace(**{name: getattr(args, name) for name in names}, weights=weights,
-                           traces=traces, template=load_template(args.prompt_template))
-
-
-async def cold_start_traces(recipe, sandbox, folder):
-    """(traces, held-out traces, counts) of the embedded cold start: curated once, then read
-    from a file whose name is a hash of what decides them."""
-    settings = recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout
-    path = folder / f"traces-{digest(recipe.sft_traces, settings)}.json"
-    if not path.exists():
-        async with sandbox:
-            (kept, counts), (held_out, _) = [
-                await embedded_traces(n, *settings[:2], sandbox, split)
-                for n, split in ((recipe.sft_traces, "train"), (256, "test"))]
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        partial.write_text(json.dumps([kept, held_out, counts]))
-        partial.rename(path)  # only a finished curation is ever found under its name
-    return json.loads(path.read_text())
-
-
-async def warm_start(args, process, traces_file=""):
-    """The folder of the warm-started checkpoint for these arguments, made now or reused. An
-    interrupted one goes on at its last checkpoint, with the same metrics."""
-    rows = load_traces(traces_file) if traces_file else []
-    if traces_file and len(rows) < 2:
-        raise UserError(f"{traces_file}: needs at least two traces, one is held out")
-    recipe = warm_start_recipe(args, rows)
-    rank = process.rank
-    folder, shared = Path(args.warm_start_dir) / digest(vars(recipe)), [None]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock") if rank == 0 else os.devnull, "w") as lock:
-        if rank == 0:  # curation runs once
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a run with the same arguments finishes first
-            traces = None
-            if folder.is_dir():
-                print(f"warm start: reusing {folder}")
-            elif rows:
-                split = len(rows) - max(1, len(rows) // 50)
-                traces = rows[:split], rows[split:]
-            else:
-                *traces, counts = await cold_start_traces(recipe, make_sandbox(args), folder.parent)
-                print(f"curation: {counts}")
-            shared = [(folder, traces)]
-        dist.broadcast_object_list(shared)
-        folder, traces = shared[0]
-        if traces:
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(exist_ok=True)
-            metrics = train_on_traces(*traces, recipe, args, partial, process)
-            if rank == 0:
-                print("warm start:", *(f" {name} {value:.4f}" for name, value in metrics.items()))
-                record = vars(args) | {"versions": versions()}
-                (partial / "arguments.json").write_text(json.dumps(record, indent=1))
-                shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-                partial.rename(folder)  # only a finished one is ever found under its name
-        dist.barrier()
-    return folder
-
-
-def train_on_traces(traces, held_out, recipe, args, folder, process):
-    """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
-    args: for what decides no result, the settings of `shard` and --sft_save_every."""
-    config, tokenizer = starting_point(recipe.model)
-    settings = (tokenizer, recipe.template, recipe.max_interpreter_tokens,
-                recipe.sft_mask_interpreter == "on", recipe.mask_failed == "on")
-    examples, fresh = ([trace_example(trace, *settings) for trace in rows]
-                       for rows in (traces, held_out))
-    longest, positions = max(len(e) for e in examples + fresh), config.max_position_embeddings
-    if longest > positions:
-        raise UserError(f"a trace has {longest} tokens, the model {positions} positions")
-    start = recipe.model, config, recipe.sft_seed
-    plain = starting_model(*start) if process.rank == 0 else None  # to be saved
-    policy = Policy(starting_model(*start))
-    shard(policy, policy.lm, args)
-    metrics = train(policy, examples, fresh, recipe, process, folder, args.sft_save_every)
-    sync_weights(policy, plain)
-    if process.rank == 0:
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return metrics
-
-
-# ---------------------------------------------------------------------------------------------
-# Sharding
 
 def check_mesh(replicas, world):
     """UserError where the ranks cannot be arranged as so many copies of a sharded model."""
@@ -566,24 +753,29 @@ def check_mesh(replicas, world):
         raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
 
 
-def shard(module, lm, settings):
+def shard(module, lm, args):
     """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
-    the rest belongs to the root. settings: dtype and the trainer's flags. With replicas the ranks
-    form a grid (replicas, shards): hybrid sharding. The module may lie in host memory: its units
-    go to the GPU one by one. Master weights, gradients and optimiser states are fp32."""
-    world, kind = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.replicas > 1:
-        grid = settings.replicas, world // settings.replicas
-        mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
+    the rest belongs to the root. The module may lie in host memory: its units go to the GPU one by
+    one. Master weights, gradients and optimiser states are fp32. Of args: dtype and the trainer's
+    flags."""
+    world = dist.get_world_size()
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
+        grid = (args.replicas, world // args.replicas)
+        mesh = init_device_mesh(device_type, grid, mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh(kind, (world,))
+        mesh = init_device_mesh(device_type, (world,))
+
     lm.eval()
-    if settings.activation_checkpointing:
+    if args.activation_checkpointing:
         for layer in lm.model.layers:
-            layer.training = True  # transformers asks that; what is inside stays as it is, without dropout
+            layer.training = True  # transformers asks that; what is inside stays without dropout
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    precision = MixedPrecisionPolicy(DTYPES[settings.dtype], torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if settings.cpu_offload else OffloadPolicy()
+
+    precision = MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)
+    offload = OffloadPolicy()
+    if args.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=device_type == "cuda")
     for unit in [*lm.model.layers, module]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return module
@@ -611,13 +803,16 @@ def all_sum(value, device):
 
 
 def time_is_up(process):
-    """Whether rank 0's clock has passed the deadline: the same on all ranks."""
-    return all_sum(process.rank == 0 and time.monotonic() > process.deadline, process.device) > 0
+    """Whether rank 0's clock has passed the deadline of --minutes: the same on all ranks."""
+    is_late = process.rank == 0 and time.monotonic() > process.deadline
+    return all_sum(is_late, process.device) > 0
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own, and reads
-# them for any number of ranks; added here: a checkpoint is whole or absent, and a damaged one is recognised.
+# -------------------------------------------------------------------------------------------------
+# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own,
+# and reads them for any number of ranks; added here: a checkpoint is whole or absent, and a damaged
+# one is recognised.
+
 
 def zero_moments(optimizer):
     """Give an AdamW the moments of its first step: a checkpoint is loaded into them. (The helpers
@@ -625,7 +820,8 @@ def zero_moments(optimizer):
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                                  "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
 
 
 def training_state(name, module, *optimizers):
@@ -636,8 +832,90 @@ def training_state(name, module, *optimizers):
     for key, p in module.named_parameters():
         state[f"{name}.{key}"] = p.detach()
         for optimizer in optimizers:
-            state |= {f"{name}.{key}.{moment}": value for moment, value in optimizer.state.get(p, {}).items()}
+            for moment, value in optimizer.state.get(p, {}).items():
+                state[f"{name}.{key}.{moment}"] = value
     return state
+
+
+def save_checkpoint(folder, state, record, keep, rank):
+    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
+    but the last `keep`. All ranks call it, on a file system that they share.
+
+    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the
+    last file; one rename makes it a checkpoint. A crash at any moment leaves the ones before
+    untouched. UserError where nothing can be written.
+    """
+    partial = folder / "partial"
+    final = folder / f"step-{record['step']:06d}"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    dist.barrier()
+    try:
+        dcp.save(state, checkpoint_id=partial)
+        my_hashes = {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")}
+        hashes_of_rank = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes_of_rank, my_hashes)
+        if rank == 0:
+            publish(partial, final, record, hashes_of_rank, keep)
+    except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"checkpoint of step {record['step']} cannot be written ({reason}): disk "
+                        f"full? The ones before it in {folder} are intact") from None
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
+
+
+def publish(partial, final, record, hashes_of_rank, keep):
+    """Rank 0: make the synced shards in `partial` the checkpoint `final`, and delete old ones."""
+    files = {}
+    for hashes in hashes_of_rank:
+        files |= hashes
+    files[".metadata"] = file_hash(partial / ".metadata")
+    for name in files:
+        os.stat(partial / name)  # an error for another node's shards in a folder that is not shared
+    (partial / "manifest.json").write_text(json.dumps(record | {"files": files}, indent=1))
+    sync_to_disk(partial / "manifest.json")
+    sync_to_disk(partial)
+
+    shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
+    partial.rename(final)
+    sync_to_disk(final.parent)
+
+    # Later ones are damaged: the run has gone back behind them.
+    checkpoints = sorted(final.parent.glob("step-*"))
+    up_to_this = checkpoints[:checkpoints.index(final) + 1]
+    kept = up_to_this[-keep:]
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(folder, rank):
+    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
+    a run that begins) if there is none."""
+    newest = [newest_checkpoint(folder) if rank == 0 else None]
+    dist.broadcast_object_list(newest)
+    return newest[0]
+
+
+def newest_checkpoint(folder):
+    """`find_checkpoint` on one rank. UserError if all are damaged; says which it passes over."""
+    checkpoints = sorted(folder.glob("step-*"), reverse=True)
+    for path in checkpoints:
+        try:
+            record = json.loads((path / "manifest.json").read_text())
+            hashes = record["files"]
+            damaged = [name for name in hashes if file_hash(path / name) != hashes[name]]
+        except (OSError, ValueError, KeyError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return path, record
+        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before",
+              flush=True)
+    if checkpoints:
+        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the "
+                        "beginning")
+    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
 
 
 def file_hash(path):
@@ -651,96 +929,39 @@ def sync_to_disk(path):
     os.close(descriptor)
 
 
-def publish(partial, final, record, hashes, keep):
-    """Rank 0: make the synced shards in `partial` the checkpoint `final`, and delete old ones."""
-    manifest = record | {"files": {name: digest for part in hashes for name, digest in part.items()}}
-    manifest["files"][".metadata"] = file_hash(partial / ".metadata")
-    for name in manifest["files"]:
-        os.stat(partial / name)  # shards of another node, if the folder is not shared: an error here
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    sync_to_disk(partial / "manifest.json")
-    sync_to_disk(partial)
-    shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has been wound back
-    partial.rename(final)
-    sync_to_disk(final.parent)
-    found = sorted(final.parent.glob("step-*"))
-    later = found.index(final) + 1  # damaged ones, which the run has gone back behind
-    for old in found[:later][:-keep] + found[later:]:
-        shutil.rmtree(old)
-
-
-def save_checkpoint(folder, state, record, keep, rank):
-    """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
-    but the last `keep`. All ranks call it, on a file system that they share.
-
-    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the
-    last file; one rename makes it a checkpoint. A crash at any moment leaves the ones before
-    untouched. UserError where nothing can be written.
-    """
-    partial, final = folder / "partial", folder / f"step-{record['step']:06d}"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    dist.barrier()
-    try:
-        dcp.save(state, checkpoint_id=partial)
-        hashes = [None] * dist.get_world_size()
-        dist.all_gather_object(hashes, {file.name: file_hash(file) for file in partial.glob(f"__{rank}_*")})
-        if rank == 0:
-            publish(partial, final, record, hashes, keep)
-    except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
-        raise UserError(f"checkpoint of step {record['step']} cannot be written "
-                        f"({str(error).strip().splitlines()[-1]}): disk full? The ones before it in "
-                        f"{folder} are intact") from None
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
-
-
-def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
-    a run that begins) if there is none."""
-    found = [newest_checkpoint(folder) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def newest_checkpoint(folder):
-    """`find_checkpoint` on one rank. UserError if all are damaged; says which it passes over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            record = json.loads((path / "manifest.json").read_text())
-            damaged = [name for name, digest in record["files"].items() if file_hash(path / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
-            damaged = [str(error)]
-        if not damaged:
-            return path, record
-        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before", flush=True)
-    if any(folder.glob("step-*")):
-        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the beginning")
-    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
-
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Flags of both trainers
+
 
 def add_warm_start_arguments(parser):
     """The warm start's flags, shared with ppo.py. Defaults are the embedded run's."""
     add = parser.add_argument_group("warm start").add_argument
     add("--model", default="",
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
-    add("--sft_traces", type=at_least(1), default=6000, help="embedded ones; paper: 2,000 released")
+    add("--sft_traces", type=at_least(1), default=6000,
+        help="embedded traces; paper: 2,000 released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.55,
-        help="share of them solved with code; paper's policy starts at 0.18")
-    add("--sft_steps", type=at_least(1), default=1100, help="optimiser steps; paper: 2 epochs")
-    add("--sft_batch_size", type=at_least(1), default=32, help="sequences per step, over all ranks")
-    add("--sft_lr", type=in_range(0.0), default=5e-3, help="AdamW's peak; falls to 0; paper 1e-6 (32B)")
+        help="share of embedded traces solved with code; paper's policy starts at 0.18")
+    add("--sft_steps", type=at_least(1), default=1100,
+        help="optimiser steps of the warm start; paper: 2 epochs")
+    add("--sft_batch_size", type=at_least(1), default=32,
+        help="traces per step, over all ranks")
+    add("--sft_lr", type=in_range(0.0), default=5e-3,
+        help="AdamW's peak rate in the warm start, falls to 0; paper 1e-6 (32B)")
     add("--sft_muon_lr", type=in_range(0.0), default=0.04,
-        help="of Muon, for the layers' matrices; 0: AdamW trains all, as the paper's")
-    add("--sft_warmup", type=at_least(0), default=50, help="warm-up steps")
-    add("--sft_mask_interpreter", choices=("on", "off"), default="on", help="off: learn results")
-    add("--mask_failed", choices=("on", "off"), default="on", help="off: learn failed snippets")
-    add("--sft_save_every", type=at_least(1), default=300, help="steps between checkpoints")
-    add("--sft_seed", type=int, default=0, help="of traces, order and initial weights")
-    add("--warm_start_dir", default="out/warm_start", help="finished ones are kept here and reused")
+        help="Muon's peak rate for the layers' matrices; 0: AdamW trains all, as the paper's")
+    add("--sft_warmup", type=at_least(0), default=50,
+        help="steps in which the warm start's rates rise")
+    add("--sft_mask_interpreter", choices=("on", "off"), default="on",
+        help="off: the warm start learns interpreter text too")
+    add("--mask_failed", choices=("on", "off"), default="on",
+        help="off: the warm start learns failed snippets too")
+    add("--sft_save_every", type=at_least(1), default=300,
+        help="steps between checkpoints of the warm start")
+    add("--sft_seed", type=int, default=0,
+        help="seed of traces, their order and the initial weights")
+    add("--warm_start_dir", default="out/warm_start",
+        help="where finished warm starts are kept and found again")
 
 
 def add_trainer_arguments(parser):
@@ -748,10 +969,12 @@ def add_trainer_arguments(parser):
     add("--token_budget", type=at_least(1), default=8192, help="tokens per micro-batch and rank")
     add("--activation_checkpointing", action="store_true",
         help="keep only the layers' inputs, compute the rest again in the backward pass")
-    add("--cpu_offload", action="store_true", help="weights and optimiser states wait in host memory")
+    add("--cpu_offload", action="store_true",
+        help="weights and optimiser states wait in host memory")
     add("--replicas", type=at_least(1), default=1,
-        help="copies of the sharded model, e.g. one per node (hybrid sharding); 1: sharded over all ranks")
-    add("--minutes", type=in_range(0.0), default=0.0, help="then stop with a checkpoint; 0: no limit")
+        help="copies of the sharded model, e.g. one per node (hybrid sharding)")
+    add("--minutes", type=in_range(0.0), default=0.0,
+        help="stop with a checkpoint after so many minutes; 0: no limit")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1111,31 +1334,35 @@ def add_curate_arguments(parser):
     add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0, help="per snippet")
     add("--unsafe_sandbox", action="store_true", help="run snippets without a missing layer")
 
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The script
 
 
 async def main(process):
-    begin = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="torchrun sft.py [flags], or python sft.py curate [flags]", description=__doc__,
+        formatter_class=Help, allow_abbrev=False)
     if sys.argv[1:2] == ["curate"]:
+        parser.usage = "python sft.py curate [flags]"
         add_curate_arguments(parser)
-        return await curate_file(parser.parse_args(sys.argv[2:]))
+        await curate_file(parser.parse_args(sys.argv[2:]))
+        return
+
+    parser.add_argument("--traces", default="",
+                        help="a file or hub id of traces to train on; empty: the embedded ones")
     add_warm_start_arguments(parser)
     add_trainer_arguments(parser)
     add_format_arguments(parser)
-    parser.add_argument("--traces", default="", help="a file or hub id; empty: the embedded ones")
     defaults, given = parse_flags(parser)
     args = argparse.Namespace(**defaults | given)
     if args.model:
         need_values(parser, given, ["sft_lr", "sft_muon_lr", "sft_steps"])
         if not args.traces:
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
-    process.deadline = begin + 60 * (args.minutes or math.inf)
+
+    process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
     check_mesh(args.replicas, process.world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
-    print(json.dumps(vars(args)))
     folder = await warm_start(args, process, args.traces)
     print(f"checkpoint: {folder}")
 

@@ -43,7 +43,8 @@ def test_adaptive_lambda_is_each_responses_own():
     mask = torch.ones(3, 100)
     mask[0, 50:], mask[1, 10:], mask[2, ::2] = 0, 0, 0  # 50, 10 and 50 trainable tokens
     rewards, values = torch.randn(2, *mask.shape)
-    found, _ = advantages_and_returns(rewards, values, mask, None, "gae", "token", 1.0, "adaptive", 1.0, 1e-9)
+    found, _ = advantages_and_returns(rewards, values, mask, None, SimpleNamespace(
+        advantage="gae", gae_unit="token", gamma=1.0, lam_actor="adaptive", lam_critic=1.0, whiten_floor=1e-9))
     rows = [ppo.gae(rewards[i:i + 1], values[i:i + 1], mask[i:i + 1], 1.0, lam)[0] for i, lam in
             enumerate((1 - 1 / (0.05 * 50), 0.0, 1 - 1 / (0.05 * 50)))]
     assert torch.allclose(found, ppo.whiten(torch.cat(rows), mask, 1e-9), atol=1e-4)

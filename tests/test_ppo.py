@@ -104,7 +104,7 @@ def test_advantages_without_a_critic_equal_a_loop_over_the_groups(kind):
     that gets an advantage."""
     rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0, 0]])
     mask, groups = torch.tensor([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0]]), [0, 0, 1, 0, 1]
-    advantages, returns = advantages_and_returns(rewards, None, mask, torch.tensor(groups), kind, "token", 1, 1, 1, 1)
+    advantages, returns = advantages_and_returns(rewards, None, mask, torch.tensor(groups), SimpleNamespace(advantage=kind))
     totals = [1.0, -1.0, 1.0, 1.0, 1.0]
     for i, group in enumerate(groups):
         members = [totals[j] for j in range(5) if groups[j] == group]
@@ -348,6 +348,37 @@ def test_two_processes_give_the_losses_of_one(runs):
                 assert b[name] == pytest.approx(a[name], abs=1e-5), name
 
 
+def test_a_finished_warm_start_is_used_as_it_is_with_the_embedded_defaults(runs):
+    """Guards against a warm start that is made again, and against rates that are asked for as for a model of
+    one's own."""
+    folder, _ = runs
+    result = run_here(*PPO, "--warm_start", str(finished(folder / "warm")), "--run_dir", str(folder / "as_it_is"))
+    assert result.returncode == 0 and "curation" not in result.stdout, result.stderr[-3000:]
+    own = [row for row in metrics_of(folder / "as_it_is") if "evaluation" in row]
+    assert own[:3] == [row for row in metrics_of(folder / "first") if "evaluation" in row][:3]
+    result = run_here("--warm_start", str(finished(folder / "warm")), "--sft_steps", "3")
+    assert "--sft_steps has no effect with --warm_start" in result.stderr
+
+
+def test_code_that_made_a_warm_start_anew_is_named(runs, capsys):
+    """Guards against minutes of training that nobody can explain."""
+    record = finished(runs[0] / "warm") / "arguments.json"
+    text = record.read_text()
+    code = json.loads(text)["code"]
+    record.write_text(text.replace(code["rollout.py"], "0" * 16))
+    args = ppo.parse_arguments(TINY)
+    recipe = sft.warm_start_recipe(args)
+    traces, held_out = json.loads(next((runs[0] / "warm").glob("traces-*.json")).read_text())
+    folder = sft.warm_start_folder(runs[0] / "warm", recipe, traces, held_out)
+    assert folder == record.parent and capsys.readouterr().out == ""
+    other = record.parent.with_name(record.parent.name[:-16] + "f" * 16)
+    record.parent.rename(other)
+    sft.warm_start_folder(runs[0] / "warm", recipe, traces, held_out)
+    assert f"made anew, for code in rollout.py is not that of {other}" in capsys.readouterr().out
+    other.rename(record.parent)
+    record.write_text(text)
+
+
 def cut_short(folder, name, step, *flags):
     """The tiny run again, killed with SIGKILL as soon as step number `step` is in its metrics."""
     run = folder / name
@@ -518,7 +549,7 @@ def test_checkpoint_loads_in_plain_transformers_and_scores_like_the_sampler(runs
     ids = torch.tensor(tokenizer.encode("What is 12 + 30?\n<code>"))
     flat, packing = sft.collate([sft.make_example(ids.tolist(), [1] * len(ids))], "cpu")
     with torch.no_grad():
-        logprobs = sft.Policy(ours)(flat.input_ids, flat.targets, flat.loss_mask, packing)
+        logprobs, _ = sft.Policy(ours)(flat.input_ids, flat.targets, flat.loss_mask, packing)
         scores = torch.log_softmax(plain(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
     assert torch.allclose(logprobs, scores, atol=1e-5)
     warm = finished(runs[0] / "warm")
@@ -637,7 +668,7 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch)
     def full(folder):
         raise SafetensorError("I/O error: No space left on device")
 
-    run = SimpleNamespace(path=tmp_path, files={}, tracker=None)
+    run = SimpleNamespace(path=tmp_path, files={}, tracker=None, writes=True)
     with pytest.raises(UserError, match="checkpoint cannot be written .*No space left.*disk full"):
         ppo.RunFolder.finish(run, SimpleNamespace(save_pretrained=full), tokenizer)
 

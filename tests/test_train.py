@@ -1,6 +1,8 @@
 """Are log-probabilities, loss and gradient those of the plain model, however packed?"""
 import math
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +69,8 @@ def gradient(policy, examples, token_budget, world=1):
     for rank in pack([len(e) for e in examples], token_budget, world):
         for indices in rank:
             flat, packing = collate([examples[i] for i in indices], "cpu")
-            loss = -policy(flat.input_ids, flat.targets, flat.loss_mask, packing).sum() / total
+            logprobs, _ = policy(flat.input_ids, flat.targets, flat.loss_mask, packing)
+            loss = -logprobs.sum() / total
             loss.backward()
             loss_sum += loss.item()
     return loss_sum, torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -204,8 +207,11 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
     sft.add_warm_start_arguments(parser)
     sft.add_trainer_arguments(parser)
     evaluation.add_format_arguments(parser)
-    key = lambda *flags: sft.digest(vars(sft.warm_start_recipe(parser.parse_args(flags))))  # noqa: E731
-    assert key() == key() == key("--warm_start_dir", "elsewhere")
+    def key(*flags, traces=("a",)):
+        recipe = sft.warm_start_recipe(parser.parse_args(flags))
+        return sft.warm_start_folder(Path("nowhere"), recipe, traces, ["held out"]).name
+
+    assert key() == key() == key("--warm_start_dir", "elsewhere") != key(traces=("b",))
     others = {
         key("--code_share", "0"),
         key("--sft_seed", "1"),
@@ -213,6 +219,31 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
         key("--prompt_template", "retool")
     }
     assert len(others | {key()}) == 5
+
+
+@pytest.mark.parametrize("file, before, after, changes", [
+    ("ppo.py", "def gae(", "def gae2(", set()),
+    ("eval.py", "def percent(", "def per_cent(", set()),
+    ("sft.py", "def calculator(", "def calculator2(", set()),
+    ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-7)  # why", set()),
+    ("sft.py", '"""U V^T of x', '"""About U V^T of x', set()),
+    ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-6)", {"sft.py"}),
+    ("sft.py", "LOGIT_BYTES = ", "LOGIT_BYTES = 1 and ", {"sft.py"}),
+    ("rollout.py", "AttentionInterface.register", "\n\nAttentionInterface.register", set()),
+    ("rollout.py", "def packed_attention(module,", "def packed_attention(layer,", {"rollout.py"}),
+])
+def test_only_code_that_can_matter_makes_a_warm_start_anew(tmp_path, monkeypatch, file, before, after, changes):
+    """Guards against four minutes lost to a comment or a new metric, and against a warm start that other
+    training code made."""
+    for path in Path(sft.__file__).parent.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    old = sft.training_code()
+    text = (tmp_path / file).read_text()
+    assert before in text
+    (tmp_path / file).write_text(text.replace(before, after, 1))
+    monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
+    new = sft.training_code()
+    assert {name for name in old if old[name] != new[name]} == changes and old.keys() == new.keys()
 
 
 def test_eos_is_trained_and_pad_is_another_token():
