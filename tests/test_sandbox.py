@@ -531,12 +531,13 @@ def test_filter_does_what_its_tables_say(monkeypatch, machine, column):
             else:
                 line += no
             line += 1
-    plain = {line.split()[1 + column] for line in module.ALLOWED.split(",")} - {"-"}
-    conditional = {numbers[column]: rest for numbers, *rest in module.CONDITIONAL}
-    assert not plain & {str(n) for n in conditional} and len(plain) > 60
+    conditional = {module.ALLOWED[name][column]: name for name in module.CONDITIONS}
+    plain = {numbers[column] for numbers in module.ALLOWED.values()} - {None, *conditional}
+    assert len(conditional) == 17 and len(plain) > 60
     for n in [*range(600), 0x40000000, 0x40000001, 0xFFFFFFFF]:
         if n in conditional:
-            conditions, code = conditional[n][0], (conditional[n][1:] or [errno.EPERM])[0]
+            conditions = module.CONDITIONS[conditional[n]]
+            code = module.ERRORS.get(conditional[n], errno.EPERM)
             good = {argument: 4321 if list(values)[-1] == module.SELF else list(values)[-1]
                     for argument, values in conditions.items()}
             assert verdict(n, [good.get(i, 7) for i in range(6)]) == "allow", n
@@ -544,7 +545,7 @@ def test_filter_does_what_its_tables_say(monkeypatch, machine, column):
                 assert verdict(n, [(good | {bad: 0x7654321}).get(i, 7) for i in range(6)]) == code, n
         else:
             unknown = n == module.CLONE3 or module.FIRST_UNKNOWN <= n < 0x40000000
-            assert verdict(n) == ("allow" if str(n) in plain else errno.ENOSYS if unknown else errno.EPERM), n
+            assert verdict(n) == ("allow" if n in plain else errno.ENOSYS if unknown else errno.EPERM), n
         assert verdict(n, arch=0x40000003) == errno.EPERM                      # 32-bit calls
 
 
