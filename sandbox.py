@@ -3,31 +3,29 @@
     async with Sandbox(workers=2, timeout=1.0) as sandbox:
         result = await sandbox.run("print(1 + 1)", seed=0)     # status "ok", output "2\\n"
 
-Importing numpy and sympy costs a hundred times more than a fork. So one process, the "zygote",
+Importing numpy and sympy costs as much as a hundred forks. So one process, the "zygote",
 imports them once and forks a child per snippet. It shares a socketpair with the trainer:
     trainer -> zygote   request id, seed, time limit, and two files: the code, an empty output
     zygote  -> trainer  request id, exit code, whether it timed out, wall and own seconds
-The zygote keeps queue, deadlines and exit codes. So a trainer blocked by a GPU step neither
-delays nor falsifies a time limit, and nothing that a snippet prints can pass for its status.
+The zygote keeps queue, deadlines and exit codes. So a trainer blocked by a GPU step falsifies no
+time limit, and nothing that a snippet prints can pass for its status.
 
 The adversary is a policy that is paid for answers and may know this file. Mandatory on Linux:
     seccomp     harmless system calls only: no process, program, socket, lock, shared memory,
-                signal to others, or change of a file's name, mode, times or size
+                signal to others, or change of a file
     Landlock    no file but the interpreter's libraries, to read, and /dev/null
     rlimits     on memory, output, descriptors; no capability; an environment of constants
 Sandbox() does not start where one is missing, nor where its self-test finds an attack that works,
-unless unsafe=True (--unsafe_sandbox). Best effort: namespaces, the OOM killer's preference, time
-limits that do not count waiting for a core.
+unless unsafe=True (--unsafe_sandbox).
 
 `timeout` limits a snippet's *own* time: the CPU seconds of its threads, or the wall time of its
-main thread less what that waited for a core, whichever is more. So a loop and a sleep both end at
-`timeout`, and other load pushes nothing over it. WALL_FACTOR * `timeout` of wall time ends all.
+main thread less what that waited for a core, whichever is more. So other load pushes nothing over
+it. WALL_FACTOR * `timeout` of wall time ends all.
 
-Covered too: floods of output, memory, threads and recursion, state passed between snippets, a
-killed or frozen zygote, a killed trainer, a cancelled task. The same code and seed give the same
-text (clocks, os.urandom and addresses aside). NOT covered: holes in the kernel; timing and cache
-channels; stat(), which Landlock leaves open; tags in the text (rollout.py neutralises them).
-macOS (Python 3.13 or later) and --unsafe_sandbox are for development: accidents only.
+Covered too: floods of output, memory and threads, state passed between snippets, a killed or
+frozen zygote, a killed trainer. The same code and seed give the same text (clocks, os.urandom and
+addresses aside). NOT covered: holes in the kernel; timing and cache channels; stat(), which
+Landlock leaves open. macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
 
     python sandbox.py                     # does it start here? layers and self-test in a line
     python tests/bench_sandbox.py         # speed against a fresh interpreter per snippet
@@ -73,14 +71,14 @@ import warnings
 LINUX = sys.platform == "linux"
 
 # Of a snippet.
-SNIPPET = "snippet.py"  # its file name in tracebacks
-OUTPUT_BYTES = 1 << 20  # one that prints this much is stopped: status output_limit
-MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, released only to report a MemoryError
+SNIPPET = "snippet.py"
+OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
+MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
 STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
-MAX_FRAMES = 6  # traceback frames shown
-MAX_THREADS = 128  # one with more is killed
-WALL_FACTOR = 10  # wall seconds for each second of a time limit, at most
-JUDGE_SECONDS = 1.0  # own time of a snippet of `equal`
+MAX_FRAMES = 6  # of a traceback
+MAX_THREADS = 128
+WALL_FACTOR = 10  # wall seconds per second of a time limit
+JUDGE_SECONDS = 1.0  # of a snippet of `equal`
 ENVIRONMENT = dict(
     PATH=os.defpath,
     HOME="/",
@@ -95,10 +93,10 @@ ENVIRONMENT = dict(
 # Of the zygote.
 MAX_IN_FLIGHT = 128  # requests inside it: 2 descriptors each, well below 1024
 MAX_DEATHS = 10  # without a finished snippet in between
-LOOK_SECONDS = 0.1  # how often it looks at a snippet's threads and CPU time
-FROZEN_SECONDS = 30.0  # one silent this long past a time limit, or at start, is replaced
+LOOK_SECONDS = 0.1  # between looks at a snippet
+FROZEN_SECONDS = 30.0  # one silent this long past a time limit is replaced
 
-# The two messages, as above. A time limit of 0 cancels a request.
+# Its messages, as above. A time limit of 0 cancels.
 REQUEST = struct.Struct("=Qqd")
 REPLY = struct.Struct("=Qi?dd")
 
@@ -125,34 +123,33 @@ class Sandbox:
     """A pool of snippets, for one event loop: `async with Sandbox() as sandbox`.
 
     report: one line on layers and self-test. counts: results by status, and "near_limit", those
-    that took more than half of their time limit: they may differ in another run.
+    that took over half of their time limit: they may differ in another run.
     """
     workers: int = 2  # snippets that run at a time
-    timeout: float = 1.0  # seconds of its own time that a snippet has, see above
-    memory_mb: int = 512  # address space in MiB above what the zygote has mapped
-    output_chars: int = 2000  # characters of output kept, half from the head, half from the tail
-    unsafe: bool = False  # start although the self-test fails, with a warning; else a UserError
-    math_verify: bool = False  # import math-verify, which the snippets of `equal` need
+    timeout: float = 1.0  # seconds of a snippet's own time, see above
+    memory_mb: int = 512  # of address space beyond the zygote's
+    output_chars: int = 2000  # kept of an output, half from its head
+    unsafe: bool = False  # start, with a warning, although the self-test fails
+    math_verify: bool = False  # import what `equal` needs
 
     def __post_init__(self):
         assert self.workers >= 1 and self.timeout > 0
         assert self.memory_mb > 0 and self.output_chars >= 0
         self.process = None  # the zygote
-        self.socket = None  # our end of its socketpair; None while there is none
-        self.deaths = 0  # of zygotes since the last reply
+        self.socket = None  # to the zygote; None while there is none
+        self.deaths = 0  # since the last reply
         self.ids = itertools.count()
         self.futures = {}  # request id -> future of the reply
         self.slots = asyncio.Semaphore(max(MAX_IN_FLIGHT, 2 * self.workers))
         self.judge = None  # the pool of `equal`, once needed
         self.judge_lock = asyncio.Lock()
-        self.report = ""
         self.counts = collections.Counter(near_limit=0)
         self.closed = True
 
     async def __aenter__(self):
         self.loop = asyncio.get_running_loop()
         self.closed = False
-        self.layers_file = anonymous_file()  # the zygote's stdout: what it says about itself
+        self.layers_file = anonymous_file()  # the zygote's stdout: its layers
         try:
             self.report = await self._self_test()
         except BaseException:  # a cancellation too must not leave a process
@@ -187,9 +184,8 @@ class Sandbox:
             return result
 
     async def equal(self, predicted, reference):
-        """Whether math-verify takes two LaTeX expressions for equal within JUDGE_SECONDS. It
-        calculates what it reads and can be made to hang, so it runs as a snippet, in a pool of
-        its own that the first call starts. UserError if it does not run."""
+        """Whether math-verify takes two LaTeX expressions for equal within JUDGE_SECONDS. It can
+        be made to hang, so it runs as a snippet. UserError if it does not run."""
         async with self.judge_lock:
             self._check_open()
             if self.judge is None:
@@ -205,8 +201,8 @@ class Sandbox:
             raise RuntimeError("the sandbox is closed: use it inside `async with`")
 
     async def _attempt(self, code, seed=0, timeout=10.0, output_chars=10_000):
-        """Run `code` once. Where the zygote dies the status is "sandbox_error", or "never ran"
-        for a snippet that still waited for a worker."""
+        """Run `code` once. If the zygote dies: status "sandbox_error", or "never ran" for a
+        snippet that waited for a worker."""
         self._check_open()
         if self.deaths >= MAX_DEATHS:
             raise UserError(
@@ -255,12 +251,10 @@ class Sandbox:
         ours, theirs = socket.socketpair(type=socket_type)
         for end in (ours, theirs):
             end.setblocking(False)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for all in flight
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
         config = dataclasses.asdict(self)
-        config["trainer_pid"] = os.getpid()
-        config["folders"] = library_folders()
-        config["path"] = sys.path
+        config.update(trainer_pid=os.getpid(), folders=library_folders(), path=sys.path)
         command = [
             sys.executable,
             "-s",  # not -I, which ignores PYTHONHASHSEED
@@ -285,7 +279,7 @@ class Sandbox:
     def _send(self, request_id, seed, timeout, fds):
         try:
             socket.send_fds(self.socket, [REQUEST.pack(request_id, seed, timeout)], fds)
-        except OSError:  # it died, or is frozen and its buffer is full
+        except OSError:  # it died, or is frozen
             self._stop(grace=0)
 
     def _on_readable(self):
@@ -305,7 +299,7 @@ class Sandbox:
 
     def _stop(self, grace):
         """End the zygote: `grace` seconds to reap its snippets, then SIGKILL, which ends them too.
-        Whoever waits for a reply gets a ZygoteDied."""
+        Whoever waits gets a ZygoteDied."""
         if self.socket is None:
             return
         self.loop.remove_reader(self.socket)
@@ -322,13 +316,13 @@ class Sandbox:
         for position, future in enumerate(self.futures.values()):
             if not future.done():
                 future.set_exception(ZygoteDied(may_have_run=position < self.workers))
-                future.exception()  # now asyncio is silent where a cancelled task reads none
+                future.exception()  # else asyncio logs what nobody reads
 
     async def _self_test(self):
         """Try each kind of attack and each limit. The one-line report, or UserError."""
         begin = time.monotonic()
 
-        # One snippet tries all attacks and prints the names of those that worked.
+        # One snippet tries all attacks, and prints the names of those that worked.
         with tempfile.TemporaryDirectory() as folder:
             canary = pathlib.Path(folder, "canary")
             canary.write_text("canary")
@@ -348,17 +342,14 @@ class Sandbox:
         if attacked.status != "ok":
             raise UserError(f"the sandbox does not start: {attacked.output} (see stderr)")
 
-        # The limits.
+        # Three more try the limits.
         loop, memory, output = await asyncio.gather(
             self._attempt("while True: pass", timeout=0.1),
             self._attempt("bytearray(1 << 40)"),
             self._attempt("print('x' * (1 << 22))"))
 
-        possible = []
         lines = attacked.output.splitlines()
-        for line in lines:
-            if line in ATTACKS:
-                possible.append(line)
+        possible = [name for name in ATTACKS if name in lines]
         if not is_intact:
             possible.append("leave a trace in a folder")
         if "end" not in lines:  # the last attack replaced the snippet
@@ -373,6 +364,7 @@ class Sandbox:
             raise UserError(
                 f"the sandbox does not start: its self-test could {', '.join(possible)}")
 
+        # The report.
         parts = []
         if possible:
             parts.append(f"POSSIBLE: {', '.join(possible)}")
@@ -395,8 +387,8 @@ class ZygoteDied(Exception):
 
 
 def feedback(raw, exit_code, timed_out, timeout, output_chars):
-    """(status, text for the model) of a finished process, from its output bytes and exit code
-    (minus the number of a signal). The text names no folder of the host."""
+    """(status, text for the model) of a finished process. exit_code: minus the number of a signal.
+    The text names no folder of the host."""
     text = raw.decode("utf-8", "replace")
     for folder in library_folders():
         text = text.replace(folder + "/", "")
@@ -424,7 +416,7 @@ def feedback(raw, exit_code, timed_out, timeout, output_chars):
         if not text:
             notice = "[no output: use print(...) to see a result]"
     else:
-        # 1 is an exception or sys.exit, which the child has described; others are os._exit.
+        # 1: an exception or sys.exit, which the child described. Others: os._exit.
         status = "error"
         if exit_code != 1 or not text:
             notice = f"[exit code {exit_code}]"
@@ -436,8 +428,8 @@ def feedback(raw, exit_code, timed_out, timeout, output_chars):
 
 @functools.cache
 def library_folders():
-    """Where this interpreter's modules lie, and numpy, which may be elsewhere; longest first.
-    Not sys.path nor sys.prefix: they may name the repository, or the venv in it."""
+    """Where this interpreter's modules and numpy lie; longest first. Not sys.path nor sys.prefix:
+    they may name the repository."""
     folders = {f"{sys.base_prefix}/lib"}
     for name in ("stdlib", "platstdlib", "purelib", "platlib"):
         folders.add(sysconfig.get_path(name))
@@ -457,7 +449,7 @@ def anonymous_file(content=b""):
     return file
 
 
-# What a snippet must not be able to do; every line is harmless where it can.
+# What a snippet must not be able to do. Each is harmless where it can.
 ATTACKS = {
     "use a descriptor of the pool": "os.fstat(3)",
     "fork": "os.fork() or os._exit(0)",
@@ -502,7 +494,7 @@ print("end")
 """
 
 
-# What `equal` runs. Without the third line two equations that it cannot solve were equal.
+# What `equal` runs. Unpatched, two equations that it cannot solve were equal.
 JUDGE = """
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import grader, verify
@@ -523,8 +515,8 @@ print(verify(
     allow_set_relation_comp=True,
 ))
 """
-# Read before the fork, these fill the parser's tables and sympy's caches: an expression that
-# resembles one of them takes a fraction of the time.
+# Read before the fork, these fill the parser's tables and sympy's caches for all that resemble
+# them.
 WARM_UP = [
     r"-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot{y}",
     r"2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)!",
@@ -555,7 +547,7 @@ class Job:
     """A snippet that runs."""
     pid: int
     timeout: float  # seconds of own time
-    started_at: float  # time.monotonic() at the fork, seconds
+    started_at: float  # time.monotonic() at the fork
     look_at: float  # time of the next look; infinite once killed
     timed_out: bool = False
 
@@ -565,30 +557,29 @@ def zygote_main(sock, config):
     global LIBC, PROC
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
-    # A process group of its own: Ctrl-C in the trainer's terminal must not reach it.
-    os.setpgid(0, 0)
+    os.setpgid(0, 0)  # Ctrl-C in the trainer's terminal must not reach it
 
     folders = tuple(folder + "/" for folder in config["folders"])
     sys.path[:] = [folder for folder in config["path"] if (folder + "/").startswith(folders)]
     prepare(config["math_verify"])
-    config["zygote_pid"] = os.getpid()
-    config["limits"] = limits(config)
-
+    config.update(zygote_pid=os.getpid(), limits=limits(config))
     report = give_up(config)
     os.pwrite(1, json.dumps(report).encode(), 0)
     if report["missing"] and not config["unsafe"]:
-        return  # the trainer's side reads the report
-    die_with_parent(config["trainer_pid"])  # not before: entering a user namespace resets it
+        return
+    # Not before: entering a user namespace resets it.
+    die_with_parent(config["trainer_pid"])
 
-    gc.disable()  # a collection would un-share all pages
-    gc.set_threshold(10_000, 10, 10)  # for snippets: collections are dear after fork
+    # A collection would un-share all pages; in snippets it may be rare.
+    gc.disable()
+    gc.set_threshold(10_000, 10, 10)
     gc.freeze()
     serve(sock, config)
 
 
 def prepare(math_verify=False):
-    """Imports, and the settings that are the same for all snippets."""
-    global numpy, sympy  # only here: the trainer imports none of them
+    """Imports and settings for all snippets."""
+    global numpy, sympy  # not in the trainer
     import cmath, decimal, fractions, functools, heapq, re, statistics, string  # noqa: E401,F401
     import numpy, numpy.fft, numpy.linalg, numpy.random, sympy  # noqa: E401
 
@@ -611,7 +602,7 @@ def prepare(math_verify=False):
     sys.dont_write_bytecode = True
     sys.set_int_max_str_digits(50_000)
     sys.setrecursionlimit(1000)
-    # Warnings and errors in threads name no path of the host.
+    # These name no path of the host.
     warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
 
@@ -619,7 +610,7 @@ def prepare(math_verify=False):
 def limits(config):
     """The rlimits of a snippet: {name: (soft, hard)}."""
     numbers = dict(
-        CORE=1,  # no core dump; 0 would still start the crash handler of a host that has one
+        CORE=1,  # 0 would still start the crash handler of a host that has one
         FSIZE=OUTPUT_BYTES,
         MEMLOCK=0,
         STACK=STACK_BYTES,
@@ -633,15 +624,13 @@ def limits(config):
     if LINUX:
         mapped_pages = int(process_file("self", "statm").split()[0])
         space = mapped_pages * resource.getpagesize() + (config["memory_mb"] << 20)
-        pairs["SIGPENDING"] = (64, 64)
-        pairs["MSGQUEUE"] = (0, 0)
-        pairs["AS"] = (space, space + MEMORY_RESERVE)
+        pairs.update(SIGPENDING=(64, 64), MSGQUEUE=(0, 0), AS=(space, space + MEMORY_RESERVE))
     return pairs
 
 
 def serve(sock, config):
     """The loop, until the trainer closes: reap, kill at deadlines, take requests, fork."""
-    # A child's end writes a byte into this pipe: it wakes select().
+    # A child's end writes into this pipe, which wakes select().
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_read, False)
     os.set_blocking(wake_write, False)
@@ -676,7 +665,7 @@ def serve(sock, config):
                 break
             except ConnectionError:  # closed with replies unread
                 message = b""
-            if not message:  # the trainer closed, or died
+            if not message:
                 for job in jobs.values():
                     reap(job)
                 return
@@ -712,7 +701,7 @@ def look(job):
     now = time.monotonic()
     threads = 1
     if LINUX:
-        # After the name in brackets, which may hold anything, num_threads is the 18th field.
+        # num_threads is the 18th field after the name in brackets.
         fields = process_file(job.pid, "stat").rpartition(")")[2].split()
         threads = int(fields[17])
 
@@ -733,20 +722,20 @@ def own_seconds(job):
     if not LINUX:
         return wall
     cpu = time.clock_gettime((~job.pid << 3) | 2)  # its CPU clock: see clock_getcpuclockid
-    if wall < job.timeout / 2:  # the usual case needs no second look
+    if wall < job.timeout / 2:
         return max(wall, cpu)
     waited = int(process_file(job.pid, "schedstat").split()[1]) * 1e-9  # 0 if not counted
     return max(wall - waited, cpu)
 
 
 def process_file(pid, name):
-    """Text of /proc/pid/name, by way of a descriptor: the zygote covers /proc."""
+    """Text of /proc/pid/name, through a descriptor: the zygote covers /proc."""
     with open(os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=PROC)) as file:
         return file.read()
 
 
 def kill_group(pid):
-    """SIGKILL for a child that is not reaped yet, and for all processes of its group."""
+    """SIGKILL for a child that is not reaped yet, and for its group."""
     os.kill(pid, signal.SIGKILL)  # it may not have made its own group yet
     with contextlib.suppress(ProcessLookupError, PermissionError):  # no group; a zombie's
         os.killpg(pid, signal.SIGKILL)
@@ -766,7 +755,7 @@ def reap(job):
 
 
 def run_child(config, seed, code_fd, output_fd):
-    """Runs in the forked child and ends it: nothing may return into the zygote's loop."""
+    """Runs in the forked child and ends it: nothing may return to `serve`."""
     exit_code = 1
     try:
         try:
@@ -777,8 +766,7 @@ def run_child(config, seed, code_fd, output_fd):
             os.dup2(output_fd, 2)
             confine(config)
         except BaseException:
-            # Our own fault. A snippet could forge an exit code that says so, so the zygote
-            # goes too: the trainer's side sees that, and finds this text in the output file.
+            # Our own fault. A snippet could forge an exit code that says so: the zygote goes too.
             emit(traceback.format_exc())
             os.kill(config["zygote_pid"], signal.SIGKILL)
         else:
@@ -789,19 +777,19 @@ def run_child(config, seed, code_fd, output_fd):
 
 
 def run_snippet(code, seed, memory_mb):
-    """Execute `code` as a script: the exit code, 1 after an exception, which it prints."""
+    """Execute `code` as a script: the exit code, 1 after an exception."""
     gc.freeze()  # counters to zero: collections at the same points
     gc.enable()
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-    sympy.core.random.seed(seed)  # its own generator, seeded by the system at import
+    sympy.core.random.seed(seed)
 
-    # Line-buffered: what was printed before a kill is in the file. No surrogate may raise.
+    # Line-buffered: what was printed before a kill is in the file.
     out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
 
-    # pickle looks the main module up, tracebacks the source. Universal newlines as in the
-    # tokenizer; splitlines() would also split at form feeds.
+    # pickle looks the main module up, tracebacks the source. Newlines as in the tokenizer:
+    # splitlines() would also split at form feeds.
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     lines = io.StringIO(code, newline=None).readlines()
@@ -852,10 +840,10 @@ def describe(error):
     for frame, line in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == SNIPPET:
             frames.append((frame, line))
+    dropped = len(frames) - MAX_FRAMES
 
     lines = []
-    if len(frames) > MAX_FRAMES:
-        dropped = len(frames) - MAX_FRAMES
+    if dropped > 0:
         lines.append(f"Traceback (most recent call last, {dropped} frames dropped):\n")
     elif frames:
         lines.append("Traceback (most recent call last):\n")
@@ -865,8 +853,8 @@ def describe(error):
 
 
 def emit(text):
-    """Append to the output on a new line, past any buffer or replacement of sys.stdout."""
-    with contextlib.suppress(OSError):  # the output is full: its size tells the trainer
+    """Append to the output on a new line, past sys.stdout."""
+    with contextlib.suppress(OSError):  # the output is full
         size = os.fstat(1).st_size
         if size and os.pread(1, 1, size - 1) != b"\n":
             text = "\n" + text
@@ -874,7 +862,7 @@ def emit(text):
 
 
 # --------------------------------------------------------------------------------------------
-# The walls: what the zygote gives up once for all its children, and what each child gives up
+# The walls: what the zygote gives up, and what each child gives up
 
 
 # Names and values of the kernel's headers.
@@ -884,17 +872,14 @@ PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
-CLONE_NEWNS = 0x20000  # mounts
-CLONE_NEWIPC = 0x8000000
 CLONE_NEWUSER = 0x10000000
-CLONE_NEWNET = 0x40000000
 MS_RDONLY = 0x1
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MOUNT_ATTR_RDONLY = 1
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
-SYS_MOUNT_SETATTR = 442  # the numbers of these four are the same on all machines
+SYS_MOUNT_SETATTR = 442  # on all machines
 SYS_LANDLOCK_CREATE_RULESET = 444
 SYS_LANDLOCK_ADD_RULE = 445
 SYS_LANDLOCK_RESTRICT_SELF = 446
@@ -906,14 +891,10 @@ LANDLOCK_ACCESS_FS_READ_DIR = 0x8
 LANDLOCK_ACCESS_FS_REFER = 0x2000
 LANDLOCK_ACCESS_FS_TRUNCATE = 0x4000
 LANDLOCK_ACCESS_FS_IOCTL_DEV = 0x8000
-LANDLOCK_ACCESS_NET_BIND_TCP = 0x1
-LANDLOCK_ACCESS_NET_CONNECT_TCP = 0x2
-LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET = 0x1
-LANDLOCK_SCOPE_SIGNAL = 0x2
 
 
 def kernel(function, *arguments):
-    """Call a function of libc; integers are long. OSError if it fails."""
+    """A function of libc, called by name; integers are long. OSError."""
     arguments = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
     result = getattr(LIBC, function)(*arguments)
     code = ctypes.get_errno()
@@ -922,8 +903,11 @@ def kernel(function, *arguments):
     return result
 
 
+syscall = functools.partial(kernel, "syscall")
+
+
 def give_up(config):
-    """The walls of all snippets, raised once: {"layers": what is on, "missing": what not}."""
+    """Raise the walls of all snippets: {"layers": what is on, "missing": what is not}."""
     report = {"layers": [], "missing": []}
     if not LINUX:
         return report
@@ -949,7 +933,7 @@ def give_up(config):
 
     host_mounts = os.stat("self/ns/mnt", dir_fd=PROC).st_ino
     with layer("network, IPC and mount namespaces", mandatory=False):
-        namespaces = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWNS
+        namespaces = 0x48020000  # CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWNS
         try:
             kernel("unshare", namespaces)
         except PermissionError:  # a user namespace allows the others
@@ -957,13 +941,13 @@ def give_up(config):
 
     with layer("read-only mounts, no /proc", mandatory=False):
         # CRUCIAL, for root: without a namespace of its own this would strike the host, and
-        # from one that is not private (MS_PRIVATE) the cover of /proc would spread to it.
+        # without MS_PRIVATE the cover of /proc would spread to it.
         if os.stat("self/ns/mnt", dir_fd=PROC).st_ino == host_mounts:
             raise OSError("no mount namespace")
         kernel("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
         kernel("mount", b"none", b"/proc", b"tmpfs", MS_RDONLY, b"mode=0,size=4k")
         attributes = struct.pack("=QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-        kernel("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, 32)
+        syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, 32)
 
     # A user namespace hides this process from its owner.
     kernel("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
@@ -994,22 +978,22 @@ def confine(config):
     """The restrictions that are not inherited, just before the code."""
     os.setpgid(0, 0)  # for kill_group
     die_with_parent(config["zygote_pid"])
-    # An open file of its own: the flags of the zygote's stdin are shared by all its children.
+    # An open file of its own: flags of the zygote's stdin are shared.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "landlock" in config:
-        kernel("syscall", SYS_LANDLOCK_RESTRICT_SELF, config["landlock"], 0)
+        syscall(SYS_LANDLOCK_RESTRICT_SELF, config["landlock"], 0)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the socket, and the files of queued snippets
     for name, pair in config["limits"].items():  # after that: they are more than NOFILE
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), pair)
     if "seccomp" in config:  # last, for it forbids the others
-        instructions, pid_offsets, program = config["seccomp"]
-        for offset in pid_offsets:
-            struct.pack_into("=I", instructions, offset, os.getpid())
+        instructions = config["seccomp"].replace(WORD.pack(SELF), WORD.pack(os.getpid()))
+        buffer = ctypes.create_string_buffer(instructions)
+        program = struct.pack("HP", len(instructions) // 8, ctypes.addressof(buffer))
         kernel("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 def die_with_parent(parent_pid):
-    """Linux: SIGKILL for this process when its parent, the *thread* that forked it, goes."""
+    """SIGKILL for this process when its parent, the *thread* that forked it, goes."""
     if LINUX:
         kernel("prctl", PR_SET_PDEATHSIG, signal.SIGKILL.value, 0, 0, 0)
         if os.getppid() != parent_pid:  # it went before the call
@@ -1019,7 +1003,7 @@ def die_with_parent(parent_pid):
 def landlock_ruleset(folders):
     """Descriptor of a ruleset: the folders can be read, /dev/null written."""
     # Take away all rights that this version knows of.
-    abi = kernel("syscall", SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    abi = syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     files = 0x1FFF  # the 13 of the first version
     network = 0
     scopes = 0
@@ -1028,13 +1012,13 @@ def landlock_ruleset(folders):
     if abi >= 3:
         files |= LANDLOCK_ACCESS_FS_TRUNCATE
     if abi >= 4:
-        network = LANDLOCK_ACCESS_NET_BIND_TCP | LANDLOCK_ACCESS_NET_CONNECT_TCP
+        network = 0x3  # LANDLOCK_ACCESS_NET_BIND_TCP, LANDLOCK_ACCESS_NET_CONNECT_TCP
     if abi >= 5:
         files |= LANDLOCK_ACCESS_FS_IOCTL_DEV
     if abi >= 6:
-        scopes = LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET | LANDLOCK_SCOPE_SIGNAL
+        scopes = 0x3  # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET, LANDLOCK_SCOPE_SIGNAL
     rights = struct.pack("=QQQ", files, network, scopes)
-    ruleset = kernel("syscall", SYS_LANDLOCK_CREATE_RULESET, rights, len(rights), 0)
+    ruleset = syscall(SYS_LANDLOCK_CREATE_RULESET, rights, len(rights), 0)
 
     # Give some back at and below these paths.
     read = LANDLOCK_ACCESS_FS_READ_FILE
@@ -1049,7 +1033,7 @@ def landlock_ruleset(folders):
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_PATH)
             rule = struct.pack("=Qi", access, fd)
-            kernel("syscall", SYS_LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+            syscall(SYS_LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
             os.close(fd)
     return ruleset
 
@@ -1057,110 +1041,51 @@ def landlock_ruleset(folders):
 # System calls that are allowed: numbers on x86-64 and on aarch64 (None: not there). They act on
 # the calling process, or on files that Landlock let it open. Not here: sendmsg and recvmsg (pass
 # descriptors), shm*, sem*, msg*, mq_*, flock, inotify* (messages between snippets), mincore,
-# preadv2, statfs, sysinfo (state that is shared), readlink, access (Landlock does not cover them).
+# preadv2, statfs, sysinfo (shared state), readlink, access (Landlock does not cover them).
 ALLOWED = dict(
-    read=(0, 63),
-    write=(1, 64),
-    readv=(19, 65),
-    writev=(20, 66),
-    pread64=(17, 67),
-    pwrite64=(18, 68),
-    lseek=(8, 62),
-    close=(3, 57),
-    close_range=(436, 436),
-    dup=(32, 23),
-    dup2=(33, None),
-    dup3=(292, 24),
-    open=(2, None),
-    openat=(257, 56),
-    getdents64=(217, 61),
-    getcwd=(79, 17),
-    stat=(4, None),
-    lstat=(6, None),
-    fstat=(5, 80),
-    newfstatat=(262, 79),
-    pipe=(22, None),
-    pipe2=(293, 59),
-    poll=(7, None),
-    ppoll=(271, 73),
-    select=(23, None),
-    pselect6=(270, 72),
-    epoll_create=(213, None),
-    epoll_create1=(291, 20),
-    epoll_ctl=(233, 21),
-    epoll_wait=(232, None),
-    epoll_pwait=(281, 22),
-    epoll_pwait2=(441, 441),
-    eventfd2=(290, 19),
-    getsockname=(51, 204),
-    getpeername=(52, 205),
-    getsockopt=(55, 209),
-    recvfrom=(45, 207),
-    shutdown=(48, 210),
-    mmap=(9, 222),
-    munmap=(11, 215),
-    mremap=(25, 216),
-    mprotect=(10, 226),
-    brk=(12, 214),
-    set_robust_list=(273, 99),
-    set_tid_address=(218, 96),
-    rseq=(334, 293),
-    sched_yield=(24, 124),
-    getcpu=(309, 168),
-    nanosleep=(35, 101),
-    alarm=(37, None),
-    pause=(34, None),
-    getitimer=(36, 102),
-    setitimer=(38, 103),
-    time=(201, None),
-    times=(100, 153),
-    gettimeofday=(96, 169),
+    # Files and descriptors.
+    read=(0, 63), write=(1, 64), readv=(19, 65), writev=(20, 66), pread64=(17, 67),
+    pwrite64=(18, 68), lseek=(8, 62), close=(3, 57), close_range=(436, 436),
+    dup=(32, 23), dup2=(33, None), dup3=(292, 24), open=(2, None), openat=(257, 56),
+    getdents64=(217, 61), getcwd=(79, 17), stat=(4, None), lstat=(6, None),
+    fstat=(5, 80), newfstatat=(262, 79),
+    # To wait for them.
+    pipe=(22, None), pipe2=(293, 59), poll=(7, None), ppoll=(271, 73),
+    select=(23, None), pselect6=(270, 72), epoll_create=(213, None),
+    epoll_create1=(291, 20), epoll_ctl=(233, 21), epoll_wait=(232, None),
+    epoll_pwait=(281, 22), epoll_pwait2=(441, 441), eventfd2=(290, 19),
+    # Sockets of a pair.
+    getsockname=(51, 204), getpeername=(52, 205), getsockopt=(55, 209),
+    recvfrom=(45, 207), shutdown=(48, 210),
+    # Memory and threads.
+    mmap=(9, 222), munmap=(11, 215), mremap=(25, 216), mprotect=(10, 226),
+    brk=(12, 214), set_robust_list=(273, 99), set_tid_address=(218, 96),
+    rseq=(334, 293), sched_yield=(24, 124), getcpu=(309, 168),
+    # Time.
+    nanosleep=(35, 101), alarm=(37, None), pause=(34, None), getitimer=(36, 102),
+    setitimer=(38, 103), time=(201, None), times=(100, 153), gettimeofday=(96, 169),
     getrusage=(98, 165),
-    getrlimit=(97, 163),
-    getrandom=(318, 278),
-    uname=(63, 160),
-    getpid=(39, 172),
-    gettid=(186, 178),
-    getppid=(110, 173),
-    getpgrp=(111, None),
-    getuid=(102, 174),
-    geteuid=(107, 175),
-    getgid=(104, 176),
-    getegid=(108, 177),
-    getresuid=(118, 148),
-    getresgid=(120, 150),
-    getgroups=(115, 158),
-    rt_sigaction=(13, 134),
-    rt_sigprocmask=(14, 135),
-    rt_sigpending=(127, 136),
-    rt_sigsuspend=(130, 133),
-    rt_sigtimedwait=(128, 137),
-    rt_sigreturn=(15, 139),
-    sigaltstack=(131, 132),
-    restart_syscall=(219, 128),
-    exit=(60, 93),
+    # Itself.
+    getrlimit=(97, 163), getrandom=(318, 278), uname=(63, 160), getpid=(39, 172),
+    gettid=(186, 178), getppid=(110, 173), getpgrp=(111, None), getuid=(102, 174),
+    geteuid=(107, 175), getgid=(104, 176), getegid=(108, 177), getresuid=(118, 148),
+    getresgid=(120, 150), getgroups=(115, 158),
+    # Signals, and the end.
+    rt_sigaction=(13, 134), rt_sigprocmask=(14, 135), rt_sigpending=(127, 136),
+    rt_sigsuspend=(130, 133), rt_sigtimedwait=(128, 137), rt_sigreturn=(15, 139),
+    sigaltstack=(131, 132), restart_syscall=(219, 128), exit=(60, 93),
     exit_group=(231, 94),
-    clone=(56, 220),
-    kill=(62, 129),
-    tgkill=(234, 131),
-    prctl=(157, 167),
-    prlimit64=(302, 261),
-    sched_getaffinity=(204, 123),
-    getpgid=(121, 155),
-    getsid=(124, 156),
-    ioctl=(16, 29),
-    fcntl=(72, 25),
-    madvise=(28, 233),
-    socketpair=(53, 199),
-    sendto=(44, 206),
-    clock_gettime=(228, 113),
-    clock_getres=(229, 114),
-    clock_nanosleep=(230, 115),
-    futex=(202, 98),
+    # With CONDITIONS.
+    clone=(56, 220), kill=(62, 129), tgkill=(234, 131), prctl=(157, 167),
+    prlimit64=(302, 261), sched_getaffinity=(204, 123), getpgid=(121, 155),
+    getsid=(124, 156), ioctl=(16, 29), fcntl=(72, 25), madvise=(28, 233),
+    socketpair=(53, 199), sendto=(44, 206), clock_gettime=(228, 113),
+    clock_getres=(229, 114), clock_nanosleep=(230, 115), futex=(202, 98),
 )
+
+# Some are allowed only with certain values: {argument: values}, all of 32 bits in the kernel.
 SELF = 0x5E1F5E1F  # stands for the snippet's own pid
-CLOCKS = {0: range(12)}  # not the CPU clocks of other processes, whose ids are negative
-# Some are allowed only with certain values, all of 32 bits in the kernel: {argument: values}.
+CLOCKS = {0: range(12)}  # those of other processes are negative
 CONDITIONS = dict(
     clone={0: (0x3D0F00, 0x7D0F00)},  # a thread's flags in glibc, in musl
     kill={0: [SELF]},
@@ -1177,89 +1102,83 @@ CONDITIONS = dict(
     fcntl={1: (0, 1, 2, 3, 4, 1030)},
     # MADV_NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE
     madvise={2: (0, 1, 2, 3, 4, 8, 14, 15)},
-    # AF_UNIX; SOCK_STREAM with or without NONBLOCK and CLOEXEC: for asyncio.
+    # AF_UNIX; SOCK_STREAM, and with NONBLOCK or CLOEXEC: for asyncio.
     socketpair={0: [1], 1: (1, 0x801, 0x80001, 0x80801)},
     sendto={5: [0]},  # without an address
     clock_gettime=CLOCKS,
     clock_getres=CLOCKS,
     clock_nanosleep=CLOCKS,
-    # Private ones only. A shared one names a place in a file: any page of libc would be a
-    # doorbell between snippets.
+    # Private ones. A shared one names a place in a file: a doorbell between snippets.
     futex={1: (128, 129, 131, 132, 133, 134, 135, 137, 138, 393)},
 )
-# The error of other values is EPERM but for these. EINVAL: as on an old kernel. EAGAIN makes
-# glibc look again: the futex of a joined thread is a shared one.
+# Else EPERM. EINVAL: as on an old kernel. EAGAIN makes glibc look again: the futex of a joined
+# thread is a shared one.
 ERRORS = dict(madvise=errno.EINVAL, futex=errno.EAGAIN)
 CLONE3 = 435
 FIRST_UNKNOWN = 451
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
 
-# The codes of a filter's instructions, and what it returns.
-BPF_LOAD = 0x20  # a word of struct seccomp_data: 0 number, 4 machine, 16 arguments of 8 bytes
+# A filter's instructions and its answers.
+BPF_LOAD = 0x20
 BPF_EQUAL = 0x15
 BPF_AT_LEAST = 0x35
 BPF_RETURN = 0x06
-SECCOMP_RET_ERRNO = 0x00050000
 SECCOMP_RET_ALLOW = 0x7FFF0000
+SECCOMP_RET_ERRNO = 0x00050000
+WORD = struct.Struct("=I")
 
 
 def seccomp_filter():
-    """(BPF program, where a snippet puts its pid in it, the kernel's struct of it).
+    """The filter, a BPF program of 8 bytes per instruction. SELF stands for the snippet's pid.
 
-    An instruction is (code, jump if true, jump if false, constant); a jump is how many
-    instructions to skip. The block of sched_getaffinity, for example:
-        equal 204          false: skip 5, this block
-        load argument 0
-        equal 0            true: skip 2
-        equal SELF         true: skip 1
-        return EPERM
-        return allow
+    For example sched_getaffinity, whose argument 0 may be 0 or SELF:
+        BPF_EQUAL 204         else skip 5, to the next system call
+        BPF_LOAD argument 0
+        BPF_EQUAL 0           then skip 2, to the last line
+        BPF_EQUAL SELF        then skip 1
+        BPF_RETURN EPERM
+        BPF_RETURN allow
     """
     column, arch = MACHINES[os.uname().machine]
-    allow = (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW)
-    refuse = (BPF_RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM)
-    unknown = (BPF_RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.ENOSYS)  # glibc takes an older way
 
+    def instruction(code, constant, skip_if_true=0, skip_if_false=0):
+        return struct.pack("=HBBI", code, skip_if_true, skip_if_false, constant)
+
+    def refuse(error):
+        return instruction(BPF_RETURN, SECCOMP_RET_ERRNO | error)
+
+    # Offsets: 4 machine, 0 number, from 16 arguments. ENOSYS: glibc takes an older way.
     program = [
-        (BPF_LOAD, 0, 0, 4),
-        (BPF_EQUAL, 1, 0, arch),
-        refuse,
-        (BPF_LOAD, 0, 0, 0),
-        (BPF_AT_LEAST, 0, 1, 0x40000000),  # the numbers of x32
-        refuse,
-        (BPF_AT_LEAST, 0, 1, FIRST_UNKNOWN),
-        unknown,
-        (BPF_EQUAL, 0, 1, CLONE3),
-        unknown,
+        instruction(BPF_LOAD, 4),
+        instruction(BPF_EQUAL, arch, skip_if_true=1),
+        refuse(errno.EPERM),
+        instruction(BPF_LOAD, 0),
+        instruction(BPF_AT_LEAST, 0x40000000, skip_if_false=1),  # the numbers of x32
+        refuse(errno.EPERM),
+        instruction(BPF_AT_LEAST, FIRST_UNKNOWN, skip_if_false=1),
+        refuse(errno.ENOSYS),
+        instruction(BPF_EQUAL, CLONE3, skip_if_false=1),
+        refuse(errno.ENOSYS),
     ]
     for name, numbers in ALLOWED.items():
-        error = ERRORS.get(name, errno.EPERM)
+        if numbers[column] is None:
+            continue
         block = []
         for argument, values in CONDITIONS.get(name, {}).items():
-            block.append((BPF_LOAD, 0, 0, 16 + 8 * argument))  # its lower half
+            block.append(instruction(BPF_LOAD, 16 + 8 * argument))  # its lower half
             for position, value in enumerate(values):
-                # True: skip the other values and the error.
-                block.append((BPF_EQUAL, len(values) - position, 0, value))
-            block.append((BPF_RETURN, 0, 0, SECCOMP_RET_ERRNO | error))
-        block.append(allow)
-        if numbers[column] is not None:
-            program.append((BPF_EQUAL, 0, len(block), numbers[column]))
-            program += block
-    program.append(refuse)
-
-    packed = b""
-    pid_offsets = []
-    for code, if_true, if_false, constant in program:
-        if constant == SELF:
-            pid_offsets.append(len(packed) + 4)
-        packed += struct.pack("=HBBI", code, if_true, if_false, constant)
-    instructions = ctypes.create_string_buffer(packed)
-    program_struct = struct.pack("HP", len(program), ctypes.addressof(instructions))
-    return instructions, pid_offsets, program_struct
+                # Skip the values that are left, and the refusal.
+                skip = len(values) - position
+                block.append(instruction(BPF_EQUAL, value, skip_if_true=skip))
+            block.append(refuse(ERRORS.get(name, errno.EPERM)))
+        block.append(instruction(BPF_RETURN, SECCOMP_RET_ALLOW))
+        program.append(instruction(BPF_EQUAL, numbers[column], skip_if_false=len(block)))
+        program += block
+    program.append(refuse(errno.EPERM))
+    return b"".join(program)
 
 
 async def main():
-    """Start a pool, and say how that went."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     async with Sandbox() as sandbox:
