@@ -78,7 +78,7 @@ STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with it
 MAX_FRAMES = 6  # of a traceback
 MAX_THREADS = 128
 WALL_FACTOR = 10  # wall seconds per second of a time limit
-JUDGE_SECONDS = 1.0  # of a snippet of `equal`
+JUDGE_SECONDS = 1.0  # in `equal`
 ENVIRONMENT = dict(
     PATH=os.defpath,
     HOME="/",
@@ -141,7 +141,7 @@ class Sandbox:
         self.ids = itertools.count()
         self.futures = {}  # request id -> future of the reply
         self.slots = asyncio.Semaphore(max(MAX_IN_FLIGHT, 2 * self.workers))
-        self.judge = None  # the pool of `equal`, once needed
+        self.judge = None  # the pool of `equal`
         self.judge_lock = asyncio.Lock()
         self.counts = collections.Counter(near_limit=0)
         self.closed = True
@@ -172,7 +172,7 @@ class Sandbox:
         """The SandboxResult of `code`; `seed` (64-bit, signed) is for random, numpy and sympy.
         Cancelling the task kills the snippet. RuntimeError outside `async with`."""
         async with self.slots:
-            # Once more after an error of our own, and as often as it did not even begin.
+            # An error of our own is retried once. A snippet that never ran is sent again.
             failures = 0
             while failures < 2:
                 result = await self._attempt(code, seed, self.timeout, self.output_chars)
@@ -219,8 +219,8 @@ class Sandbox:
         with anonymous_file(source) as source_file, anonymous_file() as output_file:
             self.futures[request_id] = future
             try:
-                files = [source_file.fileno(), output_file.fileno()]
-                self._send(request_id, seed, timeout, files)
+                fds = [source_file.fileno(), output_file.fileno()]
+                self._send(request_id, seed, timeout, fds)
 
                 # Some snippet ends every WALL_FACTOR * timeout seconds: a silent zygote hangs.
                 # Replies are read before timers run: our lateness does not count.
@@ -364,7 +364,6 @@ class Sandbox:
             raise UserError(
                 f"the sandbox does not start: its self-test could {', '.join(possible)}")
 
-        # The report.
         parts = []
         if possible:
             parts.append(f"POSSIBLE: {', '.join(possible)}")
@@ -382,7 +381,6 @@ class ZygoteDied(Exception):
     """The zygote died before it answered. may_have_run: whether the snippet may have begun."""
 
     def __init__(self, may_have_run):
-        super().__init__()
         self.may_have_run = may_have_run
 
 
@@ -434,8 +432,7 @@ def library_folders():
     for name in ("stdlib", "platstdlib", "purelib", "platlib"):
         folders.add(sysconfig.get_path(name))
     folders.update(site.getsitepackages())
-    numpy_file = importlib.util.find_spec("numpy").origin
-    folders.add(os.path.dirname(os.path.dirname(numpy_file)))
+    folders.add(str(pathlib.Path(importlib.util.find_spec("numpy").origin).parents[1]))
     return sorted(folders, key=len, reverse=True)
 
 
@@ -610,7 +607,7 @@ def prepare(math_verify=False):
 def limits(config):
     """The rlimits of a snippet: {name: (soft, hard)}."""
     numbers = dict(
-        CORE=1,  # 0 would still start the crash handler of a host that has one
+        CORE=1,  # 0 would still start the crash handler of a host
         FSIZE=OUTPUT_BYTES,
         MEMLOCK=0,
         STACK=STACK_BYTES,
@@ -663,9 +660,9 @@ def serve(sock, config):
                 message, fds, _, _ = socket.recv_fds(sock, REQUEST.size, 2)
             except BlockingIOError:
                 break
-            except ConnectionError:  # closed with replies unread
+            except ConnectionError:
                 message = b""
-            if not message:
+            if not message:  # the trainer closed
                 for job in jobs.values():
                     reap(job)
                 return
@@ -854,7 +851,7 @@ def describe(error):
 
 def emit(text):
     """Append to the output on a new line, past sys.stdout."""
-    with contextlib.suppress(OSError):  # the output is full
+    with contextlib.suppress(OSError):
         size = os.fstat(1).st_size
         if size and os.pread(1, 1, size - 1) != b"\n":
             text = "\n" + text
@@ -965,7 +962,7 @@ def give_up(config):
         config["landlock"] = landlock_ruleset(config["folders"])
 
     with layer("seccomp"):
-        # EFAULT: it wants a program.
+        # A kernel that has seccomp asks for a program: EFAULT.
         result = LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None, 0, 0)
         code = ctypes.get_errno()
         if result != -1 or code != errno.EFAULT:
@@ -976,7 +973,7 @@ def give_up(config):
 
 def confine(config):
     """The restrictions that are not inherited, just before the code."""
-    os.setpgid(0, 0)  # for kill_group
+    os.setpgid(0, 0)
     die_with_parent(config["zygote_pid"])
     # An open file of its own: flags of the zygote's stdin are shared.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -1102,7 +1099,7 @@ CONDITIONS = dict(
     fcntl={1: (0, 1, 2, 3, 4, 1030)},
     # MADV_NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE
     madvise={2: (0, 1, 2, 3, 4, 8, 14, 15)},
-    # AF_UNIX; SOCK_STREAM, and with NONBLOCK or CLOEXEC: for asyncio.
+    # AF_UNIX; SOCK_STREAM, also NONBLOCK, CLOEXEC: for asyncio.
     socketpair={0: [1], 1: (1, 0x801, 0x80001, 0x80801)},
     sendto={5: [0]},  # without an address
     clock_gettime=CLOCKS,
@@ -1111,8 +1108,8 @@ CONDITIONS = dict(
     # Private ones. A shared one names a place in a file: a doorbell between snippets.
     futex={1: (128, 129, 131, 132, 133, 134, 135, 137, 138, 393)},
 )
-# Else EPERM. EINVAL: as on an old kernel. EAGAIN makes glibc look again: the futex of a joined
-# thread is a shared one.
+# Other values fail with EPERM, or with these. EINVAL: as on an old kernel. EAGAIN makes glibc look
+# again: the futex of a joined thread is shared.
 ERRORS = dict(madvise=errno.EINVAL, futex=errno.EAGAIN)
 CLONE3 = 435
 FIRST_UNKNOWN = 451
@@ -1147,7 +1144,8 @@ def seccomp_filter():
     def refuse(error):
         return instruction(BPF_RETURN, SECCOMP_RET_ERRNO | error)
 
-    # Offsets: 4 machine, 0 number, from 16 arguments. ENOSYS: glibc takes an older way.
+    # Offset 4 is the machine, 0 the number, from 16 come the arguments. After ENOSYS glibc takes
+    # an older way.
     program = [
         instruction(BPF_LOAD, 4),
         instruction(BPF_EQUAL, arch, skip_if_true=1),
@@ -1165,7 +1163,7 @@ def seccomp_filter():
             continue
         block = []
         for argument, values in CONDITIONS.get(name, {}).items():
-            block.append(instruction(BPF_LOAD, 16 + 8 * argument))  # its lower half
+            block.append(instruction(BPF_LOAD, 16 + 8 * argument))
             for position, value in enumerate(values):
                 # Skip the values that are left, and the refusal.
                 skip = len(values) - position
