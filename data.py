@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rollout import CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN, first_line, need_hub
 from sandbox import UserError
+
 # ---------------------------------------------------------------------------------------------
 # Prompt
 
@@ -84,7 +85,7 @@ def boxed(text):
         if brace[0] != "}":
             opened.append(brace)
         elif opened:
-            # Of all complete boxes, the one that starts last counts.
+            # Of all complete boxes, not plain braces, the one that starts last counts.
             opening = opened.pop()
             if opening[0] != "{" and opening.end() > content_start:
                 content_start = opening.end()
@@ -104,7 +105,7 @@ def extract_answer(response):
 LAYOUTS = [
     # NuminaMath-1.5: {"problem": "2+3?", "answer": "5", "solution": "2+3=5"}
     ("problem", "answer", "solution"),
-    # OpenThoughts: {"problem": ..., "ground_truth_solution": ..., "deepseek_solution": ...}
+    # OpenThoughts: {"problem": "2+3?", "ground_truth_solution": "5", "deepseek_solution": "2+3=5"}
     ("problem", "ground_truth_solution", "deepseek_solution"),
     # MATH, NuminaMath-CoT: {"problem": "2+3?", "solution": "\\boxed{5}"}
     ("problem", "solution", "solution"),
@@ -164,7 +165,8 @@ def dig(row, path):
 
 def marked_answer(text):
     r"""A solution's final answer: the text after #### or the last \boxed{}; or None."""
-    if "####" in text and "<answer>" not in text:  # no comment in the code of a trace
+    # In a trace, #### may be a comment in its code.
+    if "####" in text and "<answer>" not in text:
         return text.rsplit("####", 1)[1].strip()
     return extract_answer(text)
 
@@ -195,7 +197,7 @@ def read_row(row, layouts=LAYOUTS):
         elif answer_path == solution_path == "answer":
             solution = ""  # a bare answer
         elif answer_path == solution_path:
-            answer = None
+            answer = None  # the solution states none
 
         own = marked_answer(solution)
         if "<answer>" not in solution:  # not a trace
@@ -217,8 +219,8 @@ def read_jsonl(path):
             try:
                 row = json.loads(line)
             except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, one row per "
-                                "line") from None
+                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, "
+                                "one row per line") from None
             yield f"{path}:{number}", row
 
 
@@ -288,7 +290,6 @@ def contamination_keys(question):
 # ---------------------------------------------------------------------------------------------
 # The embedded problems
 
-
 SPLITS = ("train", "test", "ood_large", "ood_families")
 
 
@@ -313,18 +314,18 @@ def embedded_problem(split, seed, index):
         if split == "ood_large" and high > 9:
             return rng.randint(high + 1, 3 * high)
 
-        # Every length equally often, not nearly always the longest.
+        # Every number of digits comes equally often, not nearly always the largest.
         if high >= 100:
-            length = rng.randint(len(str(low)), len(str(high)))
-            low = max(low, 10**(length - 1))
-            high = min(high, 10**length - 1)
+            digits = rng.randint(len(str(low)), len(str(high)))
+            low = max(low, 10**(digits - 1))
+            high = min(high, 10**digits - 1)
         return rng.randint(low, high)
 
     while True:
         family = rng.choice(families)
         operands, by_hand, by_code, answer = family(draw)
 
-        # A hash keeps train and test disjoint. Sorted, for 3 + 5 and 5 + 3 are one problem.
+        # A hash keeps train and test disjoint. Sorted: 3 + 5 and 5 + 3 are one problem.
         key = f"{family.__name__}{sorted(operands)}"
         is_test = zlib.crc32(key.encode()) % 10 == 0
         if split == "train" and is_test:
@@ -377,6 +378,7 @@ def phrasings(*questions):
     def store(family):
         family.phrasings = questions
         return family
+
     return store
 
 
@@ -443,7 +445,8 @@ def power_remainder(draw):
 @phrasings(
     "How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
     "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
-    "Two dice have {0} sides each, numbered from 1. For how many rolls is the sum divisible by {1}?")
+    ("Two dice have {0} sides each, numbered from 1. "
+     "For how many rolls is the sum divisible by {1}?"))
 def count_pairs(draw):
     n = draw(100, 999)
     m = draw(3, 5)
@@ -482,8 +485,8 @@ def euclid(a, b):
     ("Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
      "How long is a piece in cm?"))
 def common_divisor(draw):
-    g = draw(2, 40)
-    a, b = sorted((g * draw(5, 99), g * draw(5, 99)))
+    factor = draw(2, 40)
+    a, b = sorted((factor * draw(5, 99), factor * draw(5, 99)))
     steps, answer = euclid(b, a)
     by_code = f"from math import gcd\nprint(gcd({a},{b}))"
     return (a, b), f"By Euclid:\n{steps}", by_code, answer
@@ -612,9 +615,10 @@ def inverse(draw):
     x, next_x = 0, 1
     while next_r:
         q = r // next_r
-        r, next_r = next_r, r - q * next_r
+        rest = r % next_r
         x, next_x = next_x, x - q * next_x
-        lines.append(f"{q * r + next_r} = {q}*{r} + {next_r}, x = {next_x}")
+        lines.append(f"{r} = {q}*{next_r} + {rest}, x = {next_x}")
+        r, next_r = next_r, rest
     by_hand = "By Euclid:\n" + "\n".join(lines)
 
     by_code = tool_call(f"print(pow({a},-1,{m}))")
@@ -637,7 +641,7 @@ def digit_count(draw):
     by_hand = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
 
     by_code = tool_call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
-    if b * log > 308:
+    if b * log > 308:  # a float's largest exponent
         by_code += "A float is too small. Use an integer.\n"
         by_code += tool_call(f"print(len(str({a}**{b})))", answer)
     return (a, b), by_hand, by_code, answer
@@ -649,17 +653,18 @@ def digit_count(draw):
     "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
     "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?")
 def divisor_then_power(draw):
-    g = draw(2, 40)
-    a = g * draw(5, 60)
-    b = g * draw(5, 60)
+    factor = draw(2, 40)
+    a = factor * draw(5, 60)
+    b = factor * draw(5, 60)
     k = draw(3, 15)
     m = draw(11, 4999)
-    steps, g = euclid(a, b)
-    more, answer = square_and_multiply(g, k, m)
+    divisor_steps, g = euclid(a, b)
+    power_steps, answer = square_and_multiply(g, k, m)
+    by_hand = f"By Euclid:\n{divisor_steps}\nModulo {m}:\n{power_steps}"
     by_code = (tool_call(f"from math import gcd\nprint(gcd({a},{b}))", g)
                + "Now the power.\n"
                + tool_call(f"print(pow({g},{k},{m}))", answer))
-    return (a, b, k, m), f"By Euclid:\n{steps}\nModulo {m}:\n{more}", by_code, answer
+    return (a, b, k, m), by_hand, by_code, answer
 
 
 @phrasings(
@@ -790,11 +795,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--file", default="",
+    parser.add_argument(
+        "--file",
+        default="",
         help="file or hub id of problems to load; empty: the embedded problems")
-    add("--n", type=int, default=2, help="problems to print")
-    add("--seed", type=int, default=0, help="of the embedded problems")
+    parser.add_argument("--n", type=int, default=2, help="problems to print")
+    parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")
     args = parser.parse_args()
 
     if args.file:

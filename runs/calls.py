@@ -1,6 +1,6 @@
-"""Problems whose solutions take one, two and three calls, as files: traces.jsonl, executed and checked as
-the embedded ones are, train.jsonl, and a test file for each number of calls. The third kind is not among
-the embedded families.
+"""Problems whose solutions take one, two and three calls, as files: traces.jsonl, executed and
+checked as the embedded ones are, train.jsonl, and a test file for each number of calls. The third
+kind is not among the embedded families.
 
     python runs/calls.py FOLDER [SEED]
 """
@@ -74,12 +74,12 @@ def write_jsonl(path, rows):
 
 
 async def write_files(folder, seed, trace_problems, problem_files):
-    """Write into a folder traces.jsonl, a response to each of trace_problems, executed and checked; and
-    NAME.jsonl for each of problem_files, {NAME: problems}."""
+    """Write into a folder traces.jsonl, a response to each of trace_problems, executed and checked;
+    and NAME.jsonl for each of problem_files, {NAME: problems}."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    # About the share 0.55 is solved with code, the rest by hand.
+    # A share of about 0.55 is solved with code, the rest by hand.
     rng = random.Random(seed)
     candidates = []
     for solved in trace_problems:

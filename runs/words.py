@@ -1,12 +1,13 @@
-"""A task that is not mathematics, as files: problems about words, lists, dates and tables, and traces of
-their solutions, executed and checked as the embedded ones are.
+"""A task that is not mathematics, as files: problems about words, lists, dates and tables, and
+traces of their solutions, executed and checked as the embedded ones are.
 
     python runs/words.py FOLDER [SEED]      # traces, train, test, ood_large and ood_families .jsonl
     python sft.py --traces FOLDER/traces.jsonl
-    python ppo.py --model CHECKPOINT --train_data FOLDER/train.jsonl --eval_data FOLDER/test.jsonl ...
+    python ppo.py --model CHECKPOINT \\
+        --train_data FOLDER/train.jsonl --eval_data FOLDER/test.jsonl ...
 
-A family is a function of draw(low, high, is_size=True), as in data.py. ood_large draws sizes above the range
-of training, and choices such as a letter or a month, for which is_size is False, from the same range.
+A family is a function of draw(low, high, is_size=True), as in data.py. ood_large draws sizes above
+the range of training; choices, such as a letter or a month, have is_size False: their range stays.
 """
 import asyncio
 import datetime
