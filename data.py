@@ -1,8 +1,7 @@
 """Problems and prompts: what the policy is asked, and the reference answers.
 
-The default needs no download: endless, seeded number problems (`embedded_problem`), each with a
-solution by hand (the paper's D_init) and one with code, which sft.py verifies, and a small tokenizer
-(`embedded_tokenizer`). All else is a file or hub id in a layout that public data sets use.
+The default needs no download: endless, seeded number problems (`embedded_problem`), solved by hand
+and with code, and a tokenizer trained on them. All else is a file or hub id in a public layout.
 
     python data.py                   # sample problems
     python data.py --file FILE       # how a file of problems (or a hub id) is understood
@@ -15,8 +14,8 @@ import random
 import re
 import sys
 import zlib
-from collections import namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,30 +29,33 @@ from sandbox import UserError
 # Prompt
 
 # For a model that has never seen the format.
-RETOOL_PROMPT = r"""Work out the problem below, thinking step by step. Whenever a calculation or a \
-check is better done by a program, write a complete Python script (with its imports, printing what you \
-need) in this form:
+RETOOL_PROMPT = """Work out the problem below, thinking step by step. Whenever a calculation or a \
+check is better done by a program, write a complete Python script (with its imports, printing \
+what you need) in this form:
 <code>
 ```python
 print(...)
 ```
 </code>
-It is run at once and what it printed is given back between <interpreter> and </interpreter>; then go on \
-with your reasoning. You may do so several times, and correct a script that failed. Close with the final \
-result in this form:
-<answer>\boxed{...}</answer>
+It is run at once and what it printed is given back between <interpreter> and </interpreter>; \
+then go on with your reasoning. You may do so several times, and correct a script that failed. \
+Close with the final result in this form:
+<answer>\\boxed{...}</answer>
 
 *user question:*
 {question}"""
-PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT.replace("\\\n", "")}
+PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT}
 
 
 def load_template(name):
     """"plain" (the question alone), "retool", or a file containing {question}."""
     if name in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[name]
+
     if not Path(name).is_file():
-        raise UserError(f"--prompt_template {name}: neither {' nor '.join(PROMPT_TEMPLATES)} nor a file")
+        known = " nor ".join(PROMPT_TEMPLATES)
+        raise UserError(f"--prompt_template {name}: neither {known} nor a file")
+
     template = Path(name).read_text()
     if "{question}" not in template:
         raise UserError(f"--prompt_template {name}: the file does not contain {{question}}")
@@ -63,7 +65,10 @@ def load_template(name):
 def encode_prompt(tokenizer, template, question):
     """One user message in the tokenizer's chat template -> token ids, ready for generation."""
     message = {"role": "user", "content": template.replace("{question}", question)}
-    return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        [message],
+        add_generation_prompt=True,
+        return_dict=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -76,15 +81,19 @@ BLOCKS = re.compile("|".join(f"{re.escape(tag)}.*?(?:{re.escape(CLOSING[tag])}|\
 
 def boxed(text):
     r"""The content of the last complete \boxed{...}, nested braces included, or None."""
-    opened, last = [], (-1, None)  # one pass: many \boxed{ must not stall the reward
-    for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
-        if match[0] != "}":
-            opened.append(match)
+    content = None
+    content_start = -1
+    opened = []  # one pass with a stack: many \boxed{ must not stall the reward
+    for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(brace)
         elif opened:
-            box = opened.pop()
-            if len(box[0]) > 1 and box.end() > last[0]:
-                last = box.end(), text[box.end():match.start()].strip()
-    return last[1]
+            # Of all complete boxes, not plain braces, the one that starts last counts.
+            opening = opened.pop()
+            if opening[0] != "{" and opening.end() > content_start:
+                content_start = opening.end()
+                content = text[content_start:brace.start()].strip()
+    return content
 
 
 def extract_answer(response):
@@ -97,40 +106,69 @@ def extract_answer(response):
 
 # (question, answer, solution) as dotted paths; the first whose fields are all there wins.
 LAYOUTS = [
-    ("problem", "answer", "solution"),  # NuminaMath-1.5
-    ("problem", "ground_truth_solution", "deepseek_solution"),  # OpenThoughts with metadata
-    ("problem", "solution", "solution"),  # MATH, NuminaMath-CoT
-    ("problem", "answer", ""),  # AIME collections
-    ("question", "answer", "response"),  # traces of `curate`
+    # NuminaMath-1.5: {"problem": "2+3?", "answer": "5", "solution": "2+3=5"}
+    ("problem", "answer", "solution"),
+    # OpenThoughts: {"problem": "2+3?", "ground_truth_solution": "5", "deepseek_solution": "2+3=5"}
+    ("problem", "ground_truth_solution", "deepseek_solution"),
+    # MATH, NuminaMath-CoT: {"problem": "2+3?", "solution": "\\boxed{5}"}
+    ("problem", "solution", "solution"),
+    # AIME collections: {"problem": "2+3?", "answer": 5}
+    ("problem", "answer", ""),
+    # Traces: {"question": "2+3?", "answer": "5", "response": "\\boxed{5}"}
+    ("question", "answer", "response"),
+    # {"question": "2+3?", "response": "\\boxed{5}"}
     ("question", "response", "response"),
-    ("question", "answer", "answer"),  # GSM8K, or a plain answer
-    ("input", "output", ""),  # the authors' AIME files
-    ("prompt.0.content", "reward_model.ground_truth", ""),  # DAPO-Math-17k
-    ("prompt", "reward_model.ground_truth", ""),  # its processed form
-    ("messages.0.content", "answer", "messages.1.content"),  # what `sft.py curate` writes
-    ("messages.0.content", "messages.1.content", "messages.1.content"),  # the authors' released traces
-    ("conversations.0.value", "conversations.1.value", "conversations.1.value"),  # OpenThoughts
+    # GSM8K: {"question": "2+3?", "answer": "2+3=5\n#### 5"}, or a plain answer
+    ("question", "answer", "answer"),
+    # The authors' AIME files: {"input": "2+3?", "output": "5"}
+    ("input", "output", ""),
+    # DAPO-Math-17k: {"prompt": [{"content": "2+3?"}], "reward_model": {"ground_truth": "5"}}
+    ("prompt.0.content", "reward_model.ground_truth", ""),
+    # Its processed form: {"prompt": "2+3?", "reward_model": {"ground_truth": "5"}}
+    ("prompt", "reward_model.ground_truth", ""),
+    # `sft.py curate`: {"messages": [{"content": "2+3?"}, {"content": "\\boxed{5}"}], "answer": "5"}
+    ("messages.0.content", "answer", "messages.1.content"),
+    # The authors' traces: {"messages": [{"content": "2+3?"}, {"content": "\\boxed{5}"}]}
+    ("messages.0.content", "messages.1.content", "messages.1.content"),
+    # OpenThoughts: {"conversations": [{"value": "2+3?"}, {"value": "\\boxed{5}"}]}
+    ("conversations.0.value", "conversations.1.value", "conversations.1.value"),
 ]
+
 # What these sets put around the question; it would contradict our own format.
-PROMPT_HEAD = re.compile(r"\A(?:.*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?"
-                         r"|Solve the following math problem step by step\. The last line [^\n]*\n+"
-                         r"|Return your final response within \\boxed\{\}\.\s*)", re.DOTALL)
-PROMPT_TAIL = re.compile(r'\s{0,9}Remember to (?:put your answer on its own line after "Answer:"'
-                         r"|place the final answer in the last part using the format).*\Z", re.DOTALL)
+PROMPT_HEADS = [
+    # The authors' traces
+    r".*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?",
+    # DAPO-Math-17k
+    r"Solve the following math problem step by step\. The last line [^\n]*\n+",
+    # OpenThoughts
+    r"Return your final response within \\boxed\{\}\.\s*",
+]
+PROMPT_TAILS = [
+    # DAPO-Math-17k
+    r'\s{0,9}Remember to put your answer on its own line after "Answer:".*',
+    # The authors' traces
+    r"\s{0,9}Remember to place the final answer in the last part using the format.*",
+]
+PROMPT_HEAD = re.compile(r"\A(?:" + "|".join(PROMPT_HEADS) + ")", re.DOTALL)
+PROMPT_TAIL = re.compile("|".join(PROMPT_TAILS), re.DOTALL)
 
 
 def dig(row, path):
     """The value at a dotted path such as prompt.0.content, or None."""
+    value = row
     for key in path.split("."):
-        if isinstance(row, list) and key.isdigit() and int(key) < len(row):
-            row = row[int(key)]
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
         else:
-            row = row.get(key) if isinstance(row, dict) else None
-    return row
+            return None
+    return value
 
 
 def marked_answer(text):
     r"""A solution's final answer: the text after #### or the last \boxed{}; or None."""
+    # In a trace, #### may be a comment in its code.
     if "####" in text and "<answer>" not in text:
         return text.rsplit("####", 1)[1].strip()
     return extract_answer(text)
@@ -139,51 +177,73 @@ def marked_answer(text):
 def read_row(row, layouts=LAYOUTS):
     """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "own": the
     solution's answer, None if missing; "solution": "" if missing."""
-    for layout in layouts:
-        at_question, at_answer, at_solution = layout
-        question, answer, solution = (dig(row, path) for path in layout)
-        if not (isinstance(question, str) and isinstance(answer, (str, int, float))
-                and (isinstance(solution, str) or not at_solution)):
+    for question_path, answer_path, solution_path in layouts:
+        question = dig(row, question_path)
+        answer = dig(row, answer_path)
+        solution = dig(row, solution_path)
+        if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
             continue
-        if "." in at_question:
-            question = PROMPT_TAIL.sub("", PROMPT_HEAD.sub("", question, count=1))
-        answer, solution = str(answer).strip(), solution or ""
+        if solution_path and not isinstance(solution, str):
+            continue
+
+        # A question in a list of messages may stand among instructions.
+        if "." in question_path:
+            question = PROMPT_HEAD.sub("", question)
+            question = PROMPT_TAIL.sub("", question)
+
+        # The answer's field may hold a whole solution.
+        answer = str(answer).strip()
+        solution = solution or ""
         marked = marked_answer(answer)
-        if at_answer == at_solution == "answer" and marked is None:
-            solution = ""  # a bare answer
-        elif marked is not None or at_answer == at_solution:
+        if marked is not None:
             answer = marked
+        elif answer_path == solution_path == "answer":
+            solution = ""  # a bare answer
+        elif answer_path == solution_path:
+            answer = None  # the solution states none
+
         own = marked_answer(solution)
         if "<answer>" not in solution:  # not a trace
-            solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution.rsplit("####", 1)[0])
-        return {"question": question.strip(), "answer": answer, "solution": solution.strip(), "own": own}
+            solution = solution.rsplit("####", 1)[0]
+            solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution)
+
+        return {"question": question.strip(),
+                "answer": answer,
+                "solution": solution.strip(),
+                "own": own}
     return None
 
 
 def read_jsonl(path):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
+                row = json.loads(line)
             except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, one row per "
-                                "line") from None
+                raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, "
+                                "one row per line") from None
+            yield f"{path}:{number}", row
 
 
 def read_rows(source, split="train", config=None):
     """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
-    is_file, ending = Path(source).is_file(), Path(source).suffix
+    is_file = Path(source).is_file()
+    ending = Path(source).suffix
     if not is_file and (ending in (".jsonl", ".parquet") or str(source).count("/") != 1):
         raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
+
     if is_file and ending != ".parquet":
         yield from read_jsonl(source)
         return
+
     try:
         import datasets
+        where = {"path": "parquet", "data_files": str(source)}
         if not is_file:
             need_hub()
-        where = dict(path="parquet", data_files=str(source)) if is_file else dict(path=source, name=config)
+            where = {"path": source, "name": config}
         rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
@@ -197,12 +257,16 @@ def load_problems(source):
     """A file or hub id -> [{"question", "answer", "family"}]."""
     problems = []
     for place, row in read_rows(source):
-        found = read_row(row)
-        if not found or not found["question"] or not found["answer"]:
-            raise UserError(f"{place}: needs question + answer, input + output, or problem + solution (with "
-                            f"a \\boxed answer); found {field_names(row)}")
-        problems.append({"question": found["question"], "answer": found["answer"],
-                         "family": Path(source).stem})
+        problem = read_row(row)
+        if not problem or not problem["question"] or not problem["answer"]:
+            raise UserError(
+                f"{place}: needs question + answer, input + output, or problem + solution (with "
+                f"a \\boxed answer); found {field_names(row)}")
+        problems.append({
+            "question": problem["question"],
+            "answer": problem["answer"],
+            "family": Path(source).stem})
+
     if not problems:
         raise UserError(f"{source}: no rows")
     return problems
@@ -213,8 +277,84 @@ def field_names(row):
 
 
 # ---------------------------------------------------------------------------------------------
-# The embedded problems. A family is a function of draw(low, high). Its docstring holds the
-# phrasings, one a line; {0}, {1}, ... are the operands. It returns
+# The embedded problems
+
+SPLITS = ("train", "test", "ood_large", "ood_families")
+
+
+class Problem(NamedTuple):
+    family: str
+    operands: tuple
+    question: str
+    answer: str
+    by_hand: str  # the paper's D_init
+    by_code: str  # not yet verified
+
+
+def embedded_problem(split, seed, index):
+    """Problem number `index` of an endless split. ood_large draws operands above the training
+    range, ood_families other families."""
+    # Not hash(): for strings it differs from process to process.
+    rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
+    families = HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES
+
+    def draw(low, high):
+        # Numbers up to 9 are choices, not operands.
+        if split == "ood_large" and high > 9:
+            return rng.randint(high + 1, 3 * high)
+
+        # Every number of digits comes equally often, not nearly always the largest.
+        if high >= 100:
+            digits = rng.randint(len(str(low)), len(str(high)))
+            low = max(low, 10**(digits - 1))
+            high = min(high, 10**digits - 1)
+        return rng.randint(low, high)
+
+    while True:
+        family = rng.choice(families)
+        operands, by_hand, by_code, answer = family(draw)
+
+        # A hash keeps train and test disjoint. Sorted: 3 + 5 and 5 + 3 are one problem.
+        key = f"{family.__name__}{sorted(operands)}"
+        is_test = zlib.crc32(key.encode()) % 10 == 0
+        if split == "train" and is_test:
+            continue
+        if split == "test" and not is_test:
+            continue
+        return write_problem(rng, family, operands, by_hand, by_code, answer)
+
+
+def write_problem(rng, family, operands, by_hand, by_code, answer):
+    """The Problem of what a family returned, with complete responses."""
+    if CODE_OPEN not in by_code:
+        by_code = tool_call(by_code, answer)
+    final = f"<answer>\\boxed{{{answer}}}</answer>"
+    return Problem(
+        family=family.__name__,
+        operands=operands,
+        question=rng.choice(family.phrasings).format(*operands),
+        answer=str(answer),
+        by_hand=f"{by_hand}\n{final}",
+        by_code=f"Let me compute this.\n{by_code}{final}")
+
+
+def problem_row(problem):
+    """As `load_problems` returns it."""
+    return {"question": problem.question, "answer": problem.answer, "family": problem.family}
+
+
+def embedded_rows(split, n, seed=0):
+    """The first n problems of a split, as `load_problems` returns them."""
+    return [problem_row(embedded_problem(split, seed, index)) for index in range(n)]
+
+
+def tool_call(code, output=""):
+    snippet = f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n"
+    return f"{snippet}{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# The families. Each is a function of draw(low, high) that returns
 #   operands   what makes the problem that problem
 #   by_hand    the solution as a person would write it, without the answer line
 #   by_code    a script that prints the answer; or prose and tool_call(snippet, what it should
@@ -222,9 +362,102 @@ def field_names(row):
 #   answer     an integer or a word
 
 
-def tool_call(code, output=""):
-    snippet = f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n"
-    return f"{snippet}{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n"
+def phrasings(*questions):
+    """What a family asks; {0}, {1}, ... are its operands."""
+    def store(family):
+        family.phrasings = questions
+        return family
+
+    return store
+
+
+@phrasings(
+    "What is {0} + {1}?",
+    "Ann has {0} coins and Ben has {1}. How many do they have together?",
+    "A shelf holds {0} books and {1} more arrive. How many books are there now?")
+def addition(draw):
+    a = draw(10, 499)
+    b = draw(10, 499)
+    return (a, b), f"{a} + {b} = {a + b}.", f"print({a}+{b})", a + b
+
+
+@phrasings(
+    "Which is larger, {0} or {1}?",
+    "Of the numbers {0} and {1}, give the greater one.",
+    "Two towns have {0} and {1} inhabitants. How many live in the larger town?")
+def larger(draw):
+    a = draw(10, 49999)
+    b = draw(10, 49999)
+    return (a, b), f"The larger one is {max(a, b)}.", f"print(max({a},{b}))", max(a, b)
+
+
+@phrasings(
+    "What is the last digit of {0}?",
+    "Give the units digit of {0}.",
+    "Which digit does {0} end in?")
+def last_digit(draw):
+    n = draw(100, 2999999)
+    return (n,), f"It ends in {n % 10}.", f"print({n}%10)", n % 10
+
+
+def square_and_multiply(a, b, m):
+    lines = []
+    result = 1
+    power = a % m
+    exponent = 1
+    while exponent <= b:
+        line = f"{exponent}: {power}"
+        if b & exponent:
+            product = result * power
+            line += f", {result}*{power} = {product} = {product % m}"
+            result = product % m
+        lines.append(line)
+
+        power = power * power % m
+        exponent *= 2
+    return "\n".join(lines), result
+
+
+@phrasings(
+    "Find the remainder when {0}^{1} is divided by {2}.",
+    "What is {0} to the power {1} modulo {2}?",
+    "Divide {0}^{1} by {2}. What remains?")
+def power_remainder(draw):
+    a = draw(3, 999)
+    b = draw(3, 15)
+    m = draw(11, 999)
+    steps, answer = square_and_multiply(a, b, m)
+    by_hand = f"Square repeatedly modulo {m}.\n{steps}"
+    return (a, b, m), by_hand, f"print(pow({a},{b},{m}))", answer
+
+
+@phrasings(
+    "How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
+    "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
+    ("Two dice have {0} sides each, numbered from 1. "
+     "For how many rolls is the sum divisible by {1}?"))
+def count_pairs(draw):
+    n = draw(100, 999)
+    m = draw(3, 5)
+    if draw(0, 9) == 0:
+        n = draw(6000, 9999)  # the natural loop takes a second
+
+    # How many numbers leave each remainder? Those of r pair with those of -r.
+    counts = [0] * m
+    for x in range(1, n + 1):
+        counts[x % m] += 1
+    answer = sum(counts[r] * counts[-r] for r in range(m))
+    listed = ", ".join(f"{counts[r]} times {r}" for r in range(m))
+    products = " + ".join(f"{counts[r]}*{counts[-r]}" for r in range(m))
+    by_hand = (f"Remainders modulo {m} of the numbers up to {n}: {listed}\n"
+               f"{products} = {answer}")
+
+    by_code = tool_call(f"r=range(1,{n}+1)\nprint(sum((x+y)%{m}==0 for x in r for y in r))")
+    if n > 1200:
+        by_code += "Too slow. Count the remainders.\n" + tool_call(
+            f"n,m={n},{m}\nc=[(n-r)//m+(r>0) for r in range(m)]\n"
+            "print(sum(c[r]*c[-r] for r in range(m)))", answer)
+    return (n, m), by_hand, by_code, answer
 
 
 def euclid(a, b):
@@ -235,285 +468,254 @@ def euclid(a, b):
     return "\n".join(lines), a
 
 
-def square_and_multiply(a, b, m):
-    power, exponent, result, lines = a % m, 1, 1, []
-    while exponent <= b:
-        lines.append(f"{exponent}: {power}")
-        if b & exponent:
-            product = result * power
-            lines[-1] += f", {result}*{power} = {product} = {product % m}"
-            result = product % m
-        power, exponent = power * power % m, exponent * 2
-    return "\n".join(lines), result
-
-
-def addition(draw):
-    """What is {0} + {1}?
-    Ann has {0} coins and Ben has {1}. How many do they have together?
-    A shelf holds {0} books and {1} more arrive. How many books are there now?"""
-    a, b = draw(10, 499), draw(10, 499)
-    return (a, b), f"{a} + {b} = {a + b}.", f"print({a}+{b})", a + b
-
-
-def larger(draw):
-    """Which is larger, {0} or {1}?
-    Of the numbers {0} and {1}, give the greater one.
-    Two towns have {0} and {1} inhabitants. How many live in the larger town?"""
-    a, b = draw(10, 49999), draw(10, 49999)
-    return (a, b), f"The larger one is {max(a, b)}.", f"print(max({a},{b}))", max(a, b)
-
-
-def last_digit(draw):
-    """What is the last digit of {0}?
-    Give the units digit of {0}.
-    Which digit does {0} end in?"""
-    n = draw(100, 2999999)
-    return (n,), f"It ends in {n % 10}.", f"print({n}%10)", n % 10
-
-
-def power_remainder(draw):
-    """Find the remainder when {0}^{1} is divided by {2}.
-    What is {0} to the power {1} modulo {2}?
-    Divide {0}^{1} by {2}. What remains?"""
-    a, b, m = draw(3, 999), draw(3, 15), draw(11, 999)
-    steps, answer = square_and_multiply(a, b, m)
-    return (a, b, m), f"Square repeatedly modulo {m}.\n{steps}", f"print(pow({a},{b},{m}))", answer
-
-
-def count_pairs(draw):
-    """How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?
-    Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.
-    Two dice have {0} sides each, numbered from 1. For how many rolls is the sum divisible by {1}?"""
-    n, m = draw(100, 999), draw(3, 5)
-    if draw(0, 9) == 0:
-        n = draw(6000, 9999)  # the natural loop takes a second
-    counts = [(n - r) // m + (r > 0) for r in range(m)]
-    answer = sum(counts[r] * counts[-r] for r in range(m))
-    found = ", ".join(f"{count} times {r}" for r, count in enumerate(counts))
-    products = " + ".join(f"{counts[r]}*{counts[-r]}" for r in range(m))
-    text = f"Remainders modulo {m} of the numbers up to {n}: {found}\n{products} = {answer}"
-    code = tool_call(f"r=range(1,{n}+1)\nprint(sum((x+y)%{m}==0 for x in r for y in r))")
-    if n > 1200:
-        code += "Too slow. Count the remainders.\n" + tool_call(
-            f"n,m={n},{m}\nc=[(n-r)//m+(r>0) for r in range(m)]\n"
-            "print(sum(c[r]*c[-r] for r in range(m)))", answer)
-    return (n, m), text, code, answer
-
-
+@phrasings(
+    "Find the greatest common divisor of {0} and {1}.",
+    "What is gcd({0}, {1})?",
+    ("Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
+     "How long is a piece in cm?"))
 def common_divisor(draw):
-    """Find the greatest common divisor of {0} and {1}.
-    What is gcd({0}, {1})?
-    Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. How long is a piece in cm?
-    """
-    g = draw(2, 40)
-    a, b = sorted((g * draw(5, 99), g * draw(5, 99)))
+    factor = draw(2, 40)
+    a, b = sorted((factor * draw(5, 99), factor * draw(5, 99)))
     steps, answer = euclid(b, a)
-    return (a, b), f"By Euclid:\n{steps}", f"from math import gcd\nprint(gcd({a},{b}))", answer
+    by_code = f"from math import gcd\nprint(gcd({a},{b}))"
+    return (a, b), f"By Euclid:\n{steps}", by_code, answer
 
 
+@phrasings(
+    "Find the least common multiple of {0} and {1}.",
+    "What is lcm({0}, {1})?",
+    ("Two lights flash every {0} and every {1} seconds. "
+     "After how many seconds do they flash together again?"))
 def common_multiple(draw):
-    """Find the least common multiple of {0} and {1}.
-    What is lcm({0}, {1})?
-    Two lights flash every {0} and every {1} seconds. After how many seconds do they flash together again?"""
     a, b = sorted((draw(12, 250), draw(12, 250)))
     steps, g = euclid(b, a)
     answer = a * b // g
-    text = f"By Euclid:\n{steps}\nThe gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {answer}"
-    return (a, b), text, f"from math import lcm\nprint(lcm({a},{b}))", answer
+    by_hand = (f"By Euclid:\n{steps}\n"
+               f"The gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {answer}")
+    return (a, b), by_hand, f"from math import lcm\nprint(lcm({a},{b}))", answer
 
 
+@phrasings(
+    "What is the digit sum of {0} * {1}?",
+    "Multiply {0} by {1} and add up the digits of the result.",
+    "Find the sum of the digits of the product of {0} and {1}.")
 def digit_sum(draw, sign="*"):
-    """What is the digit sum of {0} * {1}?
-    Multiply {0} by {1} and add up the digits of the result.
-    Find the sum of the digits of the product of {0} and {1}."""
     a, b = sorted((draw(101, 9999), draw(101, 9999)))
     digits = str(a * b if sign == "*" else a + b)
     answer = sum(map(int, digits))
-    text = f"{a}{sign}{b} = {digits}\n{'+'.join(digits)} = {answer}"
-    return (a, b), text, f"print(sum(map(int,str({a}{sign}{b}))))", answer
+    by_hand = f"{a}{sign}{b} = {digits}\n{'+'.join(digits)} = {answer}"
+    return (a, b), by_hand, f"print(sum(map(int,str({a}{sign}{b}))))", answer
 
 
+@phrasings(
+    "How many positive divisors does {0} have?",
+    "Count the divisors of {0}.",
+    "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows.")
 def divisor_count(draw):
-    """How many positive divisors does {0} have?
-    Count the divisors of {0}.
-    In how many rows of equal length can {0} soldiers be arranged? Count every number of rows."""
     n = draw(100, 9999)
-    factors = sympy.factorint(n)
-    product = "*".join(f"{p}^{e}" if e > 1 else f"{p}" for p, e in factors.items())
-    answer = math.prod(e + 1 for e in factors.values())
-    text = f"{n} = {product}\nAdd one to each exponent and multiply: {answer}"
-    return (n,), text, f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer
+    answer = 1
+    powers = []
+    for prime, exponent in sympy.factorint(n).items():
+        answer *= exponent + 1
+        powers.append(f"{prime}^{exponent}" if exponent > 1 else f"{prime}")
+    by_hand = f"{n} = {'*'.join(powers)}\nAdd one to each exponent and multiply: {answer}"
+    return (n,), by_hand, f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer
 
 
+@phrasings(
+    "How many primes are there from {0} to {1}?",
+    "Count the prime numbers between {0} and {1} inclusive.",
+    "How many of the integers {0}, ..., {1} are prime?")
 def prime_count(draw):
-    """How many primes are there from {0} to {1}?
-    Count the prime numbers between {0} and {1} inclusive.
-    How many of the integers {0}, ..., {1} are prime?"""
     a = draw(10, 900)
     b = a + draw(10, 60)
     primes = list(sympy.primerange(a, b + 1))
-    listed = ", ".join(map(str, primes))
-    text = f"The primes are {listed}.\nThat makes {len(primes)}." if primes else "There are none."
-    return (a, b), text, f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))", len(primes)
+    by_hand = "There are none."
+    if primes:
+        listed = ", ".join(map(str, primes))
+        by_hand = f"The primes are {listed}.\nThat makes {len(primes)}."
+    by_code = f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))"
+    return (a, b), by_hand, by_code, len(primes)
 
 
+@phrasings(
+    "Compute the sum of n^{2} for n from {0} to {1}.",
+    "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
+    "Add the powers n^{2} of all integers n with {0} <= n <= {1}.")
 def power_sum(draw):
-    """Compute the sum of n^{2} for n from {0} to {1}.
-    What is {0}^{2} + ... + {1}^{2}, over all integers between?
-    Add the powers n^{2} of all integers n with {0} <= n <= {1}."""
-    a, k = draw(2, 99), 2 + draw(0, 9) % 2
+    a = draw(2, 99)
+    k = 2 + draw(0, 9) % 2
     b = a + draw(5, 200)
-    text, totals = "", [sum(n**k for n in range(end + 1)) for end in (b, a - 1)]
-    for n, total in zip((b, a - 1), totals):
-        formula = f"{n}*{n + 1}*{2 * n + 1}/6" if k == 2 else f"({n}*{n + 1}/2)^2"
-        text += f"Up to {n}: {formula} = {total}\n"
+
+    by_hand = ""
+    totals = []
+    for end in (b, a - 1):
+        total = sum(n**k for n in range(end + 1))
+        formula = f"({end}*{end + 1}/2)^2"
+        if k == 2:
+            formula = f"{end}*{end + 1}*{2 * end + 1}/6"
+        by_hand += f"Up to {end}: {formula} = {total}\n"
+        totals.append(total)
+
     answer = totals[0] - totals[1]
-    text += f"{totals[0]} - {totals[1]} = {answer}"
-    return (a, b, k), text, f"print(sum(n**{k} for n in range({a},{b}+1)))", answer
+    by_hand += f"{totals[0]} - {totals[1]} = {answer}"
+    return (a, b, k), by_hand, f"print(sum(n**{k} for n in range({a},{b}+1)))", answer
 
 
+@phrasings(
+    "A sequence has u({0}) = {1} and u(n) = u(n-1) + n. Find u({2}).",
+    "Let u({0}) = {1} and let u(n) exceed u(n-1) by n. What is u({2})?",
+    "Start with u({0}) = {1}; step n adds n to the value before. Give u({2}).")
 def recurrence(draw):
-    """A sequence has u({0}) = {1} and u(n) = u(n-1) + n. Find u({2}).
-    Let u({0}) = {1} and let u(n) exceed u(n-1) by n. What is u({2})?
-    Start with u({0}) = {1}; step n adds n to the value before. Give u({2})."""
-    a, first, steps = draw(2, 499), draw(10, 999), draw(20, 900)
+    a = draw(2, 499)
+    first = draw(10, 999)
+    steps = draw(20, 900)
     if draw(0, 9) % 3 == 0:
         steps = draw(1100, 1900)  # beyond Python's recursion limit
     n = first + steps
+
     added = steps * (first + 1 + n) // 2
     answer = a + added
-    text = f"{first + 1} + ... + {n} = {steps}*{first + 1 + n}/2 = {added}\n{a} + {added} = {answer}"
-    # Operands in the order of the question: swapped, copying them was learnt last of all.
-    code = tool_call(f"def u(n):\n    return u(n-1)+n if n>{first} else {a}\nprint(u({n}))")
+    by_hand = (f"{first + 1} + ... + {n} = {steps}*{first + 1 + n}/2 = {added}\n"
+               f"{a} + {added} = {answer}")
+
+    by_code = tool_call(f"def u(n):\n    return u(n-1)+n if n>{first} else {a}\nprint(u({n}))")
     if steps > 1000:
-        code += "Too deep. Use a loop.\n" + tool_call(
+        by_code += "Too deep. Use a loop.\n" + tool_call(
             f"n,u={first},{a}\nwhile n<{n}:\n    n+=1\n    u+=n\nprint(u)", answer)
-    return (first, a, n), text, code, answer
+    return (first, a, n), by_hand, by_code, answer
 
 
+@phrasings(
+    "Find the inverse of {0} modulo {1}, or 0 if there is none.",
+    "Which x with 0 < x < {1} satisfies {0}*x = 1 modulo {1}? Answer 0 if no such x exists.",
+    "Give the multiplicative inverse of {0} mod {1} (0 if it does not exist).")
 def inverse(draw):
-    """Find the inverse of {0} modulo {1}, or 0 if there is none.
-    Which x with 0 < x < {1} satisfies {0}*x = 1 modulo {1}? Answer 0 if no such x exists.
-    Give the multiplicative inverse of {0} mod {1} (0 if it does not exist)."""
-    m, a = draw(20, 999), draw(3, 999)
+    m = draw(20, 999)
+    a = draw(3, 999)
     if draw(0, 1):  # about half have no inverse
         g = 2 + a % 5
-        m, a = m - m % g + g, a - a % g + g
+        m += g - m % g
+        a += g - a % g
+
     # Extended Euclid: every remainder r is x*a modulo m.
-    lines, r, x = [], (m, a % m), (0, 1)
-    while r[1]:
-        q = r[0] // r[1]
-        lines.append(f"{r[0]} = {q}*{r[1]} + {r[0] % r[1]}, x = {x[0] - q * x[1]}")
-        r, x = (r[1], r[0] % r[1]), (x[1], x[0] - q * x[1])
-    text, code = "By Euclid:\n" + "\n".join(lines), tool_call(f"print(pow({a},-1,{m}))")
-    if r[0] > 1:
-        return (a, m), f"{text}\nThe gcd is {r[0]}, so there is none.", f"{code}There is no inverse.\n", 0
-    return (a, m), f"{text}\nThe gcd is 1, so the inverse is {x[0]}, that is {x[0] % m}.", code, x[0] % m
+    lines = []
+    r, next_r = m, a % m
+    x, next_x = 0, 1
+    while next_r:
+        q = r // next_r
+        rest = r % next_r
+        x, next_x = next_x, x - q * next_x
+        lines.append(f"{r} = {q}*{next_r} + {rest}, x = {next_x}")
+        r, next_r = next_r, rest
+    by_hand = "By Euclid:\n" + "\n".join(lines)
+
+    by_code = tool_call(f"print(pow({a},-1,{m}))")
+    if r > 1:
+        by_hand += f"\nThe gcd is {r}, so there is none."
+        return (a, m), by_hand, f"{by_code}There is no inverse.\n", 0
+    by_hand += f"\nThe gcd is 1, so the inverse is {x}, that is {x % m}."
+    return (a, m), by_hand, by_code, x % m
 
 
+@phrasings(
+    "How many digits does {0}^{1} have?",
+    "Find the number of decimal digits of {0} to the power {1}.",
+    "If {0}^{1} is written out, how many digits does it take?")
 def digit_count(draw):
-    """How many digits does {0}^{1} have?
-    Find the number of decimal digits of {0} to the power {1}.
-    If {0}^{1} is written out, how many digits does it take?"""
-    a, b = draw(3, 999), draw(20, 399)
+    a = draw(3, 999)
+    b = draw(20, 399)
     answer = len(str(a**b))
     log = math.log10(a)
-    text = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
-    code = tool_call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
-    if b * log > 308:
-        code += "A float is too small. Use an integer.\n" + tool_call(f"print(len(str({a}**{b})))", answer)
-    return (a, b), text, code, answer
+    by_hand = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
+
+    by_code = tool_call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
+    if b * log > 308:  # a float's largest exponent
+        by_code += "A float is too small. Use an integer.\n"
+        by_code += tool_call(f"print(len(str({a}**{b})))", answer)
+    return (a, b), by_hand, by_code, answer
 
 
+@phrasings(
+    ("Let g be the greatest common divisor of {0} and {1}. "
+     "Find the remainder of g^{2} divided by {3}."),
+    "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
+    "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?")
 def divisor_then_power(draw):
-    """Let g be the greatest common divisor of {0} and {1}. Find the remainder of g^{2} divided by {3}.
-    Take g = gcd({0}, {1}). What is g^{2} modulo {3}?
-    The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?"""
-    g = draw(2, 40)
-    a, b, k, m = g * draw(5, 60), g * draw(5, 60), draw(3, 15), draw(11, 4999)
-    steps, g = euclid(a, b)
-    more, answer = square_and_multiply(g, k, m)
-    code = (tool_call(f"from math import gcd\nprint(gcd({a},{b}))", g) + "Now the power.\n"
-            + tool_call(f"print(pow({g},{k},{m}))", answer))
-    return (a, b, k, m), f"By Euclid:\n{steps}\nModulo {m}:\n{more}", code, answer
+    factor = draw(2, 40)
+    a = factor * draw(5, 60)
+    b = factor * draw(5, 60)
+    k = draw(3, 15)
+    m = draw(11, 4999)
+    divisor_steps, g = euclid(a, b)
+    power_steps, answer = square_and_multiply(g, k, m)
+    by_hand = f"By Euclid:\n{divisor_steps}\nModulo {m}:\n{power_steps}"
+    by_code = (tool_call(f"from math import gcd\nprint(gcd({a},{b}))", g)
+               + "Now the power.\n"
+               + tool_call(f"print(pow({g},{k},{m}))", answer))
+    return (a, b, k, m), by_hand, by_code, answer
 
 
+@phrasings(
+    "Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
+    "Take the first prime p after {0}. What is p^{1} modulo {2}?",
+    "p is the next prime after {0}. Divide p^{1} by {2}. What remains?")
 def prime_then_power(draw):
-    """Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.
-    Take the first prime p after {0}. What is p^{1} modulo {2}?
-    p is the next prime after {0}. Divide p^{1} by {2}. What remains?"""
-    n, k, m = draw(20, 4999), draw(3, 15), draw(11, 4999)
+    n = draw(20, 4999)
+    k = draw(3, 15)
+    m = draw(11, 4999)
     p = sympy.nextprime(n)
     steps, answer = square_and_multiply(p, k, m)
-    code = (tool_call(f"from sympy import nextprime\nprint(nextprime({n}))", p) + "Now the power.\n"
-            + tool_call(f"print(pow({p},{k},{m}))", answer))
-    return (n, k, m), f"The prime is {p}. Modulo {m}:\n{steps}", code, answer
+    by_code = (tool_call(f"from sympy import nextprime\nprint(nextprime({n}))", p)
+               + "Now the power.\n"
+               + tool_call(f"print(pow({p},{k},{m}))", answer))
+    return (n, k, m), f"The prime is {p}. Modulo {m}:\n{steps}", by_code, answer
 
 
+@phrasings(
+    "Find the remainder when {0} * {1} is divided by {2}.",
+    "What is {0} times {1} modulo {2}?",
+    "Multiply {0} by {1} and divide by {2}. What remains?")
 def product_remainder(draw):
-    """Find the remainder when {0} * {1} is divided by {2}.
-    What is {0} times {1} modulo {2}?
-    Multiply {0} by {1} and divide by {2}. What remains?"""
-    a, b, m = draw(20, 999), draw(20, 999), draw(11, 99)
+    a = draw(20, 999)
+    b = draw(20, 999)
+    m = draw(11, 99)
     answer = a * b % m
-    return (a, b, m), f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}", f"print({a}*{b}%{m})", answer
+    by_hand = f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}"
+    return (a, b, m), by_hand, f"print({a}*{b}%{m})", answer
 
 
+@phrasings(
+    "What is the digit sum of {0} + {1}?",
+    "Add {0} and {1} and add up the digits of the result.",
+    "Find the sum of the digits of the sum of {0} and {1}.")
 def sum_of_digit_sums(draw):
-    """What is the digit sum of {0} + {1}?
-    Add {0} and {1} and add up the digits of the result.
-    Find the sum of the digits of the sum of {0} and {1}."""
     return digit_sum(draw, "+")
 
 
 TRIVIAL = [addition, larger, last_digit]  # no tool is needed
-FAMILIES = [addition, larger, last_digit, power_remainder, count_pairs, common_divisor, common_multiple,
-            digit_sum, divisor_count, prime_count, power_sum, recurrence, inverse, digit_count,
-            divisor_then_power, prime_then_power]
+FAMILIES = TRIVIAL + [
+    power_remainder,
+    count_pairs,
+    common_divisor,
+    common_multiple,
+    digit_sum,
+    divisor_count,
+    prime_count,
+    power_sum,
+    recurrence,
+    inverse,
+    digit_count,
+    divisor_then_power,
+    prime_then_power,
+]
 HELD_OUT_FAMILIES = [product_remainder, sum_of_digit_sums]  # never trained on
-SPLITS = ("train", "test", "ood_large", "ood_families")
 
 
-# by_hand: D_init; by_code: not yet verified
-Problem = namedtuple("Problem", "family operands question answer by_hand by_code")
+# ---------------------------------------------------------------------------------------------
+# The embedded tokenizer
 
-
-def embedded_problem(split, seed, index):
-    """Problem number `index` of an endless split. A hash of (family, operands) keeps train and test
-    disjoint; ood_large draws operands above the training range, ood_families other families."""
-    # not hash(): for strings it differs from process to process
-    rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
-
-    def draw(low, high):
-        if split == "ood_large" and high > 9:
-            return rng.randint(high + 1, 3 * high)  # numbers up to 9 are choices, not operands
-        if high >= 100:  # every length equally often, not nearly always the longest
-            digits = rng.randint(len(str(low)), len(str(high)))
-            low, high = max(low, 10**(digits - 1)), min(high, 10**digits - 1)
-        return rng.randint(low, high)
-
-    while True:
-        family = rng.choice(HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES)
-        operands, by_hand, by_code, answer = family(draw)
-        # sorted: 3 + 5 and 5 + 3 are one problem
-        is_test = zlib.crc32(f"{family.__name__}{sorted(operands)}".encode()) % 10 == 0
-        if split in ("train", "test") and is_test != (split == "test"):
-            continue
-        if CODE_OPEN not in by_code:
-            by_code = tool_call(by_code, answer)
-        final = f"<answer>\\boxed{{{answer}}}</answer>"
-        question = rng.choice(family.__doc__.strip().splitlines()).strip().format(*operands)
-        return Problem(family.__name__, operands, question, str(answer), f"{by_hand}\n{final}",
-                       f"Let me compute this.\n{by_code}{final}")
-
-
-def embedded_rows(split, n, seed=0):
-    """The first n problems of a split, as `load_problems` returns them."""
-    return [{"question": p.question, "answer": p.answer, "family": p.family}
-            for p in (embedded_problem(split, seed, i) for i in range(n))]
-
-
-# Failures as the sandbox prints them, for the tokenizer: else a traceback takes 200 tokens.
+# Failures as the sandbox prints them: else a traceback takes 200 tokens.
 ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
     print(u(2500))
@@ -529,50 +731,81 @@ NameError: name 'x' is not defined
 """
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+# As Qwen's tokenizers split: for every qwen2 checkpoint, transformers loads this pattern.
+QWEN_PATTERN = "|".join([
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"\p{N}",  # digits one by one
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+])
 
 
 @functools.cache  # takes seconds
 def embedded_tokenizer(vocabulary=896, documents=3000):
     """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as for
-    the big tokenizers. Digits in pairs would halve the steps after which operands are copied right
-    (measured), but of a qwen2 checkpoint transformers loads Qwen's splitting, one by one."""
+    the big tokenizers."""
     tokenizer = Tokenizer(models.BPE())
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    problems = [embedded_problem("train", 0, i) for i in range(documents)]
-    texts = [text for p in problems for text in (p.question, p.by_hand, p.by_code)]
-    texts += ["user\n", "assistant\n"] * documents + [ERRORS] * (documents // 10)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
-                                   chat_template=CHAT_TEMPLATE)
+
+    texts = []
+    for index in range(documents):
+        problem = embedded_problem("train", 0, index)
+        texts += [problem.question, problem.by_hand, problem.by_code]
+    texts += ["user\n", "assistant\n"] * documents
+    texts += [ERRORS] * (documents // 10)
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--file", default="", help="file or hub id of problems to load; empty: the embedded problems")
-    add("--n", type=int, default=2, help="problems to print")
-    add("--seed", type=int, default=0, help="of the embedded problems")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--file",
+        default="",
+        help="file or hub id of problems to load; empty: the embedded problems")
+    parser.add_argument("--n", type=int, default=2, help="problems to print")
+    parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")
     args = parser.parse_args()
-    problems = load_problems(args.file) if args.file else [
-        embedded_problem("train", args.seed, index)._asdict() for index in range(args.n)]
+
+    if args.file:
+        problems = load_problems(args.file)
+    else:
+        problems = [embedded_problem("train", args.seed, i)._asdict() for i in range(args.n)]
+
     print(f"{len(problems)} problems\n")
     for problem in problems[:args.n]:
-        print("".join(f"{name}: {value}\n" for name, value in problem.items()))
+        for name, value in problem.items():
+            print(f"{name}: {value}")
+        print()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,138 +1,196 @@
-"""A task that is not mathematics, as files: problems about words, lists, dates and tables, and traces of
-their solutions, executed and checked as the embedded ones are.
+"""A task that is not mathematics, as files: problems about words, lists, dates and tables, and
+traces of their solutions, executed and checked as the embedded ones are.
 
     python runs/words.py FOLDER [SEED]      # traces, train, test, ood_large and ood_families .jsonl
     python sft.py --traces FOLDER/traces.jsonl
-    python ppo.py --model CHECKPOINT --train_data FOLDER/train.jsonl --eval_data FOLDER/test.jsonl ...
+    python ppo.py --model CHECKPOINT \\
+        --train_data FOLDER/train.jsonl --eval_data FOLDER/test.jsonl ...
 
-A family is a function of draw(low, high, is_size=True), as in data.py; is_size is False for choices such as a
-letter or a month, which are no longer in ood_large.
+A family is a function of draw(low, high, is_size=True), as in data.py. ood_large draws sizes above
+the range of training; choices, such as a letter or a month, have is_size False: their range stays.
 """
 import asyncio
 import datetime
-import json
 import random
 import sys
 import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import CODE_OPEN, tool_call  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
-from sft import check_trace  # noqa: E402
+from data import phrasings, write_problem  # noqa: E402
+from runs.calls import write_files  # noqa: E402
 
 
 def random_word(draw, low, high):
-    """Letters with a vowel among them: what the judge takes for a word."""
-    letters = [chr(96 + draw(1, 26, False)) for _ in range(draw(low, high))]
-    return "".join(letters[:-1]) + "aeiou"[draw(0, 4, False)]
+    """Letters with a vowel at the end: what the judge takes for a word."""
+    length = draw(low, high)
+    letters = [chr(96 + draw(1, 26, is_size=False)) for _ in range(length)]
+    letters[-1] = "aeiou"[draw(0, 4, is_size=False)]
+    return "".join(letters)
 
 
+def random_numbers(draw):
+    n = draw(4, 7)
+    return [draw(10, 999) for _ in range(n)]
+
+
+def random_date(draw, year):
+    month = draw(1, 12, is_size=False)
+    day = draw(1, 28, is_size=False)
+    return datetime.date(year, month, day)
+
+
+def joined(values):
+    return ", ".join(map(str, values))
+
+
+@phrasings(
+    "Which letter does {0} begin with?",
+    "Give the first letter of the word {0}.")
 def first_letter(draw):
     word = random_word(draw, 4, 9)
     return (word,), f"It begins with {word[0]}.", f'print("{word}"[0])', word[0]
 
 
+@phrasings(
+    "Write the word {0} backwards.",
+    "What is {0} read from right to left?")
 def reversed_word(draw):
     word = random_word(draw, 4, 9)
     answer = word[::-1]
-    text = f"From the end: {', '.join(answer)}. That is {answer}."
-    return (word,), text, f'print("{word}"[::-1])', answer
+    by_hand = f"From the end: {joined(answer)}. That is {answer}."
+    return (word,), by_hand, f'print("{word}"[::-1])', answer
 
 
+@phrasings(
+    "Sort the letters of {0} alphabetically.",
+    "Put the letters of the word {0} in order.")
 def sorted_letters(draw):
     word = random_word(draw, 4, 9)
     answer = "".join(sorted(word))
-    text = f"In order: {', '.join(answer)}. That is {answer}."
-    return (word,), text, f'print("".join(sorted("{word}")))', answer
+    by_hand = f"In order: {joined(answer)}. That is {answer}."
+    return (word,), by_hand, f'print("".join(sorted("{word}")))', answer
 
 
+@phrasings(
+    "How often does the letter {1} occur in {0}?",
+    "Count the letter {1} in the word {0}.")
 def letter_count(draw):
     word = random_word(draw, 6, 15)
-    letter = word[draw(0, 5, False)]
+    letter = word[draw(0, 5, is_size=False)]
     answer = word.count(letter)
-    text = f"The letters are {', '.join(word)}. {letter} occurs {answer} times."
-    return (word, letter), text, f'print("{word}".count("{letter}"))', answer
+    by_hand = f"The letters are {joined(word)}. {letter} occurs {answer} times."
+    return (word, letter), by_hand, f'print("{word}".count("{letter}"))', answer
 
 
+@phrasings(
+    "Which is the second largest entry of the list {0}?",
+    "Sort {0}. Which entry is the last but one?")
 def second_largest(draw):
-    found = [draw(10, 999) for _ in range(draw(4, 7))]
-    listed, ordered = ", ".join(map(str, found)), sorted(found)
-    text = f"In order: {', '.join(map(str, ordered))}. It is {ordered[-2]}."
-    return (listed,), text, f"print(sorted([{listed}])[-2])", ordered[-2]
+    numbers = random_numbers(draw)
+    listed = joined(numbers)
+    ordered = sorted(numbers)
+    answer = ordered[-2]
+    by_hand = f"In order: {joined(ordered)}. It is {answer}."
+    return (listed,), by_hand, f"print(sorted([{listed}])[-2])", answer
 
 
+@phrasings(
+    "Which day of the week is {0}?",
+    "On what weekday does {0} fall?")
 def weekday(draw):
-    day = datetime.date(draw(1900, 2099), draw(1, 12, False), draw(1, 28, False))
+    day = random_date(draw, year=draw(1900, 2099))
     first = day.replace(day=1)
-    text = f"{first} is a {first:%A}, {day.day - 1} days earlier. So it is a {day:%A}."
-    script = f'from datetime import date\nprint(f"{{date({day.year},{day.month},{day.day}):%A}}")'
-    return (str(day),), text, script, f"{day:%A}"
+    by_hand = f"{first} is a {first:%A}, {day.day - 1} days earlier. So it is a {day:%A}."
+    by_code = (
+        "from datetime import date\n"
+        f'print(f"{{date({day.year},{day.month},{day.day}):%A}}")')
+    return (str(day),), by_hand, by_code, f"{day:%A}"
 
 
+@phrasings(
+    "How many days is it from {0} to {1}?",
+    "Count the days between {0} and {1}.")
 def days_between(draw):
-    a = datetime.date(draw(1990, 2029, False), draw(1, 12, False), draw(1, 28, False))
-    b = a + datetime.timedelta(draw(10, 199))
-    answer, year = (b - a).days, datetime.date(a.year, 1, 1)
-    text = f"They are day {(a - year).days + 1} and day {(b - year).days + 1} of {a.year}. That is {answer}."
-    dates = [f"date({d.year},{d.month},{d.day})" for d in (b, a)]
-    return (str(a), str(b)), text, f"from datetime import date\nprint(({'-'.join(dates)}).days)", answer
+    start = random_date(draw, year=draw(1990, 2029, is_size=False))
+    answer = draw(10, 199)
+    end = start + datetime.timedelta(answer)
+
+    new_year = datetime.date(start.year, 1, 1)
+    start_day = (start - new_year).days + 1
+    end_day = (end - new_year).days + 1
+    by_hand = f"They are day {start_day} and day {end_day} of {start.year}. That is {answer}."
+
+    by_code = (
+        "from datetime import date\n"
+        f"print((date({end.year},{end.month},{end.day})"
+        f"-date({start.year},{start.month},{start.day})).days)")
+    return (str(start), str(end)), by_hand, by_code, answer
 
 
+@phrasings(
+    "A bill lists (number at price): {0}. What is the total?",
+    "Add up this order: {0}.")
 def table_total(draw):
-    rows = [(draw(2, 49), draw(2, 99)) for _ in range(draw(2, 4))]
-    table = "; ".join(f"{n} at {price}" for n, price in rows)
-    products, parts = [f"{n}*{price}" for n, price in rows], [n * price for n, price in rows]
-    text = "\n".join(f"{product} = {part}" for product, part in zip(products, parts))
-    text += f"\n{' + '.join(map(str, parts))} = {sum(parts)}"
-    return (table,), text, f"print({'+'.join(products)})", sum(parts)
+    n_rows = draw(2, 4)
+    table = []
+    products = []
+    totals = []
+    for _ in range(n_rows):
+        number = draw(2, 49)
+        price = draw(2, 99)
+        table.append(f"{number} at {price}")
+        products.append(f"{number}*{price}")
+        totals.append(number * price)
+    answer = sum(totals)
+
+    by_hand = ""
+    for product, total in zip(products, totals):
+        by_hand += f"{product} = {total}\n"
+    by_hand += f"{' + '.join(map(str, totals))} = {answer}"
+    return ("; ".join(table),), by_hand, f"print({'+'.join(products)})", answer
 
 
+@phrasings(
+    "How many vowels (a, e, i, o, u) has the word {0}?",
+    "Count the letters a, e, i, o, u in {0}.")
 def vowel_count(draw):
     word = random_word(draw, 6, 15)
-    answer = sum(letter in "aeiou" for letter in word)
-    text = f"The letters are {', '.join(word)}. {answer} are vowels."
-    return (word,), text, f'print(sum(c in "aeiou" for c in "{word}"))', answer
+    answer = len([letter for letter in word if letter in "aeiou"])
+    by_hand = f"The letters are {joined(word)}. {answer} are vowels."
+    return (word,), by_hand, f'print(sum(c in "aeiou" for c in "{word}"))', answer
 
 
+@phrasings(
+    "What is the smallest gap between neighbours in the list {0}?",
+    "By how much do the closest neighbours of {0} differ?")
 def smallest_gap(draw):
-    found = sorted(draw(10, 999) for _ in range(draw(4, 7)))
-    listed, gaps = ", ".join(map(str, found)), [b - a for a, b in zip(found, found[1:])]
-    text = f"The gaps are {', '.join(map(str, gaps))}. The smallest is {min(gaps)}."
-    return (listed,), text, f"a=[{listed}]\nprint(min(y-x for x,y in zip(a,a[1:])))", min(gaps)
+    numbers = sorted(random_numbers(draw))
+    listed = joined(numbers)
+    gaps = [after - before for before, after in zip(numbers, numbers[1:])]
+    answer = min(gaps)
+    by_hand = f"The gaps are {joined(gaps)}. The smallest is {answer}."
+    by_code = f"a=[{listed}]\nprint(min(y-x for x,y in zip(a,a[1:])))"
+    return (listed,), by_hand, by_code, answer
 
-# The questions of each family; {0}, {1} are its operands.
-PHRASINGS = {
-    first_letter: ["Which letter does {0} begin with?",
-        "Give the first letter of the word {0}."],
-    reversed_word: ["Write the word {0} backwards.",
-        "What is {0} read from right to left?"],
-    sorted_letters: ["Sort the letters of {0} alphabetically.",
-        "Put the letters of the word {0} in order."],
-    letter_count: ["How often does the letter {1} occur in {0}?",
-        "Count the letter {1} in the word {0}."],
-    second_largest: ["Which is the second largest entry of the list {0}?",
-        "Sort {0}. Which entry is the last but one?"],
-    weekday: ["Which day of the week is {0}?",
-        "On what weekday does {0} fall?"],
-    days_between: ["How many days is it from {0} to {1}?",
-        "Count the days between {0} and {1}."],
-    table_total: ["A bill lists (number at price): {0}. What is the total?",
-        "Add up this order: {0}."],
-    vowel_count: ["How many vowels (a, e, i, o, u) has the word {0}?",
-        "Count the letters a, e, i, o, u in {0}."],
-    smallest_gap: ["What is the smallest gap between neighbours in the list {0}?",
-        "By how much do the closest neighbours of {0} differ?"],
-}
 
+FAMILIES = [
+    first_letter,
+    reversed_word,
+    sorted_letters,
+    letter_count,
+    second_largest,
+    weekday,
+    days_between,
+    table_total,
+]
 HELD_OUT_FAMILIES = [vowel_count, smallest_gap]  # never trained on
-FAMILIES = [family for family in PHRASINGS if family not in HELD_OUT_FAMILIES]
 
 
 def problem(split, seed, index):
-    """{"question", "answer", "family"}, the operands, and two responses: by hand, with code. A hash of family
-    and operands keeps train and test apart; ood_large draws sizes above those of training."""
+    """Problem number `index` of a split."""
     rng = random.Random(f"{split}/{seed}/{index}")
+    families = HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES
 
     def draw(low, high, is_size=True):
         if is_size and split == "ood_large":
@@ -140,37 +198,27 @@ def problem(split, seed, index):
         return rng.randint(low, high)
 
     while True:
-        family = rng.choice(HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES)
+        family = rng.choice(families)
         operands, by_hand, by_code, answer = family(draw)
-        is_test = zlib.crc32(f"{family.__name__}{sorted(operands)}".encode()) % 10 == 0
-        if split in ("train", "test") and is_test != (split == "test"):
+
+        # A hash keeps train and test apart.
+        key = f"{family.__name__}{sorted(operands)}"
+        is_test = zlib.crc32(key.encode()) % 10 == 0
+        if split == "train" and is_test:
             continue
-        question = rng.choice(PHRASINGS[family]).format(*operands)
-        final = f"<answer>\\boxed{{{answer}}}</answer>"
-        code = by_code if CODE_OPEN in by_code else tool_call(by_code, answer)
-        row = {"question": question, "answer": str(answer), "family": family.__name__}
-        return row, operands, f"{by_hand}\n{final}", f"Let me compute this.\n{code}{final}"
+        if split == "test" and not is_test:
+            continue
+        return write_problem(rng, family, operands, by_hand, by_code, answer)
 
 
 async def main(folder, seed="0"):
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    trace_problems = [problem("train", seed, i) for i in range(6000)]
 
-    def write(name, rows):
-        with open(f"{folder}/{name}.jsonl", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    async def trace(index, with_code):
-        row, _, by_hand, by_code = problem("train", seed, index)
-        candidate = by_code if with_code else by_hand
-        response, failed, _ = await check_trace(candidate, row["answer"], sandbox)
-        return row | {"response": response, "failed_calls": failed}
-
-    rng = random.Random(seed)
-    async with Sandbox(workers=2, timeout=0.5) as sandbox:
-        write("traces", await asyncio.gather(*[trace(i, rng.random() < 0.55) for i in range(6000)]))
-    write("train", [problem("train", f"{seed}/ppo", i)[0] for i in range(6144)])
+    files = {"train": [problem("train", f"{seed}/ppo", i) for i in range(6144)]}
     for split in ("test", "ood_large", "ood_families"):
-        write(split, [problem(split, 0, i)[0] for i in range(256)])
+        files[split] = [problem(split, 0, i) for i in range(256)]
+
+    await write_files(folder, seed, trace_problems, files)
 
 
 if __name__ == "__main__":

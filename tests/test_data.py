@@ -252,6 +252,13 @@ def test_problems_do_not_depend_on_what_was_drawn_before(drawn):
         assert embedded_problem("train", 0, i) == drawn["train"][i]
 
 
+def test_problems_need_no_docstrings():
+    """Guards against phrasings that are docstrings: python -OO leaves them out."""
+    command = [sys.executable, "-OO", "data.py"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"question: {embedded_problem('train', 0, 0).question}\n" in output
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The embedded tokenizer
 

@@ -18,7 +18,7 @@ SPLITS = ("train", "test", "ood_large", "ood_families")
 
 @pytest.fixture(scope="module")
 def drawn():
-    """{split: 400 of (row, operands, by hand, by code)}"""
+    """{split: 400 problems}"""
     return {split: [words.problem(split, 0, i) for i in range(400)] for split in SPLITS}
 
 
@@ -51,18 +51,18 @@ BRUTE_FORCE = {
 @pytest.mark.parametrize("split", SPLITS)
 def test_reference_answers_equal_brute_force(drawn, split):
     """Guards against a wrong reference: RL would reward the mistake."""
-    for row, operands, by_hand, by_code in drawn[split]:
-        expected = str(BRUTE_FORCE[row["family"]](*operands))
-        assert row["answer"] == expected, row
-        assert extract_answer(by_hand) == extract_answer(by_code) == expected, row
+    for p in drawn[split]:
+        expected = str(BRUTE_FORCE[p.family](*p.operands))
+        assert p.answer == expected, p
+        assert extract_answer(p.by_hand) == extract_answer(p.by_code) == expected, p
 
 
 def test_splits_share_no_problem(drawn):
     """Guards against training on the test set, and against larger words that training has seen."""
-    keys = {split: {(row["family"], operands) for row, operands, *_ in problems} for split, problems in drawn.items()}
+    keys = {split: {(p.family, p.operands) for p in problems} for split, problems in drawn.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not keys[a] & keys[b], (a, b)
     text = drawn["train"] + drawn["test"]
-    longest = {family: max(len(operands[0]) for row, operands, *_ in text if row["family"] == family)
+    longest = {family: max(len(p.operands[0]) for p in text if p.family == family)
                for family in ("first_letter", "letter_count")}
-    assert all(len(operands[0]) > longest.get(row["family"], 0) for row, operands, *_ in drawn["ood_large"])
+    assert all(len(p.operands[0]) > longest.get(p.family, 0) for p in drawn["ood_large"])
