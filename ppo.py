@@ -19,8 +19,7 @@ What the paper leaves open, and what is done here:
     torchrun ppo.py --train_data gsm8k_train.jsonl --eval_data gsm8k_test.jsonl
     torchrun --nproc_per_node 8 ppo.py --model DIR --train_data ...   # a warm-started checkpoint
 
-The file goes from the losses to the step, the trainer's parts, the flags and the run. In shape
-comments: B responses, T tokens (of a padded batch or of a flat packed stream).
+In shape comments: B responses, T tokens (of a padded batch or of a flat packed stream).
 """
 import argparse
 import functools
@@ -42,52 +41,12 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+import eval as evaluation
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import (
-    PAPER,
-    Help,
-    add_format_arguments,
-    add_rollout_arguments,
-    at_least,
-    check_positions,
-    collapse_metrics,
-    describe_trajectory,
-    encode_problems,
-    evaluate,
-    evaluation_table,
-    in_range,
-    make_sandbox,
-    mean,
-    need_values,
-    parse_flags,
-    percent,
-    report_page,
-    rollout_metrics,
-    rollout_settings,
-    run_script,
-    sample_all,
-)
+from eval import at_least, in_range, mean, parse_flags, percent
 from rollout import Pieces, load_model, load_tokenizer
 from sandbox import UserError
-from sft import (
-    Policy,
-    add_trainer_arguments,
-    all_sum,
-    check_mesh,
-    clipped_step,
-    collate,
-    find_checkpoint,
-    make_example,
-    pack,
-    save_checkpoint,
-    shard,
-    sync_to_disk,
-    sync_weights,
-    time_is_up,
-    training_state,
-    zero_moments,
-)
 
 # -------------------------------------------------------------------------------------------------
 # The method, as pure functions: rewards, advantages, losses
@@ -151,9 +110,9 @@ def gae(rewards, values, loss_mask, gamma, lam):
 
 
 def turn_gae(rewards, values, loss_mask, gamma, lam):
-    """`gae` whose steps are turns, the runs of trainable tokens between interpreter blocks. A turn's
-    reward is the sum over its tokens, its value that of its first token; all its tokens get its
-    advantage and its return. Shapes as in `gae`."""
+    """`gae` whose steps are turns, the runs of trainable tokens between interpreter blocks. A
+    turn's reward is the sum over its tokens, its value that of its first token; all its tokens get
+    its advantage and its return. Shapes as in `gae`."""
     trainable = loss_mask.bool()
     token_before = F.pad(trainable, (1, 0))[:, :-1]
     first_of_turn = trainable & ~token_before
@@ -281,7 +240,7 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
 
 
 def explained_variance(values, returns, loss_mask):
-    """1 - Var(returns - values) / Var(returns) over trainable tokens; 0 if all returns are alike."""
+    """1 - Var(returns - values) / Var(returns) over trainable tokens; 0 for returns all alike."""
     trainable = loss_mask.bool()
     error = (returns - values)[trainable].var()
     spread = returns[trainable].var()
@@ -316,12 +275,12 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     for i in range(args.prompts_per_step):
         problems.append(prompts[step * args.prompts_per_step + i] | {"key": i})
     stats = {}
-    trajectories = await sample_all(
+    trajectories = await evaluation.sample_all(
         trainer.sampler, tokenizer, problems, sandbox, trainer.process,
         n_samples=args.samples_per_prompt, temperature=args.temperature,
-        seed=args.seed, step=step, stats=stats, **rollout_settings(args))
-    metrics = rollout_metrics(trajectories)
-    metrics |= collapse_metrics(trajectories, Pieces(tokenizer))
+        seed=args.seed, step=step, stats=stats, **evaluation.rollout_settings(args))
+    metrics = evaluation.rollout_metrics(trajectories)
+    metrics |= evaluation.collapse_metrics(trajectories, Pieces(tokenizer))
     stopwatch.lap("rollout")
 
     # Some responses are not trained on: where the sandbox itself failed, and what flags filter out.
@@ -329,7 +288,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
         if trainer.is_synced_after(step):  # with the weights of earlier updates
-            sync_weights(trainer.actor, trainer.sampler)
+            sft.sync_weights(trainer.actor, trainer.sampler)
         return metrics, trajectories
 
     # Reward: each response becomes an example, with a reward for each of its tokens.
@@ -356,7 +315,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
     # Sync: the sampler gets the new weights.
     if trainer.is_synced_after(step):
-        sync_weights(trainer.actor, trainer.sampler)
+        sft.sync_weights(trainer.actor, trainer.sampler)
     stopwatch.lap("sync")
 
     # How far the update moved the responses that are kept to be looked at.
@@ -400,7 +359,7 @@ def trajectory_example(trajectory, rewards, mask_interpreter=True):
     prompt = [0.0] * len(trajectory.prompt_ids)
     sampled = trajectory.loss_mask
     trained = sampled if mask_interpreter else [1] * len(sampled)
-    return make_example(
+    return sft.make_example(
         trajectory.prompt_ids + trajectory.response_ids,
         prompt + trained,
         sampled=prompt + sampled,
@@ -508,16 +467,16 @@ class Trainer:
 
         def sharded(wrapper, path):
             lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU by layers
-            return shard(wrapper(lm), lm, args)
+            return sft.shard(wrapper(lm), lm, args)
 
         self.sampler = load_model(model_path, process.device, args.dtype, weights)
-        self.actor = sharded(Policy, model_path)
+        self.actor = sharded(sft.Policy, model_path)
         self.critic = None
         if args.advantage == "gae":
             self.critic = sharded(Critic, args.critic_model or model_path)
         self.reference = None
         if args.kl_coef:
-            self.reference = sharded(Policy, model_path).requires_grad_(False)
+            self.reference = sharded(sft.Policy, model_path).requires_grad_(False)
 
         self.optimizers = {"actor": self.adamw(self.actor)}
         if self.critic:
@@ -528,7 +487,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             module.parameters(), betas=(0.9, 0.99), eps=self.args.adam_eps, fused=True,
             weight_decay=self.args.weight_decay)
-        zero_moments(optimizer)
+        sft.zero_moments(optimizer)
         return optimizer
 
     def score(self, examples):
@@ -619,7 +578,7 @@ class Trainer:
                     for name, value in metrics.items():
                         sums[name] += value.item()
 
-                actor_norms.append(clipped_step(
+                actor_norms.append(sft.clipped_step(
                     self.actor, [self.optimizers["actor"]], args.max_grad_norm,
                     f"step {step}: gradient norm of the actor"))
 
@@ -635,14 +594,14 @@ class Trainer:
                     for name, value in metrics.items():
                         sums[name] += value.item()
 
-                critic_norms.append(clipped_step(
+                critic_norms.append(sft.clipped_step(
                     self.critic, [self.optimizers["critic"]], args.max_grad_norm,
                     f"step {step}: gradient norm of the critic"))
 
         # Sums of all ranks become means over tokens. Sorted: the ranks must ask in one order.
         means = {}
         for name in sorted(sums):
-            means[name] = all_sum(sums[name], self.process.device) / n_tokens
+            means[name] = sft.all_sum(sums[name], self.process.device) / n_tokens
             if not math.isfinite(means[name]):
                 raise FloatingPointError(f"step {step}: {name} is {means[name]}")
         means["grad_norm_actor"] = mean(actor_norms)
@@ -674,9 +633,9 @@ class Trainer:
     def micro_batches(self, examples):
         """Yields this rank's share as (indices, flat Example, packing)."""
         lengths = [len(example) for example in examples]
-        shares = pack(lengths, self.args.token_budget, self.process.world)
+        shares = sft.pack(lengths, self.args.token_budget, self.process.world)
         for indices in shares[self.process.rank]:
-            flat, packing = collate([examples[i] for i in indices], self.process.device)
+            flat, packing = sft.collate([examples[i] for i in indices], self.process.device)
             yield indices, flat, packing
 
     def logprobs(self, policy, flat, packing, with_entropy=False):
@@ -710,11 +669,11 @@ class Trainer:
     def state(self):
         """All that a step changes, and the reference, as tensors by name. No random state:
         prompts, noise, minibatches and learning rates are functions of seed and step."""
-        state = training_state("actor", self.actor, self.optimizers["actor"])
+        state = sft.training_state("actor", self.actor, self.optimizers["actor"])
         if self.critic:
-            state |= training_state("critic", self.critic, self.optimizers["critic"])
+            state |= sft.training_state("critic", self.critic, self.optimizers["critic"])
         if self.reference:
-            state |= training_state("reference", self.reference)
+            state |= sft.training_state("reference", self.reference)
         if self.args.sync_every > 1:  # then the sampler is not the actor
             for name, p in self.sampler.named_parameters():
                 state[f"sampler.{name}"] = p.detach()
@@ -746,18 +705,13 @@ class Prompts:
 
         # Raw DAPO holds each problem a hundred times.
         unique = {(row["question"], row["answer"]): row for row in problems}
+        self.rows = [row for row in unique.values()
+                     if len(self.encode(row)["prompt"]) <= max_prompt_tokens]
         self.duplicates = len(problems) - len(unique)
-
-        # A token has at least one byte: only what could be too long is encoded.
-        self.rows = []
-        for row in unique.values():
-            n_bytes = len(row["question"].encode()) + len(template.encode()) + 200
-            if n_bytes <= max_prompt_tokens or len(self.encode(row)["prompt"]) <= max_prompt_tokens:
-                self.rows.append(row)
         self.skipped = len(unique) - len(self.rows)
         if not self.rows:
-            raise UserError(
-                f"--train_data: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
+            raise UserError("--train_data: every prompt is longer than --max_prompt_tokens "
+                            f"{max_prompt_tokens}")
 
     def encode(self, row):
         return row | {"prompt": encode_prompt(self.tokenizer, self.template, row["question"])}
@@ -786,19 +740,20 @@ def parse_arguments(argv=None):
     """The flags as a namespace. Each comes from the last of these that names it: its default,
     --preset, the run that --resume goes on with, the command line."""
     parser = argparse.ArgumentParser(
-        usage="torchrun ppo.py [flags]", description=__doc__, formatter_class=Help,
+        usage="torchrun ppo.py [flags]", description=__doc__, formatter_class=evaluation.Help,
         allow_abbrev=False)
     add_ppo_arguments(parser)
     add_run_arguments(parser)
     sft.add_warm_start_arguments(parser)
-    add_trainer_arguments(parser)
-    add_rollout_arguments(parser)
-    add_format_arguments(parser)
+    sft.add_trainer_arguments(parser)
+    evaluation.add_rollout_arguments(parser)
+    evaluation.add_format_arguments(parser)
 
     defaults, given = parse_flags(parser, argv)
     values = dict(defaults)
     if given.get("preset"):
-        values |= {name: value for name, value in PAPER.items() if not name.startswith("sft_")}
+        values |= {name: value for name, value in evaluation.PAPER.items()
+                   if not name.startswith("sft_")}
     if given.get("resume"):
         try:
             record = json.loads((Path(given["resume"]) / "arguments.json").read_text())
@@ -944,7 +899,7 @@ def refuse_contradictions(parser, args, given):
     if args.model and not args.resume and not args.preset:
         rates = ["actor_lr", "critic_lr"] if args.advantage == "gae" else ["actor_lr"]
         lengths = ["sandbox_timeout", "max_prompt_tokens", "max_response_tokens"]
-        need_values(parser, given, rates + lengths)
+        evaluation.need_values(parser, given, rates + lengths)
     if not args.model and not args.warm_start and args.tools == "off" and args.code_share:
         parser.error("--tools off needs --code_share 0: else the warm start teaches code that "
                      "never runs")
@@ -970,18 +925,20 @@ async def main(process):
 
     # What can be wrong is found before the warm start: a bad file should not cost minutes.
     run = RunFolder(args, process)
-    check_mesh(args.replicas, process.world)
+    sft.check_mesh(args.replicas, process.world)
     saved_model = run.path / "model"
     is_known = args.resume and saved_model.is_dir()
     start_model = str(saved_model) if is_known else args.model or args.warm_start
     config, tokenizer = sft.starting_point(start_model)
-    check_positions(config, args)
+    evaluation.check_positions(config, args)
     if args.critic_model:
-        check_vocabulary(args.critic_model, tokenizer)
+        if load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
     template = load_template(args.prompt_template)
     sets = evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    checkpoint, record = find_checkpoint(run.path / "checkpoints", process.rank)
+    checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
     if args.export and not checkpoint:
         raise UserError(f"--resume {run.path}: there is no checkpoint to export")
     if record["step"] > args.steps:
@@ -1007,7 +964,7 @@ async def main(process):
     if checkpoint:
         dcp.load(trainer.state(), checkpoint_id=checkpoint)
         if args.sync_every == 1:
-            sync_weights(trainer.actor, trainer.sampler)
+            sft.sync_weights(trainer.actor, trainer.sampler)
     if args.export:
         if process.rank == 0:
             trainer.sampler.save_pretrained(args.export)
@@ -1017,7 +974,8 @@ async def main(process):
 
     prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
     for name in sets:
-        sets[name] = encode_problems(sets[name], tokenizer, template, args.max_prompt_tokens, name)
+        sets[name] = evaluation.encode_problems(
+            sets[name], tokenizer, template, args.max_prompt_tokens, name)
     if args.resume:  # only now: what is refused leaves no trace
         run.write_arguments(args)
     if not checkpoint:
@@ -1033,15 +991,15 @@ async def main(process):
         """Evaluate on every set, and print the table."""
         for name, rows in sets.items():
             label = f"{name} {when}"
-            run.results[label], _ = await evaluate(
+            run.results[label], _ = await evaluation.evaluate(
                 trainer.sampler, tokenizer, rows, sandbox, process, label,
                 n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
-                **rollout_settings(args))
+                **evaluation.rollout_settings(args))
             run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
         if sets:
-            print(evaluation_table(run.results), flush=True)
+            print(evaluation.evaluation_table(run.results), flush=True)
 
-    async with make_sandbox(args) as sandbox:
+    async with evaluation.make_sandbox(args) as sandbox:
         print(sandbox.report)
         run.add_to_arguments({"sandbox": sandbox.report})
         if record["step"] == 0:
@@ -1063,18 +1021,18 @@ async def main(process):
             run.log_step(step, metrics)
             for trajectory in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + trajectory.prompt_index]
-                description = describe_trajectory(trajectory, tokenizer, problem)
+                description = evaluation.describe_trajectory(trajectory, tokenizer, problem)
                 run.write("rollouts.jsonl", {"step": step} | description)
             print(step_line(done, args.steps, metrics), flush=True)
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 await evaluate_all(f"step {done}")
 
             # Save: now and then, at the end, and when --minutes are over.
-            is_over = time_is_up(process)
+            is_over = sft.time_is_up(process)
             if done % args.save_every == 0 or done == args.steps or is_over:
                 save_begin = time.perf_counter()
                 record = {"step": done, "seconds": save_begin - begin, "bytes": run.sizes()}
-                save_checkpoint(run.path / "checkpoints", trainer.state(), record,
+                sft.save_checkpoint(run.path / "checkpoints", trainer.state(), record,
                                 args.keep_checkpoints, process.rank)
                 seconds_checkpoint = time.perf_counter() - save_begin
             if is_over and done < args.steps:
@@ -1093,11 +1051,6 @@ async def main(process):
           f"curves and responses: {run.path}/report.html, in a browser\n"
           "one response live: python rollout.py "
           f"--model {run.path}/checkpoint {shlex.quote(question)}")
-
-
-def check_vocabulary(critic_model, tokenizer):
-    if load_tokenizer(critic_model).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--critic_model {critic_model}: its vocabulary is not the policy's")
 
 
 def evaluation_sets(args):
@@ -1189,7 +1142,7 @@ class RunFolder:
         partial = self.path / "arguments.partial"
         record = json.loads(path.read_text()) if path.exists() else {}
         partial.write_text(json.dumps(record | entries, indent=1))
-        sync_to_disk(partial)
+        sft.sync_to_disk(partial)
         partial.rename(path)
 
     def write_model(self, model, tokenizer):
@@ -1253,11 +1206,11 @@ class RunFolder:
                 f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
                 "last checkpoint is there; --resume writes this again") from None
         tokenizer.save_pretrained(self.path / "checkpoint")
-        page = report_page([self.path])
+        page = evaluation.report_page([self.path])
         (self.path / "report.html").write_text(page, encoding="utf-8")
         if self.results:
-            (self.path / "table.md").write_text(evaluation_table(self.results) + "\n")
+            (self.path / "table.md").write_text(evaluation.evaluation_table(self.results) + "\n")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    evaluation.run_script(main)

@@ -564,11 +564,17 @@ def defined_names(node):
 
 
 def used_names(node):
-    """The names that a definition takes from outside: local variables and arguments aside."""
-    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
-    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    arguments = {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
-    return {name.id for name in names} - stored - arguments
+    """The names that a definition takes from outside, as `pack` or `sft.pack`."""
+    parts = list(ast.walk(node))
+    names = [part for part in parts if isinstance(part, ast.Name)]
+    local = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    local |= {part.arg for part in parts if isinstance(part, ast.arg)}
+
+    used = {name.id for name in names} - local
+    for part in parts:
+        if isinstance(part, ast.Attribute) and getattr(part.value, "id", None) in used:
+            used.add(part.attr)
+    return used
 
 
 def without_docstrings(node):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import eval as evaluation
 import ppo
 import rollout
 import sft
@@ -64,7 +65,7 @@ def test_rewards_stand_where_they_are_said_to_stand(kind, paid):
     changes what is right."""
     t = called("error", "ok")
     assert token_rewards(t, kind, 1.0) == [paid.get(i, 0.0) for i in range(10)]
-    assert all(t.loss_mask[i] for i in paid) and ppo.rollout_metrics([t])["accuracy"] == 1.0
+    assert all(t.loss_mask[i] for i in paid) and evaluation.rollout_metrics([t])["accuracy"] == 1.0
     assert token_rewards(called(correct=False), kind, 1.0) == [0.0] * 9 + [-1.0]  # no snippet: the answer alone
 
 
