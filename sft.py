@@ -625,19 +625,22 @@ def starting_model(path, config, seed):
 # Traces: candidates that passed the checks of format, execution and answer
 
 class Rejected(Exception):
-    """Why a row becomes no trace: "stage: reason", and where it helps what was found."""
+    """Why a row becomes no trace: "stage: reason", and details where they help."""
 
 
 def load_traces(source):
     """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}]."""
     traces = []
     for place, row in read_rows(source):
-        found = read_row(row)
-        if not found or found["own"] is None:
-            raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: this is "
-                            "no trace (sft.py curate makes them)")
-        traces.append({"failed_calls": [], "family": Path(source).stem,
-                       "response": found.pop("solution")} | found | row)
+        problem = read_row(row)
+        if not problem or problem["own"] is None:
+            raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: "
+                            "this is no trace (sft.py curate makes them)")
+        trace = {
+            "failed_calls": [],
+            "family": Path(source).stem,
+            "response": problem.pop("solution")}
+        traces.append(trace | problem | row)
     return traces
 
 
@@ -645,39 +648,50 @@ def take_apart(response):
     """The model's texts (each but the last ends with a call), of each call its tool and the text
     between its tags, and the interpreter text after each."""
     segments = [text for _, text in split_segments(response)]
-    texts, outputs = segments[::2], segments[1::2]
+    texts = segments[::2]
+    outputs = segments[1::2]
+
     calls = []
     for text in texts[:-1]:
         tool = tool_of(text)
-        snippet = text.rpartition(tool.open)[2].removesuffix(tool.close)
+        _, _, after_opening = text.rpartition(tool.open)
+        snippet = after_opening.removesuffix(tool.close)
         calls.append((tool, strip_fence(snippet)))
     return texts, calls, outputs
 
 
 def check_format(response):
     """Rejects what a reader or the rollout engine would not understand."""
-    wanted = None  # the closing tag of what is open
-    for tag in TAG.findall(response):
-        if tag != wanted and (wanted or tag not in CLOSING):
-            raise Rejected("format: tags")
-        wanted = None if tag == wanted else CLOSING[tag]
-    if wanted:
+    # Tags come in pairs: an opening one, then its closing one.
+    tags = TAG.findall(response)
+    wanted = [CLOSING.get(tag) for tag in tags[::2]]
+    if tags[1::2] != wanted:
         raise Rejected("format: tags")
+
+    # `take_apart` finds the calls with a block right behind them. No other call or block is left.
     texts, calls, _ = take_apart(response)
-    closed = [sum(text.count(tool.close) for tool in TOOLS) for text in texts]
-    if INTERPRETER_OPEN in "".join(texts) or closed != [1] * len(calls) + [0]:
+    own_text = "".join(texts)
+    n_closed = sum(own_text.count(tool.close) for tool in TOOLS)
+    if n_closed != len(calls) or INTERPRETER_OPEN in own_text:
         raise Rejected("format: interpreter block missing or misplaced")
-    if not all(syntax_tree(text) for tool, text in calls if tool.name == "code"):
-        raise Rejected("format: snippet does not parse")
+
+    for tool, snippet in calls:
+        if tool.name == "code" and not syntax_tree(snippet):
+            raise Rejected("format: snippet does not parse")
+
+    # The one <answer> ends the response and holds one box. A box before it says the same.
     before, _, ending = response.rpartition("<answer>")
-    final, earlier = boxed(ending), extract_answer(before)
-    if ("<answer>" in before or not ending.endswith("</answer>") or ending.count(r"\boxed") != 1
-            or final is None or earlier not in (None, final)):
+    answer = boxed(ending)
+    is_last = "<answer>" not in before and ending.endswith("</answer>")
+    is_single = answer is not None and ending.count(r"\boxed") == 1
+    if not is_last or not is_single or extract_answer(before) not in (None, answer):
         raise Rejected("format: no single final answer")
 
 
-# With thousands commas or without. The digits of a word (x1) or a version (1.2.3) are none.
-NUMBER_IN_TEXT = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
+# 1,234.5 or 42 or .5, but not the digits of x1, nor the 3 of 1.2.3.
+NUMBER_IN_TEXT = re.compile(
+    r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"|(?<![\w.])\.\d+")
 TOKEN = re.compile(rf"{NUMBER_IN_TEXT.pattern}|\w+|[^\w\s]")
 
 
@@ -696,58 +710,82 @@ def same_token(quoted, real):
     whole number is no rounding: 63 stands for 63.00000000000001, but not for 63.3."""
     if not numbers(quoted) or not numbers(real):
         return quoted == real
-    shown, exact = numbers(quoted)[0], numbers(real)[0]
-    return abs(shown - exact) <= (last_place(shown) / 2 if "." in quoted else Decimal("1e-9"))
+    shown = numbers(quoted)[0]
+    exact = numbers(real)[0]
+    tolerance = last_place(shown) / 2 if "." in quoted else Decimal("1e-9")
+    return abs(shown - exact) <= tolerance
+
+
+def error_kind(output):
+    """ValueError, where the last line is "ValueError: math domain error"."""
+    last_line = output.strip().rpartition("\n")[2]
+    return last_line.partition(":")[0]
 
 
 def same_output(quoted, result):
     """Whether a quoted output is what came back; of an error only its kind counts."""
     real = break_tags(result.output)
-    if result.status != "ok":  # the last line is "ValueError: math domain error"
-        quoted, real = (text.strip().rpartition("\n")[2].partition(":")[0] for text in (quoted, real))
-    quoted, real = TOKEN.findall(quoted), TOKEN.findall(real)
-    return len(quoted) == len(real) and all(map(same_token, quoted, real))
+    if result.status != "ok":
+        quoted = error_kind(quoted)
+        real = error_kind(real)
+    quoted_tokens = TOKEN.findall(quoted)
+    real_tokens = TOKEN.findall(real)
+    if len(quoted_tokens) != len(real_tokens):
+        return False
+    return all(map(same_token, quoted_tokens, real_tokens))
 
 
 async def check_trace(candidate, reference, sandbox):
     """Check format, execution and answer: (response with the real outputs, indices of failed
     snippets, SandboxResults). An empty interpreter block is filled, any other must agree."""
     check_format(candidate)
-    texts, calls, quotes = take_apart(candidate)
-    results = [await tool.run(text, 0, sandbox) for tool, text in calls]
+    texts, calls, quoted_outputs = take_apart(candidate)
+
+    results = [await tool.run(snippet, 0, sandbox) for tool, snippet in calls]
     if any(result.status == "sandbox_error" for result in results):
         raise RuntimeError("the sandbox failed during curation")
+
     response = texts[0]
-    for quoted, result, text in zip(quotes, results, texts[1:]):
-        if quoted.strip() and not same_output(quoted, result):
+    for i, result in enumerate(results):
+        if quoted_outputs[i].strip() and not same_output(quoted_outputs[i], result):
             raise Rejected("execution: quoted output differs")
         output = break_tags(result.output).strip("\n")
-        response += f"\n{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}{text}"
+        response += f"\n{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}"
+        response += texts[i + 1]
+
     if not await is_equivalent(extract_answer(response), reference, sandbox):
         raise Rejected("answer: differs from the reference")
-    return response, [i for i, result in enumerate(results) if result.status != "ok"], results
+    failed_calls = [i for i, result in enumerate(results) if result.status != "ok"]
+    return response, failed_calls, results
 
 
 async def embedded_traces(n, code_share, seed, sandbox, split="train"):
-    """Traces of n embedded problems, about the share `code_share` solved with code, the rest by
-    hand, as `load_traces` reads them; and a Counter of "kept" and of the reasons to reject."""
+    """Traces of n embedded problems, as `load_traces` reads them, about the share `code_share`
+    solved with code, the rest by hand; a Counter of "kept" and of the reasons to reject."""
     rng = random.Random(seed + 1)
     problems = [embedded_problem(split, seed, i) for i in range(n)]
     candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
 
     async def verify(problem, candidate):
         try:
-            response, failed, _ = await check_trace(candidate, problem.answer, sandbox)
+            response, failed_calls, _ = await check_trace(candidate, problem.answer, sandbox)
         except Rejected as rejected:
             return str(rejected), None
         finally:
             bar.update()
-        return "kept", {"question": problem.question, "answer": problem.answer,
-                        "family": problem.family, "response": response, "failed_calls": failed}
+        return "kept", {
+            "question": problem.question,
+            "answer": problem.answer,
+            "family": problem.family,
+            "response": response,
+            "failed_calls": failed_calls}
 
     with tqdm(total=n, desc="curation", mininterval=1.0) as bar:
         outcomes = await asyncio.gather(*map(verify, problems, candidates))
-    return [trace for _, trace in outcomes if trace], Counter(reason for reason, _ in outcomes)
+    traces = [trace for _, trace in outcomes if trace]
+    counts = Counter(reason for reason, _ in outcomes)
+    return traces, counts
+
 
 # -------------------------------------------------------------------------------------------------
 # Sharding, and sums over ranks
@@ -988,98 +1026,144 @@ def add_trainer_arguments(parser):
 
 def question_words(question, mask_numbers=False):
     """The words of a question in lower case; mask_numbers: # stands for every number."""
-    question = re.sub(r"\d[\d.,]*", " # ", question) if mask_numbers else question
+    if mask_numbers:
+        question = re.sub(r"\d[\d.,]*", " # ", question)
     return re.findall(r"[^\W_]+|#", question.lower())
 
 
 def contamination_keys(question):
     """What training and evaluation problems must not share: the whole question, spaces aside, and
     any 13 words in a row, numbers aside."""
+    keys = ["".join(question_words(question))]
     words = question_words(question, mask_numbers=True)
-    grams = [" ".join(words[i:i + 13]) for i in range(len(words) - 12)]
-    return ["".join(question_words(question)), *grams]
+    for end in range(13, len(words) + 1):
+        keys.append(" ".join(words[end - 13:end]))
+    return keys
 
 
-NOTICED = re.compile(r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug|instead|again|"
-                     r"timed? ?out|too (slow|long|large|small|many|deep)|(does|did) not work|retry)")
+NOTICED = re.compile(
+    r"(?i)\b(error|exception|fail|fix|correct|mistake|wrong|bug|instead|again|timed? ?out"
+    r"|too (slow|long|large|small|many|deep)|(does|did) not work|retry)")
 
 
 def is_used(output, later):
     """Whether the text after a snippet takes up a number that it printed, perhaps rounded. If it
     printed none ("True", taken up as "it is prime"): whether it printed anything."""
-    if not numbers(output):
+    printed = numbers(output)
+    if not printed:
         return not output.startswith("[no output")
-    return any(abs(a - b) < last_place(b) for a in numbers(output) for b in numbers(later))
+    for mentioned in numbers(later):
+        if any(abs(number - mentioned) < last_place(mentioned) for number in printed):
+            return True
+    return False
 
 
 def check_quality(candidate, results, reference):
-    """Rejects a candidate that passed `check_trace` but computes nothing, does not use what it
-    computes, or leaves errors or its answer unexplained."""
-    texts, calls, quotes = take_apart(candidate)
+    """Rejects what passed `check_trace` but computes nothing, does not use what it computes, or
+    leaves errors or its answer unexplained."""
+    texts, calls, quoted_outputs = take_apart(candidate)
     if not calls:
         raise Rejected("quality: no snippet")
-    for i, ((tool, code), result) in enumerate(zip(calls, results)):
-        if result.status != "ok":
+
+    for i, (tool, snippet) in enumerate(calls):
+        status = results[i].status
+        if status == "ok":
+            if tool.name == "code" and not computes(snippet):
+                raise Rejected("quality: snippet only prints a literal")
+            if not is_used(results[i].output, "".join(texts[i + 1:])):
+                raise Rejected("quality: snippet output is never used")
+        else:
             # The error must be quoted or mentioned right after, and a later snippet run.
-            noticed = quotes[i].strip() or NOTICED.search(texts[i + 1])
-            corrected = any(later.status == "ok" for later in results[i:])
-            if result.status not in ("error", "timeout") or not noticed or not corrected:
-                raise Rejected(f"quality: {result.status}, not corrected")
-        elif tool.name == "code" and not computes(code):
-            raise Rejected("quality: snippet only prints a literal")
-        elif not is_used(result.output, "".join(texts[i + 1:])):
-            raise Rejected("quality: snippet output is never used")
-    stated = numbers("".join(texts).rpartition("<answer>")[0])
-    if re.fullmatch(r"-?[\d,.]+", reference) and not set(numbers(reference)) <= set(stated):
+            is_noticed = quoted_outputs[i].strip() or NOTICED.search(texts[i + 1])
+            is_corrected = any(later.status == "ok" for later in results[i:])
+            if status not in ("error", "timeout") or not is_noticed or not is_corrected:
+                raise Rejected(f"quality: {status}, not corrected")
+
+    # A number must be stated before it is the answer.
+    before = "".join(texts).rpartition("<answer>")[0]
+    is_stated = set(numbers(reference)) <= set(numbers(before))
+    if re.fullmatch(r"-?[\d,.]+", reference) and not is_stated:
         raise Rejected("quality: the answer comes from nowhere")
 
 
-# "= $<<48/2=24>>"; what is no calculation, as <<60=60>>, only disappears.
-ANNOTATION = re.compile(r"(?P<equals> ?=? ?)(?P<currency>[$€£¢]?)"
-                        r"<<(?P<sum>[-+(]*[\d.]+[ )]*[-+*/][\d.+\-*/() ]+)=(?P<result>[^<>=]*)>>")
+# Of "48/2 = $<<48/2=24>>24" it matches " = $<<48/2=24>>", but not <<60=60>>: no calculation.
+ANNOTATION = re.compile(
+    r"(?P<equals> ?=? ?)"
+    r"(?P<currency>[$€£¢]?)"
+    r"<<(?P<sum>[-+(]*[\d.]+[ )]*[-+*/][\d.+\-*/() ]+)"
+    r"=(?P<result>[^<>=]*)>>")
+
+
+def remove_annotations(text):
+    return re.sub("<<.*?>>", "", text)
+
+
+def is_named_before(step, line):
+    """Whether the result stands before its annotation, as in "24, for 48/2 = <<48/2=24>>24", and
+    not only as an operand, as in "5 - 3 + 3 = <<5-3+3=5>>5"."""
+    told = Counter(numbers(remove_annotations(line[:step.start()])))
+    told.subtract(numbers(step["sum"]))
+    return any(told[result] > 0 for result in numbers(step["result"]))
 
 
 def calculator(solution, answer):
-    """Turn the calculator annotations of GSM8K into snippets; None if there are none: "Ann sold
-    48/2 = $<<48/2=24>>24 of fruit." becomes "Ann sold 48/2 =", a snippet that prints 48/2, and
-    "$24 of fruit."; in front of a line that names a result first, "24, for 48/2 = <<48/2=24>>24",
-    all its snippets stand."""
+    """Turn the calculator annotations of GSM8K into snippets; None if there are none."""
     def snippet(step):
         return "\n" + tool_call(f"print({step['sum']})", step["result"])
 
-    def named_before(step):
-        before = re.sub("<<.*?>>", "", step.string[:step.start()])
-        named = Counter(numbers(before)) - Counter(numbers(step["sum"]))
-        return named.keys() & numbers(step["result"])
+    def in_place(step):
+        return step["equals"].rstrip() + snippet(step) + step["currency"]
 
     text = ""
     for line in solution.splitlines(keepends=True):
         steps = list(ANNOTATION.finditer(line))
-        if any(map(named_before, steps)):
-            text += "".join(f"Let me compute {step['sum']}.{snippet(step)}" for step in steps) + line
+        if any(is_named_before(step, line) for step in steps):
+            # The snippets stand in front of the line.
+            for step in steps:
+                text += f"Let me compute {step['sum']}.{snippet(step)}"
+            text += line
         else:
-            text += ANNOTATION.sub(
-                lambda step: step["equals"].rstrip() + snippet(step) + step["currency"], line)
-    text = re.sub("<<.*?>>", "", text)
-    return f"{text}\n<answer>\\boxed{{{answer}}}</answer>" if CODE_OPEN in text else None
+            # "sold 48/2 = $<<48/2=24>>24 of": "sold 48/2 =", a snippet, "$24 of".
+            text += ANNOTATION.sub(in_place, line)
+
+    if CODE_OPEN not in text:
+        return None
+    return f"{remove_annotations(text)}\n<answer>\\boxed{{{answer}}}</answer>"
 
 
-# No part of a variable's name; and numbers that a solution may use unasked.
-FILLERS = set("""and are because but can each for from gets had has have her him his its she that the
-their them then there they this thus was were which will with would you""".split())
+# No part of a variable's name.
+FILLERS = set("""and are because but can each for from gets had has have her him his its she that
+the their them then there they this thus was were which will with would you""".split())
+# A solution may use these numbers unasked.
+COMMON = set(range(13)) | {24, 30, 52, 60, 100, 365, 1000}
 
-COMMON = {*range(13), 24, 30, 52, 60, 100, 365, 1000}
+
+def naming_words(text):
+    return [word for word in re.findall("[a-z]{3,}", text.lower()) if word not in FILLERS]
 
 
 def variable_name(line, step, taken):
     """A name for the result of an annotation in this line: two words from before its sum and
     two from after it, with a number if the Counter `taken` has it."""
-    parts = re.split(r"[\d,.;:(]", re.sub("<<.*?>>", "", line[:step.start()]))
-    before = [text for text in parts[:-1 if "=" in step["equals"] else None] if not set(text) & set("+-*/")]
-    after = re.match(r"[\d,.]*([^\d,.;:=(<]*)", line[step.end():])[1]
-    *before, after = ([word for word in re.findall("[a-z]{3,}", text.lower()) if word not in FILLERS]
-                      for text in [*before, after])
-    name = "_".join(dict.fromkeys([[], *filter(None, before)][-1][-2:] + after[:2])) or "result"
+    # "Ann sold 48/2" -> "Ann sold ", "", "/", "".
+    phrases = re.split(r"[\d,.;:(]", remove_annotations(line[:step.start()]))
+    if "=" in step["equals"]:
+        phrases.pop()  # what stands before "=" belongs to the sum
+
+    # The last phrase of words: "ann", "sold".
+    words_before = []
+    for phrase in phrases:
+        if not set(phrase) & set("+-*/"):
+            words = naming_words(phrase)
+            if words:
+                words_before = words
+
+    # "24 of fruit." -> "fruit"
+    phrase_after = re.match(r"[\d,.]*([^\d,.;:=(<]*)", line[step.end():])[1]
+    words_after = naming_words(phrase_after)
+
+    name_words = dict.fromkeys(words_before[-2:] + words_after[:2])  # each once, in order
+    name = "_".join(name_words) or "result"
     taken[name] += 1
     return f"{name}_{taken[name]}" if taken[name] > 1 else name
 
@@ -1088,26 +1172,41 @@ def program(solution, answer, question):
     """Turn the annotations into one script with a variable for each: an operand that equals an
     earlier result is that variable. None if the answer is no result, another result is never
     used, or an operand is found nowhere or in two places (results, question)."""
-    code, variables, used = [], {}, set()  # variables: result -> names
-    given, taken = set(numbers(question)), Counter(dir(builtins) + keyword.kwlist)
+    lines = []
+    variables = {}  # result -> name
+    used = set()  # operands
+    given = set(numbers(question))
+    sources = Counter(given)  # number -> places where it is found
+    taken = Counter(dir(builtins) + keyword.kwlist)
+
+    def variable_or_number(match):
+        value = numbers(match[0])[0]
+        return variables.get(value, match[0])
+
     for line in solution.splitlines():
         for step in ANNOTATION.finditer(line):
             for value in numbers(step["sum"]):
-                sources = len(variables.get(value, [])) + (value in given)
+                # Fractions need no source, nor does 1.2 where 120 has one: percent.
                 is_common = value < 1 or {value, 100 * value} & (given | COMMON)
-                if sources > 1 or not (sources or is_common):
+                if sources[value] > 1 or (sources[value] == 0 and not is_common):
                     return None
                 used.add(value)
-            expression = NUMBER_IN_TEXT.sub(
-                lambda match: variables.get(*numbers(match[0]), [match[0]])[0], step["sum"].strip())
-            code.append(f"{variable_name(line, step, taken)} = {expression}")
+
+            # "ann_sold_fruit = 48/2", which stands for 24 from now on.
+            expression = NUMBER_IN_TEXT.sub(variable_or_number, step["sum"].strip())
+            name = variable_name(line, step, taken)
+            lines.append(f"{name} = {expression}")
             for value in numbers(step["result"])[:1]:
-                variables.setdefault(value, []).append(code[-1].split()[0])
+                variables[value] = name
+                sources[value] += 1
+
     final = next(iter(numbers(answer)), None)
     if final not in variables or set(variables) - used - {final}:
         return None
-    script = tool_call("\n".join([*code, f"print({variables[final][-1]})"]), answer)
-    return f"Let me compute this.\n{script}The answer is {answer}.\n<answer>\\boxed{{{answer}}}</answer>"
+    lines.append(f"print({variables[final]})")
+    script = tool_call("\n".join(lines), answer)
+    return (f"Let me compute this.\n{script}The answer is {answer}.\n"
+            f"<answer>\\boxed{{{answer}}}</answer>")
 
 
 REWRITE_PROMPT = f"""Rewrite the solution below so that it uses a Python interpreter where that
@@ -1126,96 +1225,127 @@ Solution:
 {{solution}}"""
 
 
-def api_model(model, url, temperature, max_tokens):
-    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one came to
-    no end or was refused. UserError when the openai package gives up trying again."""
+def api_model(args):
+    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one is
+    unfinished or refused. UserError where it keeps failing."""
     try:
         import openai
     except ImportError:
         raise UserError("--rewriter api needs the package openai (pip install openai)") from None
-    client = openai.AsyncOpenAI(base_url=url or None, max_retries=6,
-                                api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    client = openai.AsyncOpenAI(
+        base_url=args.api_url or None,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        max_retries=6)
 
     async def complete_one(prompt, seed):
         try:
             reply = await client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": prompt}], seed=seed,
-                temperature=temperature, max_tokens=max_tokens)
+                model=args.model,
+                messages=[{"role": "user", "content": prompt}],
+                seed=seed,
+                temperature=args.temperature,
+                max_tokens=args.max_tokens)
         except openai.BadRequestError:
             return None
         except openai.OpenAIError as error:
             raise UserError(f"--rewriter api: {' '.join(str(error).split())[:200]}") from None
         finished = reply.choices and reply.choices[0].finish_reason == "stop"
         return reply.choices[0].message.content if finished else None
-    return lambda prompts, seeds: asyncio.gather(*map(complete_one, prompts, seeds))
+
+    async def complete(prompts, seeds):
+        return await asyncio.gather(*map(complete_one, prompts, seeds))
+
+    return complete
 
 
-def local_model(path, temperature, max_tokens):
-    """complete(prompts, seeds) -> texts of a checkpoint, None where one came to no end."""
+def local_model(args):
+    """complete(prompts, seeds) -> texts of a checkpoint, None where one is unfinished."""
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
-    tokenizer, model = load_tokenizer(path), load_model(path, device, dtype).eval()
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, device, dtype).eval()
     positions = model.config.max_position_embeddings
 
     async def complete(prompts, seeds):
-        ids = [encode_prompt(tokenizer, "{question}", prompt)[:positions - 1] for prompt in prompts]
-        room = min(max_tokens, positions - max(map(len, ids)))
-        found = await generate(model, tokenizer, ids, None, tools=False, prompt_keys=seeds,
-                               temperature=temperature, max_response_tokens=room)
-        return [tokenizer.decode(t.response_ids, skip_special_tokens=True)
-                if t.is_complete else None for t in found]
+        encoded = [encode_prompt(tokenizer, "{question}", prompt) for prompt in prompts]
+        encoded = [ids[:positions - 1] for ids in encoded]  # leaves room for a token
+        longest = max(len(ids) for ids in encoded)
+        trajectories = await generate(
+            model, tokenizer, encoded,
+            sandbox=None,
+            tools=False,
+            prompt_keys=seeds,
+            temperature=args.temperature,
+            max_response_tokens=min(args.max_tokens, positions - longest))
+        texts = []
+        for trajectory in trajectories:
+            text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
+            texts.append(text if trajectory.is_complete else None)
+        return texts
+
     return complete
 
 
 def make_rewriter(args):
-    """rewrite(records of rows) -> a candidate, or None, for each."""
-    if args.rewriter in ("local", "api") and not args.model:
-        raise UserError(f"--rewriter {args.rewriter} needs --model")
-    if args.rewriter == "local":
-        complete = local_model(args.model, args.temperature, args.max_tokens)
-    elif args.rewriter == "api":
-        complete = api_model(args.model, args.api_url, args.temperature, args.max_tokens)
+    """rewrite(records) -> a candidate, or None, for each."""
+    async def by_calculator(records):
+        return [calculator(r["solution"], r["own"]) for r in records]
 
-    async def rewrite(records):
-        if args.rewriter == "calculator":
-            return [calculator(record["solution"], record["own"]) for record in records]
-        if args.rewriter == "program":
-            return [program(record["solution"], record["own"], record["question"]) for record in records]
-        prompts = [REWRITE_PROMPT.replace("{solution}", record["solution"])
-                   .replace("{question}", record["question"]) for record in records]
-        return await complete(prompts, [args.seed + record["row"] for record in records])
-    return rewrite
+    async def by_program(records):
+        return [program(r["solution"], r["own"], r["question"]) for r in records]
+
+    async def by_model(records):
+        prompts = []
+        for record in records:
+            prompt = REWRITE_PROMPT.replace("{solution}", record["solution"])
+            prompts.append(prompt.replace("{question}", record["question"]))
+        seeds = [args.seed + record["row"] for record in records]
+        return await complete(prompts, seeds)
+
+    if args.rewriter == "calculator":
+        return by_calculator
+    if args.rewriter == "program":
+        return by_program
+    if not args.model:
+        raise UserError(f"--rewriter {args.rewriter} needs --model")
+    complete = local_model(args) if args.rewriter == "local" else api_model(args)
+    return by_model
 
 
 # ---------------------------------------------------------------------------------------------
-# `sft.py curate`: read, filter, rewrite, check, remove duplicates, write, report.
+# `sft.py curate`
 #
-# A record is what is known of one row: its number, place and "reason", "kept" or why it is left
-# out; "input", the row, for which `check_problem` puts what `read_row` makes of it; the
-# rewriter's "candidate"; the "trace".
+# A record is a dict of what is known of one row: "row", its number; "place"; "reason", "kept" or
+# why it is left out, with "detail"; "input", which `check_problem` replaces by what `read_row`
+# makes of it; the rewriter's "candidate"; the "trace".
 
 
 async def check_problem(record, run):
     """Fill in the problem, if there is something to rewrite and it is not contaminated."""
     row = record.pop("input")
-    found = read_row(row, run.layouts)
-    if not found:
+    problem = read_row(row, run.layouts)
+    if not problem:
         raise Rejected(f"filter: unknown layout ({field_names(row)}), name its --question_field")
-    record |= found
-    question, answer, solution, own = found.values()
+    record.update(problem)
+
+    question = record["question"]
+    answer = record["answer"]
+    solution = record["solution"]
     if not question or re.search("[\ud800-\udfff]", question + answer + solution):
         raise Rejected("filter: not well-formed")  # a lone surrogate is no text
     if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
         raise Rejected("filter: no answer to compare with")
     if not solution:
         raise Rejected("filter: no solution")
+
     if "<answer>" in solution:  # a trace already, to be checked but not to be rewritten
         record["candidate"] = solution
-    elif not await is_equivalent(own, answer, run.sandbox):
+    elif not await is_equivalent(record["own"], answer, run.sandbox):
         raise Rejected("filter: the solution's answer is not the reference")
+
     for key in contamination_keys(question):
         if key in run.evaluation:
-            raise Rejected("contamination: " + ("13 words" if " " in key else "whole question"),
-                           run.evaluation[key], key)
+            overlap = "13 words" if " " in key else "whole question"
+            raise Rejected(f"contamination: {overlap}", run.evaluation[key], key)
 
 
 async def make_trace(record, run):
@@ -1223,73 +1353,112 @@ async def make_trace(record, run):
     if not record["candidate"]:
         raise Rejected("rewrite: no calculation, or unfinished")
     candidate = record["candidate"].encode("utf-8", "replace").decode().strip()
-    response, failed, results = await check_trace(candidate, record["answer"], run.sandbox)
+    response, failed_calls, results = await check_trace(candidate, record["answer"], run.sandbox)
     check_quality(candidate, results, record["answer"])
+
     prompt = run.template.replace("{question}", record["question"])
     if len(encode_text(run.tokenizer, prompt + response)) > run.max_tokens:
         raise Rejected("quality: too long")
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    record["trace"] = {"messages": messages, "answer": record["answer"], "family": run.family,
-                       "failed_calls": failed, "place": record["place"]}
+    record["trace"] = {
+        "messages": [{"role": "user", "content": prompt},
+                     {"role": "assistant", "content": response}],
+        "answer": record["answer"],
+        "family": run.family,
+        "failed_calls": failed_calls,
+        "place": record["place"]}
+
+
+async def pass_stage(stage, records, run):
+    """Take records through a stage, all at once; returns those that are still kept."""
+    async def attempt(record):
+        try:
+            await stage(record, run)
+        except Rejected as rejected:
+            record["reason"] = rejected.args[0]
+            record["detail"] = list(rejected.args[1:])
+
+    await asyncio.gather(*map(attempt, records))
+    return [record for record in records if record["reason"] == "kept"]
 
 
 async def curate_rows(rows, run):
     """The records of [(number, (place, row))], taken through one stage after the other."""
-    async def attempt(stage, record):
-        if record["reason"] == "kept":
-            try:
-                await stage(record, run)
-            except Rejected as rejected:
-                record["reason"], *record["detail"] = rejected.args
+    records = []
+    for number, (place, row) in rows:
+        records.append({"row": number, "place": Path(place).name, "reason": "kept", "input": row})
+    kept = await pass_stage(check_problem, records, run)
 
-    records = [{"row": number, "place": Path(place).name, "reason": "kept", "input": row}
-               for number, (place, row) in rows]
-    await asyncio.gather(*[attempt(check_problem, record) for record in records])
-    unwritten = [record for record in records if record["reason"] == "kept" and "candidate" not in record]
+    unwritten = [record for record in kept if "candidate" not in record]
     if unwritten:
-        for record, candidate in zip(unwritten, await run.rewrite(unwritten)):
+        candidates = await run.rewrite(unwritten)
+        for record, candidate in zip(unwritten, candidates):
             record["candidate"] = candidate
-    await asyncio.gather(*[attempt(make_trace, record) for record in records])
+
+    await pass_stage(make_trace, kept, run)
     return records
+
+
+# Flags on which no record depends.
+NOT_DECISIVE = {"output", "limit", "in_flight", "api_url", "sandbox_workers", "unsafe_sandbox"}
 
 
 async def curate_file(args):
     """`sft.py curate`. A line of OUTPUT's journal holds the records of in_flight rows, under a
-    hash of all that decides them: an interrupted run does not make them again."""
+    hash of what decides them: an interrupted run does not make them again."""
     output = Path(args.output)
-    journal, report, partial = map(output.with_suffix, (".journal", ".report.json", ".partial"))
+    journal = output.with_suffix(".journal")
+    report = output.with_suffix(".report.json")
+    partial = output.with_suffix(".partial")
     if output.exists():
         raise UserError(f"--output {output}: there already; nothing is overwritten")
+
+    # What the stages need.
     names = (args.question_field, args.answer_field, args.solution_field)
     run = SimpleNamespace(
-        layouts=[names] if any(names) else LAYOUTS, template=load_template(args.prompt_template),
-        rewrite=make_rewriter(args), family=Path(args.input).stem, max_tokens=args.max_tokens,
+        layouts=[names] if any(names) else LAYOUTS,
+        template=load_template(args.prompt_template),
+        rewrite=make_rewriter(args),
+        family=Path(args.input).stem,
+        max_tokens=args.max_tokens,
         tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else embedded_tokenizer(),
-        evaluation={key: f"{Path(file).name}:{number}" for file in args.decontaminate
-                    for number, problem in enumerate(load_problems(file), 1)
-                    for key in contamination_keys(problem["question"])})
-    speed = "output limit in_flight api_url sandbox_workers unsafe_sandbox".split()
-    decisive = {name: value for name, value in vars(args).items() if name not in speed}
+        evaluation={})  # contamination key -> place of its problem
+    for file in args.decontaminate:
+        for number, problem in enumerate(load_problems(file), 1):
+            for key in contamination_keys(problem["question"]):
+                run.evaluation[key] = f"{Path(file).name}:{number}"
+
+    decisive = {name: value for name, value in vars(args).items() if name not in NOT_DECISIVE}
     rows = enumerate(read_rows(args.input, args.split, args.config), 1)
-    rows, done, records = itertools.islice(rows, args.limit or None), {}, []
+    rows = itertools.islice(rows, args.limit or None)
+    done = {}  # hash -> records
+    records = []
     async with make_sandbox(args) as run.sandbox:
         with open(journal, "a+") as file, tqdm(desc="rows", total=args.limit or None) as bar:
+            # What an interrupted run has left.
             file.seek(0)
             for line in file:
                 with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
-                    done |= json.loads(line)
-            while chunk := list(itertools.islice(rows, args.in_flight)):
-                key = json.dumps([decisive, chunk], default=str).encode()
-                key = hashlib.sha256(key).hexdigest()
+                    done.update(json.loads(line))
+
+            # All rows, in_flight at a time.
+            while True:
+                chunk = list(itertools.islice(rows, args.in_flight))
+                if not chunk:
+                    break
+                identity = json.dumps([decisive, chunk], default=str)
+                key = hashlib.sha256(identity.encode()).hexdigest()
                 if key not in done:
                     done[key] = await curate_rows(chunk, run)
-                    file.write(f"\n{json.dumps({key: done[key]})}\n")  # ends a torn line first
+                    line = json.dumps({key: done[key]})
+                    file.write(f"\n{line}\n")  # ends a torn line first
                     file.flush()
                 records += done[key]
                 bar.update(len(chunk))
+
+    # Only a whole file is ever found under OUTPUT's name.
     traces, summary, examples = summarise(records)
-    details = {"arguments": vars(args), "examples": examples}
-    report.write_text(json.dumps(summary | details, indent=1))
+    whole_report = summary | {"arguments": vars(args), "examples": examples}
+    report.write_text(json.dumps(whole_report, indent=1))
     if traces:
         partial.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
         partial.rename(output)
@@ -1302,43 +1471,56 @@ async def curate_file(args):
 
 def summarise(records):
     """(traces, but no question twice; counts; three examples of each reason)."""
-    first_rows = {}
+    traces = []
+    reasons = Counter()
+    examples = {}
+    first_records = {}  # of each question
     for record in records:
         if record["reason"] == "kept":
-            first = first_rows.setdefault(" ".join(question_words(record["question"])), record)
+            words = " ".join(question_words(record["question"]))
+            first = first_records.setdefault(words, record)
             if first is not record:
-                record |= {"reason": "duplicate: same question", "detail": [first["place"]]}
-    reasons = Counter(record["reason"] for record in records)
-    examples = {reason: [record for record in records if record["reason"] == reason][:3]
-                for reason in reasons if reason != "kept"}
-    traces = [record["trace"] for record in records if record["reason"] == "kept"]
-    return traces, {"rows": len(records), "kept": len(traces),
-                    "reasons": dict(sorted(reasons.items()))}, examples
+                record["reason"] = "duplicate: same question"
+                record["detail"] = [first["place"]]
+
+        reason = record["reason"]
+        reasons[reason] += 1
+        if reason == "kept":
+            traces.append(record["trace"])
+        elif reasons[reason] <= 3:
+            examples.setdefault(reason, []).append(record)
+
+    summary = {"rows": len(records), "kept": len(traces), "reasons": dict(sorted(reasons.items()))}
+    return traces, summary, examples
 
 
 def add_curate_arguments(parser):
     add = parser.add_argument
     add("--input", required=True, help="JSONL or parquet file, or a Hugging Face hub id")
-    add("--output", required=True, help="JSONL of traces; the report lies beside it")
+    add("--output", required=True, help="JSONL file of traces; the report lies beside it")
     add("--rewriter", choices=("calculator", "program", "local", "api"), default="calculator",
-        help="a snippet per calculation, one script, or a model's; traces are only checked")
-    add("--limit", type=at_least(0), default=0, help="first rows only; 0: all")
-    add("--seed", type=int, default=0, help="of the model's sampling")
-    add("--split", default="train", help="of a hub data set")
-    add("--config", default=None, help="of a hub data set")
-    for name in ("question", "answer", "solution"):
-        add(f"--{name}_field", default="", help="dotted path, of an unknown layout")
+        help="GSM8K's annotations become snippets or one script, or a model rewrites solutions")
+    add("--limit", type=at_least(0), default=0, help="rows to curate; 0: all")
+    add("--seed", type=int, default=0, help="seed of a rewriting model")
+    add("--split", default="train", help="split of a hub data set")
+    add("--config", default=None, help="configuration of a hub data set")
+    add("--question_field", default="", help="dotted path of the question in an unknown layout")
+    add("--answer_field", default="", help="dotted path of the answer in an unknown layout")
+    add("--solution_field", default="", help="dotted path of the solution in an unknown layout")
     add("--prompt_template", default="retool", help="plain, retool, or a file with {question}")
-    add("--tokenizer", default="", help="for --max_tokens; empty: the embedded one")
+    add("--tokenizer", default="", help="tokenizer for --max_tokens; empty: the embedded one")
     add("--max_tokens", type=at_least(1), default=16384, help="longer traces are left out")
     add("--decontaminate", nargs="*", default=[], help="evaluation sets that must not occur")
-    add("--model", default="", help="of --rewriter local or api")
-    add("--temperature", type=in_range(0.0), default=0.7, help="of the model")
-    add("--api_url", default="", help="base URL; empty: OpenAI's; the key: OPENAI_API_KEY")
+    add("--model", default="", help="model of --rewriter local or api")
+    add("--temperature", type=in_range(0.0), default=0.7, help="temperature of a rewriting model")
+    add("--api_url", default="",
+        help="base URL of the endpoint, for the key OPENAI_API_KEY; empty: OpenAI's")
     add("--in_flight", type=at_least(1), default=64, help="rows, and requests, at a time")
     add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0, help="per snippet")
-    add("--unsafe_sandbox", action="store_true", help="run snippets without a missing layer")
+    add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0,
+        help="seconds per snippet")
+    add("--unsafe_sandbox", action="store_true", help="run snippets even if a layer is missing")
+
 
 # -------------------------------------------------------------------------------------------------
 # The script
