@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import zlib
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +100,17 @@ def boxed(text):
 def extract_answer(response):
     r"""The last \boxed{} outside a text's blocks, or None. (Of rollouts: eval.stated_answer.)"""
     return boxed(BLOCKS.sub("\n", response))
+
+
+# 1,234.5 or 42 or .5, but not the digits of x1, nor the 3 of 1.2.3.
+NUMBER_IN_TEXT = re.compile(
+    r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"|(?<![\w.])\.\d+")
+
+
+def numbers(text):
+    """The numbers of a text without their signs, exactly as they are written, in order."""
+    return [Decimal(number.replace(",", "")) for number in NUMBER_IN_TEXT.findall(text)]
 
 
 # ---------------------------------------------------------------------------------------------

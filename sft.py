@@ -20,7 +20,6 @@ In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 import argparse
 import ast
 import asyncio
-import builtins
 import contextlib
 import ctypes
 import fcntl
@@ -28,11 +27,11 @@ import functools
 import hashlib
 import itertools
 import json
-import keyword
 import math
 import os
 import random
 import re
+import runpy
 import shutil
 import sys
 import time
@@ -56,11 +55,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from data import (LAYOUTS, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
-                  field_names, load_problems, load_template, read_row, read_rows, tool_call)
+from data import (LAYOUTS, NUMBER_IN_TEXT, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
+                  field_names, load_problems, load_template, numbers, read_row, read_rows,
+                  tool_call)
 from eval import (Help, add_format_arguments, at_least, computes, in_range,
                   is_equivalent, make_sandbox, need_values, parse_flags, run_script, syntax_tree)
-from rollout import (CLOSING, CODE_OPEN, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, TOOLS, Packing,
+from rollout import (CLOSING, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, TOOLS, Packing,
                      at_least_fp32, break_tags, encode_response, encode_text, generate, load_config,
                      load_model, load_tokenizer, split_segments, strip_fence, tool_of)
 from sandbox import UserError
@@ -688,16 +688,7 @@ def check_format(response):
         raise Rejected("format: no single final answer")
 
 
-# 1,234.5 or 42 or .5, but not the digits of x1, nor the 3 of 1.2.3.
-NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"|(?<![\w.])\.\d+")
 TOKEN = re.compile(rf"{NUMBER_IN_TEXT.pattern}|\w+|[^\w\s]")
-
-
-def numbers(text):
-    """The numbers of a text without their signs, exactly as they are written, in order."""
-    return [Decimal(number.replace(",", "")) for number in NUMBER_IN_TEXT.findall(text)]
 
 
 def last_place(number):
@@ -1086,129 +1077,6 @@ def check_quality(candidate, results, reference):
         raise Rejected("quality: the answer comes from nowhere")
 
 
-# Of "48/2 = $<<48/2=24>>24" it matches " = $<<48/2=24>>", but not <<60=60>>: no calculation.
-ANNOTATION = re.compile(
-    r"(?P<equals> ?=? ?)"
-    r"(?P<currency>[$€£¢]?)"
-    r"<<(?P<sum>[-+(]*[\d.]+[ )]*[-+*/][\d.+\-*/() ]+)"
-    r"=(?P<result>[^<>=]*)>>")
-
-
-def remove_annotations(text):
-    return re.sub("<<.*?>>", "", text)
-
-
-def is_named_before(step, line):
-    """Whether the result stands before its annotation, as in "24, for 48/2 = <<48/2=24>>24", and
-    not only as an operand, as in "5 - 3 + 3 = <<5-3+3=5>>5"."""
-    told = Counter(numbers(remove_annotations(line[:step.start()])))
-    told.subtract(numbers(step["sum"]))
-    return any(told[result] > 0 for result in numbers(step["result"]))
-
-
-def calculator(solution, answer):
-    """Turn the calculator annotations of GSM8K into snippets; None if there are none."""
-    def snippet(step):
-        return "\n" + tool_call(f"print({step['sum']})", step["result"])
-
-    def in_place(step):
-        return step["equals"].rstrip() + snippet(step) + step["currency"]
-
-    text = ""
-    for line in solution.splitlines(keepends=True):
-        steps = list(ANNOTATION.finditer(line))
-        if any(is_named_before(step, line) for step in steps):
-            # The snippets stand in front of the line.
-            for step in steps:
-                text += f"Let me compute {step['sum']}.{snippet(step)}"
-            text += line
-        else:
-            # "sold 48/2 = $<<48/2=24>>24 of": "sold 48/2 =", a snippet, "$24 of".
-            text += ANNOTATION.sub(in_place, line)
-
-    if CODE_OPEN not in text:
-        return None
-    return f"{remove_annotations(text)}\n<answer>\\boxed{{{answer}}}</answer>"
-
-
-# No part of a variable's name.
-FILLERS = set("""and are because but can each for from gets had has have her him his its she that
-the their them then there they this thus was were which will with would you""".split())
-# A solution may use these numbers unasked.
-COMMON = set(range(13)) | {24, 30, 52, 60, 100, 365, 1000}
-
-
-def naming_words(text):
-    return [word for word in re.findall("[a-z]{3,}", text.lower()) if word not in FILLERS]
-
-
-def variable_name(line, step, taken):
-    """A name for the result of an annotation in this line: two words from before its sum and
-    two from after it, with a number if the Counter `taken` has it."""
-    # "Ann sold 48/2" -> "Ann sold ", "", "/", "".
-    phrases = re.split(r"[\d,.;:(]", remove_annotations(line[:step.start()]))
-    if "=" in step["equals"]:
-        phrases.pop()  # what stands before "=" belongs to the sum
-
-    # The last phrase of words: "ann", "sold".
-    words_before = []
-    for phrase in phrases:
-        if not set(phrase) & set("+-*/"):
-            words = naming_words(phrase)
-            if words:
-                words_before = words
-
-    # "24 of fruit." -> "fruit"
-    phrase_after = re.match(r"[\d,.]*([^\d,.;:=(<]*)", line[step.end():])[1]
-    words_after = naming_words(phrase_after)
-
-    name_words = dict.fromkeys(words_before[-2:] + words_after[:2])  # each once, in order
-    name = "_".join(name_words) or "result"
-    taken[name] += 1
-    return f"{name}_{taken[name]}" if taken[name] > 1 else name
-
-
-def program(solution, answer, question):
-    """Turn the annotations into one script with a variable for each: an operand that equals an
-    earlier result is that variable. None if the answer is no result, another result is never
-    used, or an operand is found nowhere or in two places (results, question)."""
-    lines = []
-    variables = {}  # result -> name
-    used = set()  # operands
-    given = set(numbers(question))
-    sources = Counter(given)  # number -> places where it is found
-    taken = Counter(dir(builtins) + keyword.kwlist)
-
-    def variable_or_number(match):
-        value = numbers(match[0])[0]
-        return variables.get(value, match[0])
-
-    for line in solution.splitlines():
-        for step in ANNOTATION.finditer(line):
-            for value in numbers(step["sum"]):
-                # Fractions need no source, nor does 1.2 where 120 has one: percent.
-                is_common = value < 1 or {value, 100 * value} & (given | COMMON)
-                if sources[value] > 1 or (sources[value] == 0 and not is_common):
-                    return None
-                used.add(value)
-
-            # "ann_sold_fruit = 48/2", which stands for 24 from now on.
-            expression = NUMBER_IN_TEXT.sub(variable_or_number, step["sum"].strip())
-            name = variable_name(line, step, taken)
-            lines.append(f"{name} = {expression}")
-            for value in numbers(step["result"])[:1]:
-                variables[value] = name
-                sources[value] += 1
-
-    final = next(iter(numbers(answer)), None)
-    if final not in variables or set(variables) - used - {final}:
-        return None
-    lines.append(f"print({variables[final]})")
-    script = tool_call("\n".join(lines), answer)
-    return (f"Let me compute this.\n{script}The answer is {answer}.\n"
-            f"<answer>\\boxed{{{answer}}}</answer>")
-
-
 REWRITE_PROMPT = f"""Rewrite the solution below so that it uses a Python interpreter where that
 helps. Keep the line of thought, also attempts that failed and how that was noticed. Replace each
 calculation, enumeration or check that a program does better by a snippet and the output that you
@@ -1287,11 +1155,10 @@ def local_model(args):
 
 def make_rewriter(args):
     """rewrite(records) -> a candidate, or None, for each."""
-    async def by_calculator(records):
-        return [calculator(r["solution"], r["own"]) for r in records]
-
-    async def by_program(records):
-        return [program(r["solution"], r["own"], r["question"]) for r in records]
+    async def by_rule(records):
+        path = Path(__file__).parent / "runs" / "gsm8k.py"
+        rewrite_one = runpy.run_path(str(path))[args.rewriter]
+        return [rewrite_one(r["solution"], r["own"], r["question"]) for r in records]
 
     async def by_model(records):
         prompts = []
@@ -1301,10 +1168,8 @@ def make_rewriter(args):
         seeds = [args.seed + record["row"] for record in records]
         return await complete(prompts, seeds)
 
-    if args.rewriter == "calculator":
-        return by_calculator
-    if args.rewriter == "program":
-        return by_program
+    if args.rewriter in ("calculator", "program"):
+        return by_rule
     if not args.model:
         raise UserError(f"--rewriter {args.rewriter} needs --model")
     complete = local_model(args) if args.rewriter == "local" else api_model(args)

@@ -26,7 +26,8 @@ import sft
 from data import embedded_problem, load_problems, read_row
 from rollout import encode_response, encode_text, split_segments
 from sandbox import Sandbox, SandboxResult, UserError
-from sft import Rejected, calculator, check_format, contamination_keys, load_traces, program
+from runs.gsm8k import calculator, program
+from sft import Rejected, check_format, contamination_keys, load_traces
 
 TESTS = Path(__file__).parent
 ANSWER = r"<answer>\boxed{4}</answer>"

@@ -224,7 +224,7 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
 @pytest.mark.parametrize("file, before, after, changes", [
     ("ppo.py", "def gae(", "def gae2(", set()),
     ("eval.py", "def percent(", "def per_cent(", set()),
-    ("sft.py", "def calculator(", "def calculator2(", set()),
+    ("sft.py", "def summarise(", "def summarise2(", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-7)  # why", set()),
     ("sft.py", '"""U V^T of x', '"""About U V^T of x', set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-6)", {"sft.py"}),
