@@ -8,9 +8,9 @@ context: no loss, reward, value or step of GAE.
 What the paper leaves open, and what is done here:
  1. The critic is a copy of the warm start with a scalar head; at first it learns alone.
  2. Advantages are whitened over the global batch; a floor under their deviation keeps a nearly
-    perfect batch, in which only a few responses differ, from amplifying noise.
+    perfect batch from amplifying noise.
  3. Losses are sums over trainable tokens, divided once by their number in the minibatch.
- 4. A truncated response scores -1, is terminal (nothing is bootstrapped), stays in the loss.
+ 4. A truncated response scores -1, is terminal, stays in the loss.
  5. The KL coefficient is 0.0 as in the paper; only with --kl_coef is there a reference model.
  6. Clip range, value clip, gamma and lambda are those of public recipes.
 
@@ -53,8 +53,8 @@ from sandbox import UserError
 
 
 def token_rewards(trajectory, kind="outcome", scale=0.1):
-    """Rewards of each token of a response: a list. All kinds pay +1 or -1 for the answer
-    (equation 1's R), on the last sampled token even if forced text follows. On top of it:
+    """Rewards of each token of a response. All kinds pay +1 or -1 for the answer (equation 1's
+    R), on the last sampled token even if forced text follows. On top of it:
         outcome     nothing; code that runs earns nothing
         executable  + scale * the share of its calls that ran without error
         bonus       + scale if it called at all, even where every call failed
@@ -126,7 +126,7 @@ def turn_gae(rewards, values, loss_mask, gamma, lam):
     turn_rewards = sum_over_turn(rewards * loss_mask)
     advantages, returns = gae(turn_rewards, values, first_of_turn, gamma, lam)
 
-    # Only the first token of a turn has its advantage: the sum spreads it over the others.
+    # Only a turn's first token has an advantage: the sum spreads it.
     return sum_over_turn(advantages) * loss_mask, sum_over_turn(returns) * loss_mask
 
 
@@ -165,9 +165,8 @@ def advantages_and_returns(rewards, values, loss_mask, groups, args):
     """(advantages, returns: the critic's targets), each (B, T), 0 where masked.
 
     rewards, values, loss_mask (B, T) as in `gae`; groups (B,) as in `group_advantages`. Of args:
-    advantage, and for "gae" gae_unit, gamma, lam_actor (maybe "adaptive"), lam_critic and
-    whiten_floor. Without a critic every token of a response gets its `group_advantages`, and
-    there are neither values nor returns.
+    advantage and, for "gae", gae_unit, gamma, lam_actor, lam_critic, whiten_floor. Without a
+    critic there are neither values nor returns.
     """
     if args.advantage != "gae":
         totals = (rewards * loss_mask).sum(1)
@@ -256,8 +255,7 @@ def cosine(step, steps, warmup, floor=0.0):
 
 
 def is_void(trajectory):
-    """Whether a response states no answer: its last turn is void (arXiv 2509.02479), for earlier
-    turns end with a call."""
+    """Whether the last turn has no answer (arXiv 2509.02479); earlier turns end with a call."""
     return trajectory.answer is None
 
 
@@ -283,7 +281,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     metrics |= evaluation.collapse_metrics(trajectories, Pieces(tokenizer))
     stopwatch.lap("rollout")
 
-    # Some responses are not trained on: where the sandbox itself failed, and what flags filter out.
+    # Some responses are not trained on: the sandbox failed, or a flag filters them out.
     chosen = [trajectory for trajectory in trajectories if is_trained_on(trajectory, args)]
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
@@ -318,7 +316,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
         sft.sync_weights(trainer.actor, trainer.sampler)
     stopwatch.lap("sync")
 
-    # How far the update moved the responses that are kept to be looked at.
+    # How far the update moved responses that are kept.
     kept = trajectories[:args.save_rollouts]
     trainer.fill_ratios([trajectory.example for trajectory in kept if trajectory.example])
     stopwatch.lap("ratios")
@@ -334,7 +332,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
 
 class Stopwatch:
-    """Seconds of what came since the lap before, by name."""
+    """Seconds since the lap before, by name."""
 
     def __init__(self):
         self.seconds = {}
@@ -404,7 +402,7 @@ def score_metrics(trajectories):
 
 
 def sampler_gap(example):
-    """|log-probability by the trainer - by the sampler| of an Example's sampled tokens, (T,)."""
+    """|log-probability by the trainer - by the sampler| of sampled tokens, (T,)."""
     return (example.logprobs - example.sampler_logprobs).abs() * example.sampled
 
 
@@ -506,7 +504,7 @@ class Trainer:
         self.fill(examples, compute)
 
     def fill_ratios(self, examples):
-        """Fill pi_new / pi_old of responses that are kept to be looked at."""
+        """Fill pi_new / pi_old."""
         def compute(flat, packing):
             logprobs, _ = self.logprobs(self.actor, flat, packing)
             return {"ratios": (logprobs - flat.logprobs).exp()}
@@ -662,8 +660,7 @@ class Trainer:
                 setattr(examples[index], name, values)
 
     def is_synced_after(self, step):
-        """Whether the sampler gets the actor's weights at the end of a step; after the last it
-        does."""
+        """Whether the sampler gets the actor's weights at the end of a step."""
         return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
 
     def state(self):
@@ -681,7 +678,7 @@ class Trainer:
 
 
 def check_unchanged(logprobs, flat, dtype):
-    """AssertionError where a forward pass before the first update does not repeat `score`: another
+    """AssertionError where a forward pass before the update does not repeat `score`: another
     temperature, a mask off by one, dropout."""
     mask = flat.loss_mask
     difference = ((logprobs - flat.logprobs) * mask).abs().sum() / mask.sum().clamp(min=1)
@@ -773,15 +770,15 @@ def add_ppo_arguments(parser):
     add("--train_data", default="embedded",
         help="problems to train on: embedded, or a file; paper: DAPO-Math-17k")
     add("--eval_data", default="",
-        help="files to evaluate on, separated by commas; empty: the embedded test splits")
+        help="files to evaluate on, with commas between; empty: the embedded splits")
     add("--seed", type=int, default=0,
-        help="seed of prompts, noise and minibatches; the warm start has --sft_seed")
+        help="seed of PPO; the warm start has --sft_seed")
     # The batch
     add("--steps", type=at_least(1), default=24, help="number of PPO steps; paper 400")
     add("--prompts_per_step", type=at_least(1), default=256,
         help="prompts sampled in a step; paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1,
-        help="responses to each prompt; grpo and rloo need at least 2")
+        help="responses to each prompt")
     add("--minibatches", type=at_least(1), default=4, help="optimiser steps per PPO step")
     add("--temperature", type=in_range(0.0, above=True), default=1.0,
         help="softmax temperature of rollouts and losses; paper 1.0")
@@ -791,55 +788,55 @@ def add_ppo_arguments(parser):
     add("--reward_scale", type=in_range(0.0), default=0.1,
         help="size of what --reward pays besides the answer, which pays 1 or -1")
     add("--advantage", choices=("gae", "grpo", "rloo"), default="gae",
-        help="gae: by a critic; grpo, rloo: by the other responses to a prompt, without a critic")
+        help="gae: by a critic; grpo, rloo: by the other responses to a prompt")
     add("--gae_unit", choices=("token", "turn"), default="token",
-        help="what a step of GAE is: see `turn_gae`")
+        help="a step of GAE: see `turn_gae`")
     add("--gamma", type=in_range(0.0, 1.0), default=1.0, help="discount of rewards per token")
     add("--lam_actor", type=lambda_or_adaptive, default=1.0,
-        help="GAE's lambda for advantages, or adaptive: longer responses, a larger one")
+        help="GAE's lambda for advantages, or adaptive: see `adaptive_lam`")
     add("--lam_critic", type=in_range(0.0, 1.0), default=1.0,
         help="GAE's lambda for the critic's targets")
     add("--whiten_floor", type=in_range(0.0, above=True), default=0.2,
-        help="least number that advantages are divided by")
+        help="least deviation that advantages are divided by")
     # The losses
     add("--clip_low", type=in_range(0.0, 1.0), default=0.2,
         help="probability ratios below 1 - clip_low are clipped")
     add("--clip_high", type=in_range(0.0), default=0.28,
         help="probability ratios above 1 + clip_high are clipped")
     add("--dual_clip", type=in_range(1.0), default=0.0,
-        help="least surrogate of a bad token, in advantages, e.g. 3; 0: none")
+        help="bound of a bad token's surrogate, e.g. 3; 0: none")
     add("--value_clip", type=in_range(0.0), default=0.5,
-        help="how far a value may move from its old one")
+        help="how far values may move")
     add("--kl_coef", type=in_range(0.0), default=0.0,
-        help="weight of the KL to the starting policy in the loss; paper 0")
+        help="weight of the KL to the starting policy; paper 0")
     add("--entropy_coef", type=in_range(0.0), default=0.0, help="weight of the entropy bonus")
     add("--importance", choices=("off", "token"), default="off",
-        help="token: weight tokens by the trainer's / the sampler's probability, at most 2")
+        help="token: weight by trainer's / sampler's probability, at most 2")
     add("--mask_interpreter", choices=("on", "off"), default="on",
         help="off: PPO trains on interpreter text too (a known mistake)")
     add("--drop_truncated", action="store_true",
-        help="overlong filter: do not train on responses that were cut off")
+        help="do not train on responses that were cut off")
     add("--drop_void", action="store_true",
-        help="do not train on responses whose last turn states no answer")
+        help="do not train on responses without an answer")
     # The optimisers
     add("--actor_lr", type=in_range(0.0), default=4e-4,
-        help="AdamW's peak rate for the actor; paper 1e-6 (32B)")
+        help="AdamW's peak rate, actor; paper 1e-6 (32B)")
     add("--critic_lr", type=in_range(0.0), default=5e-4,
-        help="AdamW's peak rate for the critic; public recipes 2e-6 (32B)")
+        help="AdamW's peak rate, critic; public recipes 2e-6 (32B)")
     add("--critic_model", default="",
-        help="checkpoint that the critic starts from, of any size; empty: the policy's")
+        help="checkpoint, of any size, that the critic starts from; empty: the policy")
     add("--critic_warmup", type=at_least(0), default=3,
-        help="first steps, in which the critic learns alone; public recipes 20")
+        help="first steps, of the critic alone; public recipes 20")
     add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up of both rates")
     add("--lr_floor", type=in_range(0.0, 1.0), default=0.1,
-        help="factor of both rates at the cosine's end; 1.0: constant rates")
+        help="factor of both rates at the end; 1.0: constant rates")
     add("--adam_eps", type=in_range(0.0, above=True), default=1e-8,
         help="AdamW's epsilon; 1e-6 halves a 7B model's updates")
     add("--weight_decay", type=in_range(0.0), default=0.0, help="AdamW's weight decay")
     add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0,
-        help="gradients of actor and critic are clipped to this norm, each by itself")
+        help="norm that gradients are clipped to")
     add("--sync_every", type=at_least(1), default=1,
-        help="steps between copies of the weights to the sampler")
+        help="steps between syncs of the sampler")
 
 
 def lambda_or_adaptive(text):
@@ -851,13 +848,13 @@ def add_run_arguments(parser):
     add("--preset", choices=("", "paper"), default="", help="paper: its numbers as defaults")
     add("--run_dir", default="", help="a new folder for the run; empty: out/ppo/<date>-<time>")
     add("--resume", default="",
-        help="run folder to go on with, under its arguments except those given here")
+        help="run folder to go on with, under its own flags and those given")
     add("--export", default="",
-        help="with --resume: only write the newest checkpoint to this folder")
+        help="with --resume: only write its newest checkpoint here")
     add("--warm_start", default="",
-        help="finished warm start of the embedded model, used as it is instead of making one")
+        help="finished warm start to use as it is, instead of making one")
     add("--eval_problems", type=at_least(2), default=256,
-        help="problems of the embedded test split; half as many of the other splits")
+        help="embedded problems to evaluate on; of ood splits half as many")
     add("--eval_samples", type=at_least(1), default=2, help="samples per problem; paper 32")
     add("--eval_top_p", type=in_range(0.0, 1.0, above=True), default=1.0,
         help="nucleus sampling in evaluations; paper 0.7")
@@ -866,9 +863,9 @@ def add_run_arguments(parser):
     add("--save_every", type=at_least(1), default=10, help="steps between checkpoints")
     add("--keep_checkpoints", type=at_least(1), default=2, help="how many checkpoints are kept")
     add("--save_rollouts", type=at_least(0), default=32,
-        help="responses per step that rollouts.jsonl keeps")
+        help="responses per step in rollouts.jsonl")
     add("--track", choices=("", "wandb", "trackio"), default="",
-        help="where each step's metrics are sent besides metrics.jsonl")
+        help="where each step's metrics are sent, too")
 
 
 def refuse_contradictions(parser, args, given):
@@ -923,7 +920,7 @@ async def main(process):
     args = parse_arguments()
     process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
 
-    # What can be wrong is found before the warm start: a bad file should not cost minutes.
+    # What can be wrong is found before the warm start, which takes minutes.
     run = RunFolder(args, process)
     sft.check_mesh(args.replicas, process.world)
     saved_model = run.path / "model"
@@ -944,7 +941,7 @@ async def main(process):
     if record["step"] > args.steps:
         raise UserError(f"--steps {args.steps}: the run has done {record['step']} already")
 
-    # The run's folder begins with what it was started with.
+    # The folder begins with what the run was started with.
     if not args.export:
         if not args.resume:
             run.write_arguments(args)
@@ -988,7 +985,6 @@ async def main(process):
     begin -= record["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
-        """Evaluate on every set, and print the table."""
         for name, rows in sets.items():
             label = f"{name} {when}"
             run.results[label], _ = await evaluation.evaluate(
@@ -1017,7 +1013,7 @@ async def main(process):
             metrics["seconds_checkpoint"] = seconds_checkpoint  # of the save before
             seconds_checkpoint = 0.0
 
-            # Log: a line for people, metrics and some responses for files.
+            # Log: a line, metrics and some responses.
             run.log_step(step, metrics)
             for trajectory in trajectories[:args.save_rollouts]:
                 problem = prompts[step * args.prompts_per_step + trajectory.prompt_index]
@@ -1066,7 +1062,6 @@ def evaluation_sets(args):
 
 
 def settings_line(args):
-    """The flags that differ from the embedded run's defaults."""
     defaults = vars(parse_arguments([]))
     changed = [f"--{name} {value}" for name, value in vars(args).items()
                if value != defaults.get(name)]
@@ -1105,7 +1100,7 @@ def commit():
 
 
 class RunFolder:
-    """What a run leaves behind. Every rank has one; rank 0 alone writes, and over no other run.
+    """What a run leaves behind. Every rank has one; rank 0 alone writes.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
     old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.

@@ -1,9 +1,8 @@
-"""Where does the format come from? Cold-start traces, the warm start on them, and what both
-trainers share: examples, packing, the policy, sharding, checkpoints.
+"""Where does the format come from? Traces, the warm start on them, and what both trainers share:
+examples, packing, the policy, sharding, checkpoints.
 
 The warm start is a masked next-token loss on traces. Differences from the paper:
- 1. The traces were executed: a quoted output that is not the real one rejects a trace (the paper
-    lets an LLM invent them), and in real data snippets must compute what they print.
+ 1. The traces were executed; a quoted output that is not the real one rejects a trace.
  2. Snippets that failed stay, for the text corrects them, but are masked: the model learns to
     recover from errors, not to make them.
  3. A step's loss is a sum over trainable tokens, divided once by their global number: packing and
@@ -13,7 +12,7 @@ The warm start is a masked next-token loss on traces. Differences from the paper
     torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
     python sft.py curate --input gsm8k_train.jsonl --decontaminate gsm8k_test.jsonl --output traces.jsonl
-    python sft.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces once more
+    python sft.py curate --input traces.jsonl --output again.jsonl       # verifies finished traces
 
 In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 """
@@ -31,7 +30,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import sys
 import time
@@ -56,13 +54,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import (LAYOUTS, NUMBER_IN_TEXT, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
-                  field_names, load_problems, load_template, numbers, read_row, read_rows,
-                  tool_call)
+                  field_names, load_problems, load_template, numbers, read_row, read_rows)
 from eval import (Help, add_format_arguments, at_least, computes, in_range,
                   is_equivalent, make_sandbox, need_values, parse_flags, run_script, syntax_tree)
 from rollout import (CLOSING, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, TOOLS, Packing,
-                     at_least_fp32, break_tags, encode_response, encode_text, generate, load_config,
+                     at_least_fp32, break_tags, encode_response, encode_text, load_config,
                      load_model, load_tokenizer, split_segments, strip_fence, tool_of)
+from runs.rewriters import make_rewriter
 from sandbox import UserError
 
 # -------------------------------------------------------------------------------------------------
@@ -146,8 +144,8 @@ def empty_example():
 
 
 class Policy(nn.Module):
-    """A causal LM that returns log-probabilities. The head is inside `forward`, where FSDP has
-    gathered its weights, and takes tokens in chunks: no (T, V) tensor ever exists."""
+    """A causal LM that returns log-probabilities. Its head takes tokens in chunks, inside `forward`,
+    where FSDP has gathered its weights: no (T, V) tensor ever exists."""
 
     def __init__(self, lm):
         super().__init__()
@@ -250,15 +248,14 @@ def batches(n, batch_size, seed):
 
 
 def trapezoid(step, steps, warmup):
-    """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0. A cosine
-    is worse here (results/README.md)."""
+    """Learning-rate factor: linear warm-up, 1 until half-time, then a line down to 0."""
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / (0.5 * steps))
 
 
 class Muon(torch.optim.Optimizer):
     """Along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon): half
     the steps of AdamW here. In fp32: torch.optim.Muon works in bf16, which many CPUs only
-    emulate. Matrices are sharded by rows (FSDP2); every rank sees all and steps its own."""
+    emulate. Matrices are sharded by rows (FSDP2)."""
 
     def __init__(self, matrices, lr, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
@@ -305,9 +302,9 @@ def orthogonalise(x):
 
 
 def train(policy, examples, held_out, recipe, process, folder, save_every):
-    """Train the sharded policy on a list of Example, from the newest checkpoint in the folder;
-    metrics.jsonl there gets a line every tenth step. Returns the metrics on held_out and on as
-    many examples. At process.deadline the process ends with a checkpoint."""
+    """Train the sharded policy on a list of Example, from the newest checkpoint in the folder.
+    Returns the metrics on held_out and on as many examples. At process.deadline the process ends
+    with a checkpoint."""
     # Muon for the layers' matrices, AdamW for the rest: embeddings and norms.
     in_layers = set(policy.lm.model.layers.parameters())
     of_muon = []
@@ -377,7 +374,7 @@ def train(policy, examples, held_out, recipe, process, folder, save_every):
 
 async def warm_start(args, process, traces_file=""):
     """The folder of the warm-started checkpoint for these arguments, made now or reused. An
-    interrupted one goes on at its last checkpoint, with the same metrics."""
+    interrupted one goes on at its last checkpoint."""
     parent = Path(args.warm_start_dir)
     parent.mkdir(parents=True, exist_ok=True)
     recipe = warm_start_recipe(args)
@@ -418,7 +415,7 @@ async def warm_start(args, process, traces_file=""):
 
 def train_on_traces(traces, held_out, recipe, args, folder, process):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
-    args: for what decides no result, the settings of `shard` and --sft_save_every."""
+    args: only for what decides no result, as `shard` and --sft_save_every."""
     config, tokenizer = starting_point(recipe.model)
 
     def examples_of(rows):
@@ -450,8 +447,7 @@ def train_on_traces(traces, held_out, recipe, args, folder, process):
 
 
 async def warm_start_traces(args, recipe, traces_file, folder):
-    """(traces, held-out traces): the rows of a file, or the embedded ones, which are curated once
-    and then read again."""
+    """(traces, held-out traces): the rows of a file, or the embedded ones, curated once."""
     if traces_file:
         rows = load_traces(traces_file)
         if len(rows) < 2:
@@ -477,8 +473,8 @@ async def warm_start_traces(args, recipe, traces_file, folder):
 
 
 def warm_start_recipe(args):
-    """The arguments that decide a warm start's result: `train_on_traces` sees no other that could
-    change it. (The number of ranks only changes rounding.)"""
+    """The arguments that decide a warm start: `train_on_traces` sees no other that could change
+    its result. (The number of ranks only changes rounding.)"""
     files = sorted(Path(args.model).glob("*")) if args.model else []
     return SimpleNamespace(
         model=args.model,
@@ -501,8 +497,7 @@ def warm_start_recipe(args):
 
 
 def warm_start_folder(parent, recipe, traces, held_out):
-    """Where the warm start of this recipe on these traces lies. If there is one that other code
-    made, says which file has changed."""
+    """Where this warm start lies. If other code made one, says which file has changed."""
     _, tokenizer = starting_point(recipe.model)
     vocabulary = tokenizer.backend_tokenizer.to_str()
     decides = digest(vars(recipe), traces, held_out, vocabulary, versions())
@@ -518,8 +513,8 @@ def warm_start_folder(parent, recipe, traces, held_out):
 
 
 def training_code():
-    """`code_hashes` of the training loop and of the forward pass, which transformers calls. The
-    tokenizer's code does not count: the key holds what it made."""
+    """`code_hashes` of the training loop and of the forward pass, which transformers calls. For
+    the tokenizer the key holds what its code has made."""
     return code_hashes(["train_on_traces", "packed_attention"], left_out={"embedded_tokenizer"})
 
 
@@ -791,8 +786,7 @@ def check_mesh(replicas, world):
 def shard(module, lm, args):
     """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
     the rest belongs to the root. The module may lie in host memory: its units go to the GPU one by
-    one. Master weights, gradients and optimiser states are fp32. Of args: dtype and the trainer's
-    flags."""
+    one. Master weights, gradients and optimiser states are fp32."""
     world = dist.get_world_size()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
@@ -818,8 +812,8 @@ def shard(module, lm, args):
 
 @torch.no_grad()
 def sync_weights(policy, plain):
-    """Copy the sharded policy's weights into a plain model, in place (a captured graph over
-    `plain` stays valid). All ranks call it; plain may be None on those that want no copy."""
+    """Copy the sharded policy's weights into a plain model, in place. All ranks call it; plain may
+    be None on those that want no copy."""
     policy.reshard()  # after a forward without backward the root's weights are still gathered
     sources = dict(policy.lm.named_parameters())
     targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
@@ -844,14 +838,13 @@ def time_is_up(process):
 
 
 # -------------------------------------------------------------------------------------------------
-# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own,
-# and reads them for any number of ranks; added here: a checkpoint is whole or absent, and a damaged
-# one is recognised.
+# Checkpoints of a training run. torch.distributed.checkpoint writes the shards, each rank its own.
+# Added here: a checkpoint is whole or absent, and a damaged one is recognised.
 
 
 def zero_moments(optimizer):
-    """Give an AdamW the moments of its first step: a checkpoint is loaded into them. (The helpers
-    of torch would take a real step to make them, and saving would change the run.)"""
+    """Give an AdamW the moments of its first step, to load a checkpoint into. (torch's own helpers
+    would take a real step to make them.)"""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -860,8 +853,7 @@ def zero_moments(optimizer):
 
 
 def training_state(name, module, *optimizers):
-    """Every tensor that a step changes, by name: sharded weights and the optimisers' moments.
-    Loading writes into them in place."""
+    """Every tensor that a step changes, by name: sharded weights and the optimisers' moments."""
     module.reshard()  # after a forward without backward the root's weights are still gathered
     state = {}
     for key, p in module.named_parameters():
@@ -876,9 +868,9 @@ def save_checkpoint(folder, state, record, keep, rank):
     """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
     but the last `keep`. All ranks call it, on a file system that they share.
 
-    Shards go to a temporary folder and are synced; a manifest with everyone's hashes is the
-    last file; one rename makes it a checkpoint. A crash at any moment leaves the ones before
-    untouched. UserError where nothing can be written.
+    Shards go to a temporary folder; a manifest with everyone's hashes is the last file; one rename
+    makes it a checkpoint. A crash leaves the ones before untouched. UserError where nothing can be
+    written.
     """
     partial = folder / "partial"
     final = folder / f"step-{record['step']:06d}"
@@ -926,8 +918,8 @@ def publish(partial, final, record, hashes_of_rank, keep):
 
 
 def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks; (None, the record of
-    a run that begins) if there is none."""
+    """(path, record) of the newest undamaged checkpoint, the same on all ranks; if there is none,
+    (None, the record of a run that begins)."""
     newest = [newest_checkpoint(folder) if rank == 0 else None]
     dist.broadcast_object_list(newest)
     return newest[0]
@@ -1013,7 +1005,7 @@ def add_trainer_arguments(parser):
 
 
 # ---------------------------------------------------------------------------------------------
-# Curation of real data: quality, the rewriters (solutions -> candidates), `sft.py curate`
+# Curation of real data: `sft.py curate`
 
 def question_words(question, mask_numbers=False):
     """The words of a question in lower case; mask_numbers: # stands for every number."""
@@ -1077,108 +1069,6 @@ def check_quality(candidate, results, reference):
         raise Rejected("quality: the answer comes from nowhere")
 
 
-REWRITE_PROMPT = f"""Rewrite the solution below so that it uses a Python interpreter where that
-helps. Keep the line of thought, also attempts that failed and how that was noticed. Replace each
-calculation, enumeration or check that a program does better by a snippet and the output that you
-expect:
-{tool_call("print(...)", "...")}Each snippet is a complete script with its own imports. It shares
-no variable with the others, computes what it prints, and prints what the text then uses. Every
-snippet will be run, and its real output put in the place of yours. Close with
-<answer>\\boxed{{...}}</answer>, once. Write nothing but the rewritten solution.
-
-Problem:
-{{question}}
-
-Solution:
-{{solution}}"""
-
-
-def api_model(args):
-    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one is
-    unfinished or refused. UserError where it keeps failing."""
-    try:
-        import openai
-    except ImportError:
-        raise UserError("--rewriter api needs the package openai (pip install openai)") from None
-    client = openai.AsyncOpenAI(
-        base_url=args.api_url or None,
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),
-        max_retries=6)
-
-    async def complete_one(prompt, seed):
-        try:
-            reply = await client.chat.completions.create(
-                model=args.model,
-                messages=[{"role": "user", "content": prompt}],
-                seed=seed,
-                temperature=args.temperature,
-                max_tokens=args.max_tokens)
-        except openai.BadRequestError:
-            return None
-        except openai.OpenAIError as error:
-            raise UserError(f"--rewriter api: {' '.join(str(error).split())[:200]}") from None
-        finished = reply.choices and reply.choices[0].finish_reason == "stop"
-        return reply.choices[0].message.content if finished else None
-
-    async def complete(prompts, seeds):
-        return await asyncio.gather(*map(complete_one, prompts, seeds))
-
-    return complete
-
-
-def local_model(args):
-    """complete(prompts, seeds) -> texts of a checkpoint, None where one is unfinished."""
-    device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, device, dtype).eval()
-    positions = model.config.max_position_embeddings
-
-    async def complete(prompts, seeds):
-        encoded = [encode_prompt(tokenizer, "{question}", prompt) for prompt in prompts]
-        encoded = [ids[:positions - 1] for ids in encoded]  # leaves room for a token
-        longest = max(len(ids) for ids in encoded)
-        trajectories = await generate(
-            model, tokenizer, encoded,
-            sandbox=None,
-            tools=False,
-            prompt_keys=seeds,
-            temperature=args.temperature,
-            max_response_tokens=min(args.max_tokens, positions - longest))
-        texts = []
-        for trajectory in trajectories:
-            text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
-            texts.append(text if trajectory.is_complete else None)
-        return texts
-
-    return complete
-
-
-def make_rewriter(args):
-    """rewrite(records) -> a candidate, or None, for each."""
-    async def by_rule(records):
-        path = Path(__file__).parent / "runs" / "gsm8k.py"
-        rewrite_one = runpy.run_path(str(path))[args.rewriter]
-        return [rewrite_one(r["solution"], r["own"], r["question"]) for r in records]
-
-    async def by_model(records):
-        prompts = []
-        for record in records:
-            prompt = REWRITE_PROMPT.replace("{solution}", record["solution"])
-            prompts.append(prompt.replace("{question}", record["question"]))
-        seeds = [args.seed + record["row"] for record in records]
-        return await complete(prompts, seeds)
-
-    if args.rewriter in ("calculator", "program"):
-        return by_rule
-    if not args.model:
-        raise UserError(f"--rewriter {args.rewriter} needs --model")
-    complete = local_model(args) if args.rewriter == "local" else api_model(args)
-    return by_model
-
-
-# ---------------------------------------------------------------------------------------------
-# `sft.py curate`
-#
 # A record is a dict of what is known of one row: "row", its number; "place"; "reason", "kept" or
 # why it is left out, with "detail"; "input", which `check_problem` replaces by what `read_row`
 # makes of it; the rewriter's "candidate"; the "trace".

@@ -26,7 +26,8 @@ import sft
 from data import embedded_problem, load_problems, read_row
 from rollout import encode_response, encode_text, split_segments
 from sandbox import Sandbox, SandboxResult, UserError
-from runs.gsm8k import calculator, program
+from runs import rewriters
+from runs.rewriters import calculator, program
 from sft import Rejected, check_format, contamination_keys, load_traces
 
 TESTS = Path(__file__).parent
@@ -741,7 +742,7 @@ def test_a_local_checkpoint_rewrites_in_batches(tmp_path, trusted, monkeypatch, 
                 text = model_reply({"messages": [{"content": content}]})
                 t.response_ids, t.finish_reason = encode_text(tokenizer, text), "eos"
         return found
-    monkeypatch.setattr(sft, "generate", generate)
+    monkeypatch.setattr(rewriters, "generate", generate)
     report = curate("--input", write(tmp_path / "in.jsonl", GSM8K[:6]), "--output", tmp_path / "out.jsonl",
                     "--rewriter", "local", "--model", tmp_path / "model", "--max_tokens", "600")
     assert batches == [6] and report["rows"] == 6 and report["kept"] == 5

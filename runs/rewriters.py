@@ -1,18 +1,20 @@
-"""GSM8K's calculator annotations, as in "sold 48/2 = $<<48/2=24>>24", as code: the rewriters
-`calculator` and `program` of `sft.py curate`.
+"""How do solutions become candidates for traces? The rewriters of `sft.py curate`, which checks what they
+write: GSM8K's calculator annotations as snippets or as one script, or a model that rewrites freely.
 
-    python runs/gsm8k.py FILE     # the first solutions, rewritten both ways
+Another one is a function that `make_rewriter` returns, and its name among the choices of --rewriter.
 """
+import asyncio
 import builtins
-import itertools
 import keyword
+import os
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import CODE_OPEN, NUMBER_IN_TEXT, numbers, read_row, read_rows, tool_call  # noqa: E402
+import torch
+
+from data import CODE_OPEN, NUMBER_IN_TEXT, encode_prompt, numbers, tool_call
+from rollout import generate, load_model, load_tokenizer
+from sandbox import UserError
 
 # Of "48/2 = $<<48/2=24>>24" it matches " = $<<48/2=24>>", but not <<60=60>>: no calculation.
 ANNOTATION = re.compile(
@@ -34,7 +36,7 @@ def is_named_before(step, line):
     return any(told[result] > 0 for result in numbers(step["result"]))
 
 
-def calculator(solution, answer, question=""):
+def calculator(solution, answer):
     """Turn the calculator annotations of GSM8K into snippets; None if there are none."""
     def snippet(step):
         return "\n" + tool_call(f"print({step['sum']})", step["result"])
@@ -137,13 +139,104 @@ def program(solution, answer, question):
             f"<answer>\\boxed{{{answer}}}</answer>")
 
 
-def main(path):
-    for place, row in itertools.islice(read_rows(path), 3):
-        problem = read_row(row)
-        for rewrite in (calculator, program):
-            candidate = rewrite(problem["solution"], problem["own"], problem["question"])
-            print(f"{place}, {rewrite.__name__}:\n{candidate}\n")
+REWRITE_PROMPT = f"""Rewrite the solution below so that it uses a Python interpreter where that
+helps. Keep the line of thought, also attempts that failed and how that was noticed. Replace each
+calculation, enumeration or check that a program does better by a snippet and the output that you
+expect:
+{tool_call("print(...)", "...")}Each snippet is a complete script with its own imports. It shares
+no variable with the others, computes what it prints, and prints what the text then uses. Every
+snippet will be run, and its real output put in the place of yours. Close with
+<answer>\\boxed{{...}}</answer>, once. Write nothing but the rewritten solution.
+
+Problem:
+{{question}}
+
+Solution:
+{{solution}}"""
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def api_model(args):
+    """complete(prompts, seeds) -> texts of an OpenAI-compatible endpoint, None where one is
+    unfinished or refused. UserError where it keeps failing."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError("--rewriter api needs the package openai (pip install openai)") from None
+    client = openai.AsyncOpenAI(
+        base_url=args.api_url or None,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        max_retries=6)
+
+    async def complete_one(prompt, seed):
+        try:
+            reply = await client.chat.completions.create(
+                model=args.model,
+                messages=[{"role": "user", "content": prompt}],
+                seed=seed,
+                temperature=args.temperature,
+                max_tokens=args.max_tokens)
+        except openai.BadRequestError:
+            return None
+        except openai.OpenAIError as error:
+            raise UserError(f"--rewriter api: {' '.join(str(error).split())[:200]}") from None
+        finished = reply.choices and reply.choices[0].finish_reason == "stop"
+        return reply.choices[0].message.content if finished else None
+
+    async def complete(prompts, seeds):
+        return await asyncio.gather(*map(complete_one, prompts, seeds))
+
+    return complete
+
+
+def local_model(args):
+    """complete(prompts, seeds) -> texts of a checkpoint, None where one is unfinished."""
+    device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, device, dtype).eval()
+    positions = model.config.max_position_embeddings
+
+    async def complete(prompts, seeds):
+        encoded = [encode_prompt(tokenizer, "{question}", prompt) for prompt in prompts]
+        encoded = [ids[:positions - 1] for ids in encoded]  # leaves room for a token
+        longest = max(len(ids) for ids in encoded)
+        trajectories = await generate(
+            model, tokenizer, encoded,
+            sandbox=None,
+            tools=False,
+            prompt_keys=seeds,
+            temperature=args.temperature,
+            max_response_tokens=min(args.max_tokens, positions - longest))
+        texts = []
+        for trajectory in trajectories:
+            text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
+            texts.append(text if trajectory.is_complete else None)
+        return texts
+
+    return complete
+
+
+def make_rewriter(args):
+    """rewrite(records) -> a candidate, or None, for each."""
+    async def by_calculator(records):
+        return [calculator(record["solution"], record["own"]) for record in records]
+
+    async def by_program(records):
+        return [program(record["solution"], record["own"], record["question"])
+                for record in records]
+
+    async def by_model(records):
+        prompts = []
+        for record in records:
+            prompt = REWRITE_PROMPT.replace("{solution}", record["solution"])
+            prompts.append(prompt.replace("{question}", record["question"]))
+        seeds = [args.seed + record["row"] for record in records]
+        return await complete(prompts, seeds)
+
+    if args.rewriter == "calculator":
+        return by_calculator
+    if args.rewriter == "program":
+        return by_program
+    if not args.model:
+        raise UserError(f"--rewriter {args.rewriter} needs --model")
+    complete = local_model(args) if args.rewriter == "local" else api_model(args)
+    return by_model
