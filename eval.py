@@ -18,7 +18,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -98,12 +97,12 @@ def plain_command(match):
 
 def word_or_product(match):
     """A run of letters: a name, a word (in quotes from here on) or a product of letters."""
-    text = match[0]
-    lower = text.lower()
-    if lower in NAMES:
-        return NAMES[lower]
-    is_word = lower in SHORT_WORDS or (len(text) > 2 and re.search("[aeiou]", lower))
-    return f'"{text}"' if is_word else text
+    word = match[0].lower()
+    if word in NAMES:
+        return NAMES[word]
+    if word in SHORT_WORDS or (len(word) > 2 and re.search("[aeiou]", word)):
+        return f'"{match[0]}"'
+    return match[0]
 
 
 def quoted_word(match):
@@ -111,7 +110,7 @@ def quoted_word(match):
 
 
 def quoted_words(match):
-    r"""The content of \text{...} with its words in quotes; m, g, h and s are units there."""
+    r"""The content of \text{...}, where m, g, h and s are units too."""
     return " " + re.sub(r"[A-Za-z]{2,}|\b[mghs]\b", quoted_word, match[1]) + " "
 
 
@@ -209,7 +208,7 @@ def without_commas(match):
 
 def one_spelling(text):
     r"""What LaTeX, Unicode and Python write in many ways, in one: \frac{1}{2}, \cdot, ^{2},
-    "words" in quotes, matrices as ⟦a&b¶c&d⟧, no dollar signs around, no thousands commas."""
+    "words" in quotes, matrices as ⟦a&b¶c&d⟧."""
     text = text.replace(r"\\", "¶").replace('"', "")
     for symbol, spelling in SYMBOLS.items():
         text = text.replace(symbol, spelling + " ")
@@ -223,9 +222,9 @@ def one_spelling(text):
     if not has_brackets or re.search(r",\s", text):
         text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", without_commas, text)
 
-    # Pairs of dollar signs enclose mathematics; a lone one is money.
-    is_money = len(re.findall(r"(?<!\\)\$", text)) % 2 == 1
-    text = re.sub(r"(?<!\\)\$", r"\\$" if is_money else "", text)
+    # Dollar signs in pairs enclose mathematics; a lone one is money.
+    dollars = re.findall(r"(?<!\\)\$", text)
+    text = re.sub(r"(?<!\\)\$", r"\\$" if len(dollars) % 2 else "", text)
 
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
@@ -243,13 +242,10 @@ def without_label(text, other):
 def without_unit(text):
     """(text, unit): ("5", "cm") of '5"cm"', the unit without the s of a plural."""
     match = UNIT.fullmatch(text)
-    if not match:
+    if not match or '"' in match[1] or NO_UNIT.search(match[2].lower()):
         return text, ""
-    number = match[1]
-    unit = match[2].lower()
-    if '"' in number or NO_UNIT.search(unit):
-        return text, ""
-    return number, re.sub(r'(?<=\w)s?"|[" ]', "", unit)
+    unit = re.sub(r'(?<=\w)s?"|[" ]', "", match[2].lower())
+    return match[1], unit
 
 
 def exact_value(text):
@@ -268,8 +264,8 @@ def exact_value(text):
 
 
 def top_level_parts(text, separator):
-    """(parts, separators): the text split where the regular expression `separator` matches
-    outside all brackets. No parts if the brackets do not match."""
+    """(parts, separators) of the text, split where the regular expression `separator` matches
+    outside brackets; no parts if the brackets do not match."""
     parts = [""]
     separators = []
     depth = 0
@@ -312,10 +308,10 @@ def brackets_and_parts(text):
 async def is_equivalent(predicted, reference, sandbox):
     """Whether two answers (texts, or None) mean the same.
 
-    Numbers are compared exactly (0.333 is not 1/3), and what still has to be computed (37*99 for
-    3663) is wrong: a policy could box the question. Brackets and the order in them count; a list
-    has no order and may be a set. A unit, a percent sign or "x=" may be missing on one side (50%
-    is 50 and 0.5). Words have no case. UserError without math-verify.
+    Numbers are compared exactly, and what still has to be computed (37*99 for 3663) is wrong: a
+    policy could box the question. Brackets count, and the order in them; a list has no order and
+    may be a set. A unit, a percent sign or "x=" may be missing on one side (50% is 50 and 0.5).
+    UserError without math-verify.
     """
     for text in (predicted, reference):
         if not text or len(text) > MAX_LENGTH:
@@ -361,7 +357,7 @@ async def means_the_same(predicted, reference, sandbox):
 
 
 async def match_without_order(parts, wanted_parts, sandbox):
-    """Whether each part means the same as a wanted part that no other one has taken."""
+    """Whether each part means the same as a wanted part of its own."""
     remaining = list(wanted_parts)
     for part in parts:
         partner = None
@@ -388,12 +384,12 @@ async def is_same_expression(predicted, reference, sandbox):
     wanted = exact_value(LABEL.sub("", reference, count=1))
     if wanted is not None:
         # CRUCIAL: for a plain number 37*99 is no answer; math-verify would do the arithmetic.
-        wanted_in_percent = wanted
+        scaled = wanted
         if unit == "%":
-            wanted_in_percent *= 100
+            scaled *= 100
         if wanted_unit == "%":
-            wanted_in_percent /= 100
-        return value in (wanted, wanted_in_percent)
+            scaled /= 100
+        return value in (wanted, scaled)
 
     if MISREAD.search(predicted) or MISREAD.search(reference):
         return False
@@ -410,38 +406,38 @@ def stated_answer(trajectory, tokenizer):
     if not trajectory.is_complete:
         return None
     # Not by the tags alone: the engine knows which tokens it ran as code, however nested.
-    texts = []
+    text = ""
     for token_ids in trajectory.prose_segments():
-        texts.append(tokenizer.decode(token_ids, skip_special_tokens=True))
-    return extract_answer("\n".join(texts))
+        text += tokenizer.decode(token_ids, skip_special_tokens=True) + "\n"
+    return extract_answer(text)
 
 
 # --------------------------------------------------------------------------------------------
 # Metrics
 
-# Each key of metrics.jsonl: for --help, the report page and results/metrics.md.
+# What each key of metrics.jsonl means, for --help, the report page and results/metrics.md
 METRICS = {
     # Of responses, without those in which the sandbox itself failed
-    "accuracy": "share of responses that are correct (avg@n)",
-    "code_ratio": "share of responses that executed a snippet",
-    "response_tokens": "mean length",
+    "accuracy": "share of correct responses (avg@n)",
+    "code_ratio": "share of responses that ran a snippet",
+    "response_tokens": "mean length of a response",
     "response_tokens_sampled": "mean length without interpreter text",
-    "snippets_per_response": "mean number of executed snippets",
+    "snippets_per_response": "mean number of calls",
     "code_lines": "executed lines per response, no blanks or comments",
     "pass_last_correct": "share of correct responses with code whose last snippet ran",
     "pass_last_correct_count": "correct responses with code",
     "pass_last_incorrect": "share of wrong responses with code whose last snippet ran",
     "pass_last_incorrect_count": "wrong responses with code",
     "timing_first": "start of the first snippet / response length",
-    "timing_mean": "start of every snippet / response length",
-    "self_correction": "share of failed snippets whose next one ran",
-    "self_correction_count": "failed snippets with a next one",
+    "timing_mean": "start of any snippet / response length",
+    "self_correction": "share of snippets after a failed one that ran",
+    "self_correction_count": "snippets after a failed one",
     "corrected_share": "share of correct responses with a failed snippet",
     "truncated": "share that ended by a limit instead of EOS (never correct)",
     "sandbox_outcomes": "snippets by status; ok: the paper's correct codes",
     "sandbox_errors_dropped": "responses in which the sandbox itself failed",
 
-    # Of collapse, by the sampler
+    # Of collapse
     "snippets_refused": "snippets that ended in a PermissionError",
     "logprob_code_open": "mean log-probability of `<code>`",
     "logprob_code_close": "mean log-probability of `</code>`",
@@ -453,11 +449,11 @@ METRICS = {
     "evaluation": "set of problems and moment",
     "accuracy_error": "standard error of accuracy (bootstrap over problems)",
     "sampling_error": "standard error of accuracy within problems",
-    "pass_at_k": "P(one of k responses is correct), unbiased",
+    "pass_at_k": "share of problems with a correct one of k responses (unbiased)",
     "maj_at_n": "accuracy of a vote by normalised text, ties to the first",
-    "per_problem": "[responses, correct ones] of each problem",
-    "problems": "problems that were sampled",
-    "skipped_long": "problems whose prompt is too long",
+    "per_problem": "responses and correct ones of each",
+    "problems": "number of problems",
+    "skipped_long": "problems with too long prompts",
     "code_ratio_trivial": "code_ratio of families that need no tool: unneeded code",
     "code_ratio_needed": "code_ratio of other families",
     "families": "accuracy, count and code_ratio of each family",
@@ -466,34 +462,34 @@ METRICS = {
     # Of a step, means over its trainable tokens if nothing else is said
     "step": "PPO step, from 0",
     "update_skipped": "1: no response was left to train on",
-    "reward": "mean over responses of their sum",
+    "reward": "mean sum of a response",
     "entropy": "mean entropy of the policy",
     "approx_kl": "estimate of KL from the policy before the update",
     "clip_fraction": "share of tokens without gradient",
-    "policy_loss": "clipped surrogate",
+    "policy_loss": "clipped surrogate of the actor",
     "value_loss": "clipped squared error of the critic",
     "value_clip_fraction": "share of tokens whose value was clipped",
     "reference_kl": "estimate of KL from the policy at the start",
-    "explained_variance": "of the returns by the critic (1 is perfect)",
-    "grad_norm_actor": "gradient norm before clipping, null while frozen",
-    "grad_norm_critic": "gradient norm before clipping",
+    "explained_variance": "of the returns, by the critic (1 is perfect)",
+    "grad_norm_actor": "mean gradient norm before clipping, null while frozen",
+    "grad_norm_critic": "mean gradient norm before clipping",
     "lr_factor_actor": "learning rate / its peak",
     "lr_factor_critic": "learning rate / its peak",
     "sampler_difference": "mean distance of log-probabilities by sampler and trainer",
-    "sampler_difference_max": "largest such distance",
-    "sampler_difference_code": "its mean over snippets",
-    "sampler_difference_prose": "its mean over text before the first call",
-    "sampler_difference_after_interpreter": "its mean over text after that",
+    "sampler_difference_max": "maximum of that distance",
+    "sampler_difference_code": "mean distance in snippets",
+    "sampler_difference_prose": "mean distance in other text before the first call",
+    "sampler_difference_after_interpreter": "mean distance in later text",
     "rollout_tokens_per_second": "sampled tokens",
     "train_tokens_per_second": "tokens of prompts and responses",
     "tool_wait_seconds": "time in which no row could be decoded",
-    "seconds_rollout": "time of sampling and judging",
-    "seconds_score": "time of log-probabilities and values",
+    "seconds_rollout": "time to sample and judge",
+    "seconds_score": "time to compute log-probabilities and values",
     "seconds_update": "time of all minibatches",
-    "seconds_sync": "time of copying weights to the sampler",
-    "seconds_ratios": "time of ratios of responses that are kept",
+    "seconds_sync": "time to copy weights to the sampler",
+    "seconds_ratios": "time to compute ratios of kept responses",
     "seconds_checkpoint": "time of the save before",
-    "seconds_total": "time of the run: the last line",
+    "seconds_total": "time of the run, in the last line",
 }
 AFTER_INTERPRETER = 8  # tokens
 MAX_VOTE = 200  # characters: patterns take long on some texts
@@ -535,35 +531,37 @@ def without_sandbox_errors(trajectories):
 
 
 def rollout_metrics(trajectories):
-    """The metrics of responses, as a flat dict."""
+    """The metrics of responses."""
     kept = without_sandbox_errors(trajectories)
     with_code = [t for t in kept if t.tool_calls]
 
-    # Of responses
+    # An entry per response, per correct one, and per correct or wrong one with code
     lines = []
-    last_ran_correct = []
-    last_ran_incorrect = []
-    corrected = []
+    had_failure = []
     for t in kept:
         lines.append(sum([code_lines(call.code) for call in t.snippets]))
-        ran = [call.status == "ok" for call in t.tool_calls]
         if t.correct:
-            corrected.append(not all(ran))
-            last_ran_correct += ran[-1:]
+            had_failure.append(any([call.status != "ok" for call in t.tool_calls]))
+    last_ran_correct = []
+    last_ran_incorrect = []
+    for t in with_code:
+        last_ran = t.tool_calls[-1].status == "ok"
+        if t.correct:
+            last_ran_correct.append(last_ran)
         else:
-            last_ran_incorrect += ran[-1:]
+            last_ran_incorrect.append(last_ran)
 
-    # Of calls, and of pairs of calls
+    # An entry per call, and per call after a failed one
     statuses = Counter()
     starts = []
-    after_failure = []
+    ran_after_failure = []
     for t in with_code:
         for call in t.tool_calls:
             statuses[call.status] += 1
             starts.append(call.start / len(t.response_ids))
         for call, next_call in zip(t.tool_calls, t.tool_calls[1:]):
             if call.status != "ok":
-                after_failure.append(next_call.status == "ok")
+                ran_after_failure.append(next_call.status == "ok")
 
     return {
         "accuracy": mean([t.correct for t in kept]),
@@ -578,9 +576,9 @@ def rollout_metrics(trajectories):
         "pass_last_incorrect_count": len(last_ran_incorrect),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
         "timing_mean": mean(starts),
-        "self_correction": mean(after_failure),
-        "self_correction_count": len(after_failure),
-        "corrected_share": mean(corrected),
+        "self_correction": mean(ran_after_failure),
+        "self_correction_count": len(ran_after_failure),
+        "corrected_share": mean(had_failure),
         "truncated": mean([not t.is_complete for t in kept]),
         "sandbox_outcomes": dict(sorted(statuses.items())),
         "sandbox_errors_dropped": len(trajectories) - len(kept),
@@ -593,7 +591,7 @@ def collapse_metrics(trajectories, pieces):
     logprobs = {"code_open": [], "code_close": [], "answer": [], "eos": [], "after_interpreter": []}
     refused = 0
     for t in without_sandbox_errors(trajectories):
-        # The sampled text, and the token of each of its characters; \0 for a forced token.
+        # The sampled text, and of each character its token; a forced token is \0, in no tag.
         text = ""
         token_of = []
         for i, token_id in enumerate(t.response_ids):
@@ -605,14 +603,14 @@ def collapse_metrics(trajectories, pieces):
                 tokens = set(token_of[match.start():match.end()])
                 logprobs[name] += [t.logprobs[i] for i in tokens]
 
-        # Sampled tokens soon after a forced one
-        distance = AFTER_INTERPRETER
+        # The first tokens that are sampled after interpreter text
+        since_interpreter = AFTER_INTERPRETER
         for sampled, logprob in zip(t.loss_mask, t.logprobs):
             if not sampled:
-                distance = 0
-            elif distance < AFTER_INTERPRETER:
+                since_interpreter = 0
+            elif since_interpreter < AFTER_INTERPRETER:
                 logprobs["after_interpreter"].append(logprob)
-                distance += 1
+                since_interpreter += 1
 
         if t.is_complete:
             logprobs["eos"].append(t.logprobs[-1])
@@ -684,7 +682,7 @@ def problem_metrics(votes):
 
 async def sample_all(model, tokenizer, problems, sandbox, process, desc="", n_samples=1,
                      **sampling):
-    """`generate` with the problems dealt out over the ranks; every rank gets all trajectories,
+    """`generate` with problems dealt out over the ranks; every rank gets all trajectories,
     prompt-major, with `correct` set. problems: [{"prompt" (token ids), "answer", "key"}]; the key
     becomes prompt_index and keys the noise: the number of ranks changes only rounding."""
     mine = problems[process.rank::process.world]
@@ -723,24 +721,20 @@ def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):
     """The problems of the set `name`, each with its index as "key" and its "prompt": token ids,
     or None if too long. UserError if none remain."""
     encoded = []
-    fits = False
     for key, problem in enumerate(problems):
         prompt = encode_prompt(tokenizer, template, problem["question"])
-        if len(prompt) <= max_prompt_tokens:
-            fits = True
-        else:
+        if len(prompt) > max_prompt_tokens:
             prompt = None
         encoded.append(problem | {"key": key, "prompt": prompt})
-    if not fits:
+    if all([problem["prompt"] is None for problem in encoded]):
         raise UserError(
             f"{name}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
     return encoded
 
 
 async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=None, **sampling):
-    """avg@n over problems, as `encode_problems` gives them: (metrics, trajectories), whose
-    prompt_index is the problem's. Over-long prompts are skipped and counted. sample: instead of
-    `sample_all`; sampling goes to `generate`."""
+    """avg@n over problems, as `encode_problems` gives them: (metrics, trajectories). Over-long
+    prompts are skipped and counted. sample: instead of `sample_all`. UserError if nothing ran."""
     fits = [problem for problem in problems if problem["prompt"] is not None]
     sample = sample or sample_all
     # step -1: noise of its own, the same before and after training
@@ -753,12 +747,12 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
     votes = [[] for _ in problems]
     by_family = {}
     for t in kept:
-        problem = problems[t.prompt_index]
-        by_family.setdefault(problem["family"], []).append(t)
         answer = t.answer
         if answer and len(answer) <= MAX_VOTE:
             answer = one_spelling(answer)
         votes[t.prompt_index].append((answer, t.correct))
+        family = problems[t.prompt_index]["family"]
+        by_family.setdefault(family, []).append(t)
 
     families = {}
     trivial = []
@@ -877,7 +871,7 @@ def evaluation_summary(results):
 
 
 def example_responses(trajectories, problems, tokenizer):
-    """Text for the console: the first right and the first wrong response, cut where long."""
+    """Text for the console: the first right and the first wrong response."""
     examples = {}
     for t in without_sandbox_errors(trajectories):
         examples.setdefault("right" if t.correct else "wrong", t)
@@ -886,26 +880,21 @@ def example_responses(trajectories, problems, tokenizer):
     for verdict, t in sorted(examples.items()):
         problem = problems[t.prompt_index]
         text = f"{problem['question']}\n\n{tokenizer.decode(t.response_ids)}"
-        shown = []
-        for line in text.splitlines():
-            shown += textwrap.wrap(line, 95) or [""]
+        shown = text.splitlines()
         if len(shown) > EXAMPLE_LINES:
             shown = shown[:EXAMPLE_LINES] + ["..."]
         lines.append(f"A {verdict} response:")
         for line in [*shown, "", f"reference answer: {problem['answer']}"]:
-            # The terminal must not obey control characters of a model.
-            visible = [c if c.isprintable() else "?" for c in line]
+            # The terminal must not obey a model's control characters.
+            visible = [character if character.isprintable() else "?" for character in line]
             lines.append("  | " + "".join(visible))
     return "\n".join(lines)
 
 
 def read_jsonl_so_far(path):
-    """The rows of a file that may still be written: what follows the last newline is left out."""
-    rows = []
-    for line in open(path).read().split("\n")[:-1]:
-        # JSON has no NaN.
-        rows.append(json.loads(line, parse_constant=lambda _: None))
-    return rows
+    """The rows up to the last newline: what follows is still being written."""
+    lines = open(path).read().split("\n")[:-1]
+    return [json.loads(line, parse_constant=lambda _: None) for line in lines]  # JSON has no NaN
 
 
 def report_page(runs):
@@ -983,9 +972,9 @@ def describe_trajectory(t, tokenizer, problem):
 # --------------------------------------------------------------------------------------------
 # Running a script: processes and errors
 
-M_TRIM_THRESHOLD = -1  # parameters of glibc's mallopt
+M_TRIM_THRESHOLD = -1  # of glibc's mallopt
 M_MMAP_THRESHOLD = -3
-INTERRUPTED = 130  # a shell's exit status after Ctrl-C
+INTERRUPTED = 130  # exit status
 
 
 @dataclass
@@ -999,8 +988,8 @@ class Process:
 
 
 def keep_freed_memory():
-    """Else glibc gives it back to the kernel, and page faults cost 18 % of a training step. Larger
-    blocks would leave gaps: a 135M model's heap grew to 16 GiB."""
+    """Else page faults cost 18 % of a training step. Larger blocks would leave gaps: a 135M
+    model's heap grew to 16 GiB."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 2**26)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -1138,8 +1127,7 @@ PAPER = {
 
 
 def need_values(parser, flags, names):
-    """The parser's error where one of the names is not among the given flags: the embedded
-    model's defaults would train a pretrained one to nothing."""
+    """The parser's error where one of the names is not among the given flags."""
     missing = [f"--{name} (paper: {PAPER[name]:g})" for name in names if name not in flags]
     if missing:
         parser.error("the defaults are those of the embedded 0.6 M model; give "
@@ -1185,13 +1173,13 @@ def add_rollout_arguments(parser):
     add("--rejoin_ticks", type=at_least(0), default=4,
         help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
     add("--feedback", choices=("real", "hidden", "none"), default="real",
-        help="between the interpreter tags: the output, only whether it ran, or nothing")
+        help="what the model sees of a call: the output, only whether it ran, or nothing")
     add("--interpreter", choices=("stateless", "replay"), default="stateless",
-        help="replay: a response's earlier snippets that ran are run again in front of each")
+        help="replay: earlier snippets of a response that ran are run again before each")
 
 
 def rollout_settings(args):
-    """Keyword arguments of `generate`, from the flags above and below."""
+    """Keyword arguments of `generate`."""
     return dict(
         max_response_tokens=args.max_response_tokens,
         max_calls=args.max_calls,
@@ -1249,13 +1237,13 @@ def parse_arguments():
     add("--model", nargs="+", default=[],
         help="checkpoint folders or hub ids")
     add("--report", nargs="+", default=[],
-        help="only make a page of these run folders: --output")
+        help="run folders: only write a page of them to --output")
     add("--problems", default="test,ood_large,ood_families",
         help="JSONL files, hub ids or embedded splits")
     add("--limit", type=at_least(1), default=256,
         help="problems per embedded split")
     add("--output", default="",
-        help="JSON file for metrics, journal and responses beside it; or the page")
+        help="JSON file of metrics, beside it journal and responses; or the page")
     add("--chunk", type=at_least(1), default=512,
         help="responses per line of the journal")
 
@@ -1263,11 +1251,11 @@ def parse_arguments():
     add("--samples", type=at_least(1), default=4,
         help="samples per problem; paper 32")
     add("--temperature", type=in_range(0.0), default=1.0,
-        help="0 is greedy; paper 1.0")
+        help="temperature of sampling, 0: greedy; paper 1.0")
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0,
-        help="nucleus sampling; paper 0.7")
+        help="probability mass of nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0,
-        help="of the sampling noise and of the embedded problems")
+        help="seed of the sampling noise and of the embedded problems")
     add_rollout_arguments(parser)
     add_format_arguments(parser)
 
@@ -1288,12 +1276,12 @@ def parse_arguments():
 
 class Journal:
     """What has been sampled, so that an interrupted evaluation goes on: a line of JSON per chunk
-    of problems, under a hash of all that decides it. file: open for reading and appending, on
-    rank 0; decisive: what decides responses besides the arguments of `sample`."""
+    of problems, under a hash of all that decides it. decisive: what decides it besides problems
+    and sampling."""
 
     def __init__(self, file, chunk, decisive):
         self.file = file
-        self.chunk = chunk  # problems
+        self.chunk = chunk
         self.decisive = decisive
         self.rows = {}  # hash -> trajectories as dicts
 
@@ -1313,7 +1301,7 @@ class Journal:
         return trajectories
 
     def read(self):
-        """The lines that are whole; all ranks learn them."""
+        """The file is rank 0's; every rank gets its whole lines."""
         rows = {}
         self.file.seek(0)
         for line in self.file:
@@ -1325,8 +1313,8 @@ class Journal:
 
     def put(self, key, trajectories):
         self.rows[key] = [asdict(t) for t in trajectories]
-        line = json.dumps({key: self.rows[key]})
-        self.file.write(f"\n{line}\n")  # the first newline ends a torn line
+        self.file.write("\n")  # ends a torn line
+        self.file.write(json.dumps({key: self.rows[key]}) + "\n")
         self.file.flush()
 
     def get(self, key):
@@ -1346,7 +1334,7 @@ async def main(process):
             Path(args.output).write_text(page, encoding="utf-8")
         return
 
-    # Whatever may be wrong with the arguments is found before a model is loaded.
+    # What may be wrong is found before a model is loaded.
     template = load_template(args.prompt_template)
     sets = {}
     for name in args.problems.split(","):
@@ -1365,11 +1353,10 @@ async def main(process):
     async with make_sandbox(args) as sandbox:
         print(sandbox.report)
         for path, tokenizer in tokenizers.items():
-            print(path)
             model = load_model(path, process.device, args.dtype)
-            # Sums of the weights' bits tell checkpoints apart.
+            # For the journal: sums of the weights' bits tell checkpoints apart.
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
-            chunk = max(1, args.chunk // args.samples)
+            chunk = max(1, args.chunk // args.samples)  # problems
             journal = Journal(journal_file, chunk, [weights, args.sandbox_timeout])
 
             results[path] = {}
@@ -1395,15 +1382,16 @@ async def main(process):
                     first_accuracy = metrics["accuracy"]
                 metrics["ood_drop"] = metrics["accuracy"] - first_accuracy
                 results[path][name] = metrics
+                print(f"{path} {name}")
                 print(example_responses(trajectories, problems, tokenizer))
 
-                for t in trajectories:
+                for t in trajectories if writes else []:
                     row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
                     row["model"] = path
                     row["set"] = name
                     row["tool_seconds"] = [call.seconds for call in t.tool_calls]
                     responses.write(json.dumps(row) + "\n")
-            print(evaluation_summary(results[path]))
+            print(f"{path}\n{evaluation_summary(results[path])}")
 
     responses.close()
     if writes:
