@@ -212,8 +212,10 @@ def one_spelling(text):
     text = text.replace(r"\\", "¶").replace('"', "")
     for symbol, spelling in SYMBOLS.items():
         text = text.replace(symbol, spelling + " ")
+
     # \(5\) -> 5
     text = re.sub(r"\\[()\[\]]", "", text)
+
     # 1{,}234 -> 1,234
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ",", text)
 
@@ -861,6 +863,7 @@ def evaluation_summary(results):
             f"{m['response_tokens']:.0f}",
             percent(m["truncated"]),
         ])
+
     lines = []
     for name, *cells in rows:
         line = name.ljust(21)
@@ -933,6 +936,7 @@ def report_page(runs):
     # Nothing may end the script element or start a comment.
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
+
     template = open(f"{os.path.dirname(__file__)}/runs/report.html", encoding="utf-8").read()
     return template.replace("__DATA__", text)
 
@@ -955,11 +959,13 @@ def describe_trajectory(t, tokenizer, problem):
         "tokens": [tokenizer.decode([token]) for token in t.response_ids],
         "loss_mask": t.loss_mask,
     }
+
     columns = {"logprobs": t.logprobs}
     if t.example:
         columns["values"] = t.example.values
         columns["advantages"] = t.example.advantages
         columns["ratios"] = t.example.ratios
+
     for name, column in columns.items():
         if isinstance(column, torch.Tensor):
             # Position i of an Example speaks of token i + 1 of prompt and response.
@@ -1025,6 +1031,7 @@ def distributed():
         # Other ranks wait in a collective while rank 0 curates.
         timeout=timedelta(hours=2),
     )
+
     try:
         with open(os.devnull, "w") as silence:
             output = sys.stdout if process.rank == 0 else silence
@@ -1256,11 +1263,13 @@ def parse_arguments():
         help="probability mass of nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0,
         help="seed of the sampling noise and of the embedded problems")
+
     add_rollout_arguments(parser)
     add_format_arguments(parser)
 
     defaults, given = parse_flags(parser)
     args = argparse.Namespace(**defaults | given)
+
     if bool(args.model) == bool(args.report):
         parser.error("give either --model or --report")
     if args.report and not args.output:
@@ -1342,9 +1351,11 @@ async def main(process):
             sets[name] = embedded_rows(name, args.limit, args.seed)
         else:
             sets[name] = load_problems(name)
+
     tokenizers = {path: load_tokenizer(path) for path in args.model}
     for path, tokenizer in tokenizers.items():
         check_positions(load_config(path, tokenizer), args)
+
     journal_file = open(f"{args.output}.journal" if writes else os.devnull, "a+")
     responses = open(f"{args.output}.responses.jsonl" if writes else os.devnull, "w")
 
