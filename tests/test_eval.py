@@ -848,7 +848,7 @@ def test_a_skipped_prompt_does_not_change_the_noise_of_the_others(model, tokeniz
 
 
 def journaled(path, decisive="weights", chunk=2):
-    return functools.partial(evaluation.sample_new, open(path, "a+"), chunk, decisive)
+    return evaluation.Journal(open(path, "a+"), chunk, decisive).sample
 
 
 def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one_bit_for_bit(model, tokenizer, tmp_path,

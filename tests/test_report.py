@@ -49,7 +49,8 @@ def make_run(folder, accuracy, responses=(), finished=True, old=False, **argumen
 
 def embedded(page):
     """What the page's script would read: the text up to the first end of a script element."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', page, re.S)[1])
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script', page, re.S)[1]
+    return json.loads(text)["runs"]
 
 
 class Elements(HTMLParser):
