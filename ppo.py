@@ -985,15 +985,17 @@ async def main(process):
     begin -= record["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
+        examples = ""
         for name, rows in sets.items():
             label = f"{name} {when}"
-            run.results[label], _ = await evaluation.evaluate(
+            run.results[label], trajectories = await evaluation.evaluate(
                 trainer.sampler, tokenizer, rows, sandbox, process, label,
                 n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
                 **evaluation.rollout_settings(args))
             run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+            examples = examples or evaluation.example_responses(trajectories, rows, tokenizer)
         if sets:
-            print(evaluation.evaluation_table(run.results), flush=True)
+            print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n", flush=True)
 
     async with evaluation.make_sandbox(args) as sandbox:
         print(sandbox.report)
