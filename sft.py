@@ -379,37 +379,34 @@ async def warm_start(args, process, traces_file=""):
     parent.mkdir(parents=True, exist_ok=True)
     recipe = warm_start_recipe(args)
 
-    # Rank 0 makes or reads the traces and finds the folder: curation runs once.
+    # Rank 0 makes or reads the traces, and waits for a run that makes the same warm start.
     shared = [None]
     if process.rank == 0:
         traces, held_out = await warm_start_traces(args, recipe, traces_file, parent)
-        shared = [(traces, held_out, warm_start_folder(parent, recipe, traces, held_out))]
+        folder = warm_start_folder(parent, recipe, traces, held_out)
+        lock = open(folder.with_suffix(".lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shared = [(traces, held_out, folder, folder.is_dir())]
     dist.broadcast_object_list(shared)
-    traces, held_out, folder = shared[0]
+    traces, held_out, folder, is_there = shared[0]
+    if is_there:
+        print(f"warm start: reusing {folder}")
+        return folder
 
-    with open(folder.with_suffix(".lock") if process.rank == 0 else os.devnull, "w") as lock:
-        # A run with the same arguments finishes first.
-        is_there = [None]
-        if process.rank == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            is_there = [folder.is_dir()]
-        dist.broadcast_object_list(is_there)
-        if is_there[0]:
-            print(f"warm start: reusing {folder}")
-            return folder
+    print(f"warm start: {recipe.sft_steps} steps on {len(traces)} traces", flush=True)
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    metrics = train_on_traces(traces, held_out, recipe, args, partial, process)
+    losses = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"warm start: {losses}")
 
-        print(f"warm start: {recipe.sft_steps} steps on {len(traces)} traces", flush=True)
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(exist_ok=True)
-        metrics = train_on_traces(traces, held_out, recipe, args, partial, process)
-        if process.rank == 0:
-            record = vars(args) | {"versions": versions(), "code": training_code()}
-            (partial / "arguments.json").write_text(json.dumps(record, indent=1))
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-            partial.rename(folder)  # only a finished one is ever found under its name
-        losses = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"warm start: {losses}")
-        dist.barrier()
+    # Only a finished one is ever found under its name.
+    if process.rank == 0:
+        record = vars(args) | {"versions": versions(), "code": training_code()}
+        (partial / "arguments.json").write_text(json.dumps(record, indent=1))
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        partial.rename(folder)
+    dist.barrier()
     return folder
 
 
@@ -468,7 +465,7 @@ async def warm_start_traces(args, recipe, traces_file, folder):
         print(f"curation: {dict(counts)}")
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([traces, held_out]))
-        partial.rename(path)  # only a finished curation is ever found under its name
+        partial.rename(path)
     return json.loads(path.read_text())
 
 
@@ -515,10 +512,10 @@ def warm_start_folder(parent, recipe, traces, held_out):
 def training_code():
     """`code_hashes` of the training loop and of the forward pass, which transformers calls. For
     the tokenizer the key holds what its code has made."""
-    return code_hashes(["train_on_traces", "packed_attention"], left_out={"embedded_tokenizer"})
+    return code_hashes(["train_on_traces", "packed_attention"], left_out=["embedded_tokenizer"])
 
 
-def code_hashes(entries, left_out=frozenset()):
+def code_hashes(entries, left_out=()):
     """{file: hash} of the definitions that the entries reach by name, in this project's files; an
     entry may be a whole file. Comments, docstrings, layout, and definitions that are not reached
     may change freely."""
@@ -528,16 +525,20 @@ def code_hashes(entries, left_out=frozenset()):
             definitions.append((path.name, defined_names(node), node))
 
     reached = {}  # file -> the trees, as text
-    waiting = list(entries)
-    done = set(left_out)
+    waiting = [("", entry) for entry in entries]  # (file that uses the name, name)
+    done = {("", name) for name in left_out}
     while waiting:
-        entry = waiting.pop()
-        if entry in done:
+        user, name = waiting.pop()
+        matches = [(file, node) for file, names, node in definitions
+                   if name in names or name == file]
+        if user not in [file for file, _ in matches]:
+            user = ""  # it is imported
+        if (user, name) in done:
             continue
-        done.add(entry)
-        for file, names, node in definitions:
-            if entry == file or entry in names:
-                waiting += used_names(node)
+        done.add((user, name))
+        for file, node in matches:
+            if user in ("", file):
+                waiting += [(file, used) for used in used_names(node)]
                 reached.setdefault(file, set()).add(ast.dump(without_docstrings(node)))
     return {file: digest(sorted(reached[file])) for file in sorted(reached)}
 
@@ -546,26 +547,20 @@ def defined_names(node):
     """The names that a statement of a file defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
-    if isinstance(node, ast.Assign):
-        targets = node.targets
-    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
-        targets = [node.target]
-    else:
-        return set()
-    names = set()
-    for target in targets:
-        names |= {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}
-    return names
+    return stored_names(node)
+
+
+def stored_names(node):
+    return {part.id for part in ast.walk(node)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
 def used_names(node):
     """The names that a definition takes from outside, as `pack` or `sft.pack`."""
     parts = list(ast.walk(node))
-    names = [part for part in parts if isinstance(part, ast.Name)]
-    local = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    local |= {part.arg for part in parts if isinstance(part, ast.arg)}
-
-    used = {name.id for name in names} - local
+    arguments = {part.arg for part in parts if isinstance(part, ast.arg)}
+    used = {part.id for part in parts if isinstance(part, ast.Name)}
+    used -= stored_names(node) | arguments
     for part in parts:
         if isinstance(part, ast.Attribute) and getattr(part.value, "id", None) in used:
             used.add(part.attr)
