@@ -1,36 +1,35 @@
 """Batched generation that stops at </code>, runs the snippet, and resumes.
 
-    python rollout.py --model CHECKPOINT "What is 17^23 modulo 91?"    # watch a response
+    python rollout.py --model CHECKPOINT "What is 17^23 modulo 91?"    # watch it
 
 One tick of the engine:
     1. Rows whose tool result is due rejoin; queued rows fill free cache slots.
-    2. ONE forward call over a flat stream: one token of a decoding row, closing tag and
-       interpreter text of a resuming one, the prompt of a new one.
-    3. One token is sampled per row. A row that completes `</code>` pauses, with its slot and
-       cache, while the sandbox runs the snippet.
+    2. ONE forward call over a flat stream: one token of a decoding row, interpreter text of a
+       resuming one, the prompt of a new one.
+    3. One token is sampled per row. A row that completes `</code>` pauses, and keeps its slot,
+       while the sandbox runs the snippet.
 
-Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = sampled by the
-policy, 0 = forced interpreter text) travels unchanged to loss, GAE and metrics.
+Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = sampled, 0 =
+forced interpreter text) travels unchanged to loss, GAE and metrics.
 
 Definitions:
-  - A snippet, maybe empty, ends at the first `</code>`, even inside a string, as in the paper,
-    and begins at the last `<code>` before it. `</code>` without `<code>` is plain text.
+  - A snippet ends at the first `</code>`, even inside a string, as in the paper, and begins at
+    the last `<code>` before it. `</code>` without `<code>` is plain text.
   - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept.
-  - finish_reason: `eos`; `length` (max_response_tokens reached, interpreter text included);
-    `max_calls` (a `</code>` beyond max_calls; after the last call the model may still answer);
-    `sandbox_error` (the sandbox itself failed: drop the row, do not score it).
+  - finish_reason: `eos`; `length` (interpreter text included); `max_calls` (a `</code>` beyond
+    the allowed ones); `sandbox_error` (the sandbox failed: drop the row, never score it).
 
 Reproducible: noise depends on (seed, step, prompt key, sample, position) alone, and a paused
-row rejoins a fixed number of ticks after its call: batch shapes, and so rounding, do not depend
-on the clock. `rejoin_ticks=0` gives that up.
+row rejoins a fixed number of ticks after its call: the clock changes no batch and no rounding.
 
-Letters in shapes: N rows in a step, T tokens in the stream, V vocabulary, L layers, H query
-heads, K key/value heads, D head dim, S cache positions per slot.
+Shapes: N rows in a step, T tokens in the stream, V vocabulary, L layers, H query heads, K
+key/value heads, D head dim, S positions per slot.
 """
 import argparse
 import asyncio
 import functools
 import heapq
+import itertools
 import math
 import os
 import re
@@ -53,15 +52,14 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from sandbox import Sandbox, UserError
 
-try:  # optional, CUDA only; without it PyTorch's own FlashAttention is used
+try:  # optional, CUDA only
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
 
-# All other scripts import this file, so an older Python ends here, with a clear line.
+# An older Python ends here, in one line, and not in a traceback.
 if sys.version_info < (3, 11):
-    version = sys.version.split()[0]
-    sys.exit(f"error: Python 3.11 or later is needed, this is {version}")
+    sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
 # ---------------------------------------------------------------------------------------------
 # The table of tools. Another tool is another row, and the function that it names.
@@ -73,12 +71,11 @@ ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 @dataclass(frozen=True)
 class Tool:
-    """What the policy writes between two tags is run; the output comes back in an interpreter
-    block."""
+    """The text between two tags is run; the output comes back in an interpreter block."""
     name: str
     open: str
     close: str
-    run: object  # async function of (text between the tags, seed, sandbox) -> SandboxResult
+    run: object  # async (text, seed, sandbox) -> SandboxResult
 
 
 async def run_python(code, seed, sandbox):
@@ -89,8 +86,8 @@ TOOLS = [
     Tool("code", CODE_OPEN, CODE_CLOSE, run_python),
 ]
 
-# All patterns, also those of data.py and sft.py, are made from the table.
-CLOSING = {tool.open: tool.close for tool in TOOLS}  # the closing tag of each opening one
+# All patterns, in data.py and sft.py too, are made from the table.
+CLOSING = {tool.open: tool.close for tool in TOOLS}
 CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE
 CLOSING[ANSWER_OPEN] = ANSWER_CLOSE
 TAGS = list(CLOSING.keys()) + list(CLOSING.values())
@@ -101,7 +98,7 @@ INTERPRETER_BLOCK = re.compile(
 
 
 def tool_of(text):
-    """The tool whose closing tag a text ends with, or None."""
+    """The tool whose closing tag ends a text, or None."""
     for tool in TOOLS:
         if text.endswith(tool.close):
             return tool
@@ -109,10 +106,10 @@ def tool_of(text):
 
 
 def find_call(text, n_read):
-    """The call that a text closes after its first n_read characters: (tool, where its opening
-    tag begins, where its closing tag begins), or None."""
+    """The call that a text closes after n_read characters: (tool, index of its opening tag,
+    index of its closing tag), or None."""
     for tool in TOOLS:
-        # A closing tag may begin in what was read before.
+        # The closing tag may begin in what was read before.
         search_from = max(0, n_read - len(tool.close) + 1)
         close_at = text.find(tool.close, search_from)
         if close_at >= 0:
@@ -127,8 +124,8 @@ def find_call(text, n_read):
 
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
-# Earlier snippets run again, unseen. On one line, so that line numbers in tracebacks move by
-# one; in a comprehension, whose variable does not become a name of the snippet.
+# One line, so that line numbers in tracebacks move by one. A comprehension leaves no variable
+# behind.
 REPLAY = (
     "with __import__('contextlib').redirect_stdout(__import__('io').StringIO()): "
     "[exec(s, globals()) for s in {earlier!r}]\n"
@@ -136,22 +133,17 @@ REPLAY = (
 
 
 def strip_fence(snippet):
-    """The Python source in a snippet, without its fence if it has one."""
+    """Python source, without its fence if it has one."""
     match = FENCE.fullmatch(snippet)
-    if match:
-        return match.group(1)
-    return snippet.strip("\n")
+    return match.group(1) if match else snippet.strip("\n")
 
 
 def split_segments(text):
-    """Cut a response into [(kind, text)]: "model", "interpreter", "model", ... Only an
-    <interpreter> directly after </code> is the sandbox's, others were written by the model."""
-    segments = []
+    """A response as [("model", text), ("interpreter", text), ("model", text), ...]."""
+    # Only a block directly after </code> is the sandbox's, others were written by the model.
     # re.split alternates what lies between the blocks with what is in them.
-    for number, segment in enumerate(INTERPRETER_BLOCK.split(text)):
-        kind = "model" if number % 2 == 0 else "interpreter"
-        segments.append((kind, segment))
-    return segments
+    kinds = itertools.cycle(["model", "interpreter"])
+    return list(zip(kinds, INTERPRETER_BLOCK.split(text)))
 
 
 def encode_text(tokenizer, text):
@@ -160,15 +152,13 @@ def encode_text(tokenizer, text):
 
 
 def break_tags(output):
-    """Make our tags, in output that the policy controls, harmless: [tags]."""
+    """Output, which the policy controls, with our tags made harmless: [tags]."""
     return TAG.sub(lambda tag: f"[{tag[0][1:-1]}]", output)
 
 
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
-    """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`; beyond
-    max_tokens of output only head and tail are kept. A newline in overrun, what the last
-    sampled token holds beyond `</code>`, is not repeated."""
-    # Output must not pose as markup.
+    """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`, of long output
+    head and tail. overrun: what the last sampled token holds beyond `</code>`."""
     output = break_tags(output.strip("\n"))
     for special in tokenizer.all_special_tokens:
         output = output.replace(special, special[:1] + " " + special[1:])
@@ -181,15 +171,16 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
         notice = encode_text(tokenizer, f"\n[... {n_dropped} tokens left out ...]\n")
         body = body[:n_head] + notice + body[len(body) - n_tail:]
 
+    # A newline that the model has written is not repeated.
     newline = "" if overrun.endswith("\n") else "\n"
     begin = encode_text(tokenizer, newline + INTERPRETER_OPEN + "\n")
-    end = encode_text(tokenizer, "\n" + INTERPRETER_CLOSE)
-    return begin + body + end
+    return begin + body + encode_text(tokenizer, "\n" + INTERPRETER_CLOSE)
 
 
-def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), mask_interpreter=True):
-    """A whole response and EOS, each segment encoded by itself, as `generate` meets it: (ids,
-    loss_mask). 0 for interpreter tokens and masked_calls (indices of failed snippets)."""
+def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
+                    mask_interpreter=True):
+    """(ids, loss_mask) of a response and EOS, encoded in segments, as `generate` meets them.
+    Masked are interpreter tokens and masked_calls (indices of failed snippets)."""
     ids = []
     mask = []
     for number, (kind, segment) in enumerate(split_segments(text)):
@@ -199,7 +190,7 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), ma
             mask += [0 if mask_interpreter else 1] * len(block)
             continue
 
-        # Every second segment is the model's: this one ends in call number // 2.
+        # Segments alternate, so this one ends in call number // 2.
         trained_until = len(segment)
         if number // 2 in masked_calls:
             trained_until = segment.rfind(tool_of(segment).open)
@@ -213,8 +204,8 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), ma
 
 
 class Pieces(dict):
-    """The text of each token id: `pieces[i]`. Decoded after an anchor token, as a SentencePiece
-    token alone loses its leading space."""
+    """The text of each token id: `pieces[i]`. Decoded after an anchor, for a SentencePiece token
+    alone loses its space."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -222,27 +213,21 @@ class Pieces(dict):
         self.anchor_length = len(tokenizer.decode([self.anchor]))
 
     def __missing__(self, token):
-        """Called for a token that is not yet in the dict."""
-        both = [self.anchor, token]
-        text = self.tokenizer.decode(both, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode([self.anchor, token], clean_up_tokenization_spaces=False)
         self[token] = text[self.anchor_length:]
         return self[token]
 
 
 def shown_output(result, feedback):
-    """What the model sees of a SandboxResult: with feedback "real" the output, "hidden" only
-    whether the snippet ran, "none" nothing."""
+    """What the model sees of a SandboxResult."""
     hidden = "[ran]" if result.status == "ok" else "[failed]"
-    shown = {"real": result.output, "hidden": hidden, "none": ""}
-    return shown[feedback]
+    return {"real": result.output, "hidden": hidden, "none": ""}[feedback]
 
 
 def after_earlier(code, calls):
-    """`code` after the snippets of `calls` that ran, as in one session and one time limit."""
+    """`code` after the earlier snippets that ran: they run again, unseen."""
     earlier = [call.code for call in calls if call.status == "ok" and call.tool == "code"]
-    if not earlier:
-        return code
-    return REPLAY.format(earlier=earlier, code=code)
+    return REPLAY.format(earlier=earlier, code=code) if earlier else code
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,9 +236,9 @@ def after_earlier(code, calls):
 @dataclass
 class ToolCall:
     code: str
-    output: str  # the sandbox's, before neutralising and cutting
-    status: str  # the sandbox's; empty while the snippet runs
-    start: int  # response_ids[start:end] is the snippet with its tags
+    output: str  # as the sandbox gave it
+    status: str  # empty while it runs
+    start: int  # response_ids[start:end] is the snippet with tags
     end: int
     seconds: float
     tool: str = "code"  # a name of TOOLS
@@ -267,16 +252,16 @@ class Trajectory:
     prompt_ids: list
     response_ids: list = field(default_factory=list)
     loss_mask: list = field(default_factory=list)  # 1 sampled, 0 forced
-    logprobs: list = field(default_factory=list)  # by the sampler; 0.0 where forced
+    logprobs: list = field(default_factory=list)  # 0.0 where forced
     tool_calls: list = field(default_factory=list)
     finish_reason: str = ""
     correct: bool = False  # set by eval.py
-    answer: str = None  # that it states, set by eval.py
+    answer: str = None  # set by eval.py
     example: object = None  # set by ppo.py
 
     @property
     def is_complete(self):
-        """Whether the policy itself ended the response: only then it has an answer."""
+        """Only a response that the policy ended itself has an answer."""
         return self.finish_reason == "eos"
 
     @property
@@ -310,21 +295,22 @@ class Sampling:
     tools: bool = True  # False: tags mean nothing
     feedback: str = "real"  # see `shown_output`
     interpreter: str = "stateless"  # or "replay": see `after_earlier`
-    n_slots: int = 64  # rows in the cache; fewer where memory is short
-    kv_gib: float = 0.0  # for the cache; 0: what is free
-    rejoin_ticks: int = 4  # from call to return; 0: once done, not reproducible
+    n_slots: int = 64  # rows in the cache, at most
+    kv_gib: float = 0.0  # of the cache; 0: what is free
+    rejoin_ticks: int = 4  # from call to return; 0: once done
     seed: int = 0
     step: int = 0  # of the run, for the noise
     logits_processor: object = None  # f(logits (N, V), trajectories) -> logits
-    progress: object = None  # called with 1 per finished row
-    on_tokens: object = None  # called with a trajectory that grew or finished
-    on_tick: object = None  # called with the engine and the rows admitted, before each step
+    progress: object = None  # f(1) per finished row
+    on_tokens: object = None  # f(trajectory that grew or finished)
+    on_tick: object = None  # f(engine, rows admitted) before each step
 
 
 # ---------------------------------------------------------------------------------------------
 # The engine
 
-PREFILL_TOKENS = 16384  # of prompts in one tick, about: activations need memory
+# About so many tokens of prompts per tick, for activations need memory.
+PREFILL_TOKENS = 16384
 
 
 @dataclass(eq=False)
@@ -334,8 +320,7 @@ class Row:
     key: int  # names the prompt to the noise
     pending: list  # tokens to feed
     slot: int = -1
-    segment_begin: int = 0  # of the current model segment
-    text: str = ""  # of that segment
+    text: str = ""  # since the last call
     overrun: str = ""  # of the last token beyond </code>
     task: object = None  # the running snippet
     due: int = 0  # tick at which the row rejoins
@@ -345,14 +330,13 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
                    stats=None, **sampling):
     """Sample n_samples responses to each prompt: a list of Trajectory, prompt-major.
 
-    prompts: lists of token ids. sandbox: an entered Sandbox (may be None with tools=False).
+    prompts: lists of token ids. sandbox: an entered Sandbox, or None with tools=False.
     prompt_keys: integers that name the prompts to the noise (default: their index).
     stats: a dict that receives tool_wait_seconds. sampling: the fields of `Sampling`.
-    Where memory limits the slots, rounding depends on it; UserError if no row fits.
+    UserError if memory holds no row; if it limits the slots, rounding depends on it.
     """
     settings = Sampling(**sampling)
-    longest_prompt = max((len(prompt) for prompt in prompts), default=0)
-    longest = longest_prompt + settings.max_response_tokens
+    longest = settings.max_response_tokens + max(map(len, prompts), default=0)
     if not all(prompts):
         raise ValueError("a prompt is empty")
     if longest > model.config.max_position_embeddings:
@@ -365,8 +349,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     for prompt_index, prompt in enumerate(prompts):
         key = prompt_keys[prompt_index] if prompt_keys else prompt_index
         for sample_index in range(n_samples):
-            trajectory = Trajectory(prompt_index, sample_index, prompt)
-            rows.append(Row(trajectory, key, pending=prompt))
+            rows.append(Row(Trajectory(prompt_index, sample_index, prompt), key, prompt))
 
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
     await engine.run()
@@ -390,14 +373,15 @@ class Engine:
         self.queue = deque(rows)
         self.active = []
         self.paused = []
-        self.shared = {}  # prompt index -> (logits after it, its keys and values)
         self.tick = 0
         self.tool_wait_seconds = 0.0
+        # Prompt index -> (logits after it, its keys and values), for its other samples.
+        self.shared = {}
 
-        # As many slots as fit, each with room for the longest possible row.
+        # As many slots as fit, each for the longest row: once admitted, a row can finish.
         weight = next(model.parameters())
-        slot_shape = KVCache.shape(model.config, 1, longest)
-        slot_bytes = 2 * math.prod(slot_shape) * weight.element_size()  # keys and values
+        numbers = 2 * math.prod(KVCache.shape(model.config, 1, longest))  # keys and values
+        slot_bytes = numbers * weight.element_size()
         budget = free_bytes(weight.device)
         if settings.kv_gib:
             budget = min(budget, settings.kv_gib * 2**30)
@@ -406,15 +390,18 @@ class Engine:
                             f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
         n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
         self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
-        self.free = list(range(n_slots))  # a heap: low slots keep the decode view short
+        # A heap, for low slots keep the decode view short.
+        self.free = list(range(n_slots))
 
     async def run(self):
         try:
             while self.queue or self.active or self.paused:
-                await asyncio.sleep(0)  # let the sandbox's own callbacks run
+                # Let the sandbox's own callbacks run.
+                await asyncio.sleep(0)
                 await self.wait_for_tools()
                 leaders, followers = self.admit()
-                if not self.queue:  # else free slots are refilled
+                # While rows are queued, they refill free slots.
+                if not self.queue:
                     self.compact()
 
                 # Packing wants the shorter ones first.
@@ -472,23 +459,23 @@ class Engine:
 
     def compact(self):
         """Move rows from high slots to free lower ones: the decode view shrinks."""
-        cache = self.cache
+        lengths = self.cache.lengths
+        kv = self.cache.kv
         for row in sorted(self.active + self.paused, key=lambda row: -row.slot):
             if not self.free or self.free[0] > row.slot:
                 return
             old = row.slot
             new = heapq.heappop(self.free)
-            length = cache.lengths[old]
-            cache.kv[:, :, new, :, :length] = cache.kv[:, :, old, :, :length]
-            cache.lengths[new] = length
-            cache.lengths[old] = 0
+            kv[:, :, new, :, :lengths[old]] = kv[:, :, old, :, :lengths[old]]
+            lengths[new] = lengths[old]
+            lengths[old] = 0
             heapq.heappush(self.free, old)
             row.slot = new
 
     def step(self, rows, leaders, followers):
         """One tick: a forward call, one sampled token per row."""
         settings = self.settings
-        logits = self.next_logits(rows, leaders, followers)  # (N, V)
+        logits = self.next_logits(rows, leaders, followers)
         rows = rows + followers
         trajectories = [row.trajectory for row in rows]
         if settings.logits_processor:
@@ -517,8 +504,7 @@ class Engine:
             pending = [row.pending for row in rows]
             logits.append(forward_step(self.model, cache, slots, pending))
 
-        # Samples of a prompt are neighbours in the queue: later ticks need the next row's
-        # prompt alone, and as a copy, for the leader's slot may be refilled by then.
+        # Later ticks may need the next row's prompt: a copy, for slots are refilled.
         next_prompt = self.queue[0].trajectory.prompt_index if self.queue else None
         for row in leaders:
             prompt_index = row.trajectory.prompt_index
@@ -563,8 +549,8 @@ class Engine:
             self.active.append(row)
 
     def closed_call(self, row, token):
-        """(tool, index of the token in which its opening tag begins, text between the tags) of
-        the call that this token closes, or None."""
+        """The call that this token closes: (tool, index of its first token, text between the
+        tags), or None."""
         # Find the two tags in the text.
         n_read = len(row.text)
         row.text += self.pieces[token]
@@ -574,29 +560,31 @@ class Engine:
         tool, open_at, close_at = call
         row.overrun = row.text[close_at + len(tool.close):]
 
-        # Find the token that holds the first character of the opening tag.
+        # Go back to the token in which the opening tag begins.
         ids = row.trajectory.response_ids
-        start = row.segment_begin
-        token_end = len(self.pieces[ids[start]])  # in characters of the text
-        while token_end <= open_at:
-            start += 1
-            token_end += len(self.pieces[ids[start]])
+        start = len(ids)
+        token_at = len(row.text)
+        while token_at > open_at:
+            start -= 1
+            token_at -= len(self.pieces[ids[start]])
 
-        # Decode the tokens as a whole: byte-level ones may split a character.
+        # Decode as a whole: byte-level tokens may split a character.
         text = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
         text = text[:-len(tool.close + row.overrun)]
         code = text.rpartition(tool.open)[2]
         return tool, start, strip_fence(code)
 
     def start_call(self, row, tool, start, code):
-        """Start the row's snippet; the row pauses."""
+        """Start the snippet; the row pauses."""
         settings = self.settings
         trajectory = row.trajectory
         source = code
         if tool.name == "code" and settings.interpreter == "replay":
             source = after_earlier(code, trajectory.tool_calls)
+
         end = len(trajectory.response_ids)
-        trajectory.tool_calls.append(ToolCall(code, "", "", start, end, 0.0, tool.name))
+        trajectory.tool_calls.append(ToolCall(
+            code, output="", status="", start=start, end=end, seconds=0.0, tool=tool.name))
 
         # Seeded by the row, not by order of arrival; no sampled token has a negative position.
         position = -len(trajectory.tool_calls)
@@ -607,7 +595,7 @@ class Engine:
         self.paused.append(row)
 
     def rejoin(self, row):
-        """Append the interpreter block, to be fed in the next tick."""
+        """Append the interpreter block, to be fed next."""
         trajectory = row.trajectory
         call = trajectory.tool_calls[-1]
         result = row.task.result()
@@ -619,8 +607,9 @@ class Engine:
             return
 
         settings = self.settings
-        output = shown_output(result, settings.feedback)
-        block = encode_interpreter(self.tokenizer, output, settings.max_interpreter_tokens, row.overrun)
+        block = encode_interpreter(
+            self.tokenizer, shown_output(result, settings.feedback),
+            settings.max_interpreter_tokens, row.overrun)
         block = block[:settings.max_response_tokens - len(trajectory.response_ids)]
         trajectory.response_ids += block
         trajectory.loss_mask += [0] * len(block)
@@ -629,9 +618,7 @@ class Engine:
             self.finish(row, "length")
             return
 
-        # The model's next segment begins after the block.
-        row.pending = row.pending + block
-        row.segment_begin = len(trajectory.response_ids)
+        row.pending = row.pending + block  # after the token that closed the call
         row.text = ""
         self.active.append(row)
 
@@ -660,15 +647,13 @@ def head_dim(config):
 
 
 class KVCache:
-    """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
-    A slot holds the longest possible row, so a row once admitted always finishes. Pages would
-    hold more, but attend four times as slowly on CPU (tests/bench_rollout.py --pages)."""
+    """Slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
+    # Pages would hold more, but attend four times as slowly on CPU (bench_rollout.py --pages).
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
-        """(L, n_slots, K, S, D)"""
-        n_layers = config.num_hidden_layers
-        return n_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim(config)
+        n_heads = config.num_key_value_heads
+        return config.num_hidden_layers, n_slots, n_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
         shape = self.shape(config, n_slots, max_tokens)
@@ -678,18 +663,16 @@ class KVCache:
 
 
 class Packing:
-    """A flat stream of N sequences with so many new tokens (lengths), for all layers. With a
-    cache, slots[i] holds the past of sequence i, and lengths ascend: single-token rows are
-    decoded together, the others attend in groups of about equal length."""
+    """A flat stream of N sequences with so many new tokens (lengths). With a cache, slots[i]
+    holds the past of sequence i, and lengths ascend: single tokens are decoded together, other
+    rows attend in groups of about equal length."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths = lengths
         self.cache = cache
-        past = [0] * len(lengths)
-        if cache:
-            past = [cache.lengths[slot] for slot in slots]
+        past = [cache.lengths[slot] for slot in slots] if cache else [0] * len(lengths)
 
-        # Positions of tokens in their sequences; the last token of each sequence in the stream.
+        # Where tokens stand in their sequences, and where in the stream sequences end.
         ranges = [np.arange(begin, begin + new) for begin, new in zip(past, lengths)]
         positions = np.concatenate(ranges)
         self.position_ids = torch.from_numpy(positions).to(device)  # (T,)
@@ -705,10 +688,10 @@ class Packing:
         self.plan_groups(slots, positions)
 
     def plan_decoding(self, slots, past):
-        """The bias that hides keys from single new tokens, in all slots up to the highest used:
-        a view. To gather the used ones would copy the cache (21 ms per layer against 1, at 128
-        rows). Idle slots see one key, to no effect."""
-        n_seen = np.ones(max(slots) + 1, dtype=np.int64)  # keys, the token's own included
+        """Which keys do single new tokens see?"""
+        # All slots up to the highest used are a view: to gather those in use would copy the
+        # cache (21 ms per layer against 1, at 128 rows). Idle ones see one key, to no effect.
+        n_seen = np.ones(max(slots) + 1, dtype=np.int64)
         n_seen[slots] = np.array(past) + 1
         self.longest = int(n_seen.max())
         is_unseen = np.arange(self.longest) >= n_seen[:, None]
@@ -723,7 +706,8 @@ class Packing:
             size = self.lengths[row].bit_length()
             rows_of_size.setdefault(size, []).append(row)
 
-        self.groups = []  # (slots (n,), token indices (n, new), mask (n, 1, new, keys))
+        # (slots (n,), token indices (n, new), mask (n, 1, new, keys))
+        self.groups = []
         begins = np.cumsum(self.lengths) - self.lengths  # (N,)
         for rows in rows_of_size.values():
             # Shorter rows repeat their last token.
@@ -735,18 +719,22 @@ class Packing:
             keys = np.arange(own_position.max() + 1)
             mask = keys <= own_position[:, None, :, None]
             arrays = np.array(slots)[rows], indices, mask
-            self.groups.append([torch.from_numpy(array).to(self.cache.k.device) for array in arrays])
+            device = self.cache.k.device
+            self.groups.append([torch.from_numpy(array).to(device) for array in arrays])
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None,
+                     **kwargs):
     """Attention of a flat stream, described by `packing`, for sampler and trainer: query
-    (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). attn_implementation="retool":
-    transformers builds no mask for a name it does not know."""
-    features = ("sliding_window", "softcap", "s_aux")
-    unknown = [name for name in features if kwargs.get(name) is not None]
+    (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D)."""
+    extras = ("sliding_window", "softcap", "s_aux")
+    unknown = [name for name in extras if kwargs.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not implemented")
-    q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
+        names = ", ".join(unknown)
+        raise NotImplementedError(f"its attention has {names}, which is not implemented")
+    q = query[0]  # (H, T, D)
+    k = key[0]  # (K, T, D)
+    v = value[0]
 
     # Training: sequences without a past.
     if packing.cache is None:
@@ -800,13 +788,15 @@ def whole_sequences_flash(q, k, v, packing, scale):
             q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
             max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=True)[None]
 
-    from torch.nn.attention.varlen import varlen_attn  # enable_gqa: 2.12
+    # Its enable_gqa came with PyTorch 2.12.
+    from torch.nn.attention.varlen import varlen_attn
     n_repeats = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(n_repeats, 1)
     v = v.repeat_interleave(n_repeats, 1)
+    # The window is all keys before and none after.
     return varlen_attn(
         q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest,
-        scale=scale, window_size=(-1, 0))[None]  # all keys before, none after
+        scale=scale, window_size=(-1, 0))[None]
 
 
 def one_token_each(q, k_cache, v_cache, packing, scale):
@@ -826,13 +816,15 @@ def one_token_each(q, k_cache, v_cache, packing, scale):
     return out.reshape(n_view, n_heads, dim)[slots]
 
 
+# transformers builds no mask for a name that it does not know.
 AttentionInterface.register("retool", packed_attention)
 
 
 def free_bytes(device):
-    """Memory for a cache: nine tenths of what the device has free; infinite if unknown."""
+    """Nine tenths of a device's free memory; infinite if unknown."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch reserves is in pieces
+        # What PyTorch has reserved is in pieces.
+        torch.cuda.empty_cache()
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")  # Linux
     if meminfo.exists():
@@ -846,9 +838,7 @@ def forward_step(model, cache, slots, tokens):
     """Feed tokens[i] (a list) into slots[i] -> fp32 logits (N, V) after their last tokens."""
     device = cache.k.device
     packing = Packing([len(new) for new in tokens], device, cache, slots)
-    stream = []
-    for new in tokens:
-        stream += new
+    stream = list(itertools.chain.from_iterable(tokens))
     input_ids = torch.tensor(stream, device=device)[None]  # (1, T)
     logits = model(input_ids=input_ids, position_ids=packing.position_ids[None], use_cache=False,
                    logits_to_keep=packing.last, packing=packing).logits[0]
@@ -873,9 +863,9 @@ def noise_bits(*fields):
 
 
 def sample(logits, uniform, temperature, top_p):
-    """One token per row by the inverse CDF in float64: logits (N, V), uniform (N,) in [0, 1) ->
-    tokens (N,), logprobs (N,) of the full softmax. Temperature 0 is greedy, with logprobs at 1.
-    top_p < 1 is for evaluation: training would score another distribution."""
+    """Inverse CDF in float64: logits (N, V), uniform (N,) in [0, 1) -> tokens (N,), logprobs (N,)
+    of the full softmax. Temperature 0 is greedy, with logprobs at 1. top_p < 1 is for
+    evaluation: training would score another distribution."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)  # (N, V)
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -887,7 +877,7 @@ def sample(logits, uniform, temperature, top_p):
             mass_before = ordered.cumsum(-1) - ordered
             ordered = ordered.masked_fill(mass_before >= top_p, 0.0)
             probs = probs.scatter(-1, order, ordered)
-        # The first token whose cumulative mass exceeds a uniform share of the whole.
+        # The first token whose cumulative mass exceeds the drawn share.
         cdf = probs.cumsum(-1)
         threshold = uniform[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]
@@ -913,10 +903,12 @@ def choose_dtype(name):
     ones = torch.ones(256, 512, device="cuda" if torch.cuda.is_available() else "cpu")
     seconds = []
     for dtype in DTYPES.values():
-        timer = Timer("x.mm(x.T)", globals={"x": ones.to(dtype)}, num_threads=torch.get_num_threads())
+        timer = Timer(
+            "x.mm(x.T)", globals={"x": ones.to(dtype)}, num_threads=torch.get_num_threads())
         seconds.append(min(timer.timeit(1).mean for _ in range(5)))
+    # All ranks follow the first.
     if dist.is_initialized():
-        dist.broadcast_object_list(seconds)  # all ranks follow the first
+        dist.broadcast_object_list(seconds)
     fp32, bf16 = seconds
     if os.environ.get("RANK", "0") == "0":
         print(f"--dtype auto: products in bf16 are {fp32 / bf16:.2f} times as fast as in fp32")
@@ -927,9 +919,11 @@ def from_checkpoint(loader, path, **options):
     """loader.from_pretrained(path); UserError, with what to do, if that is no checkpoint."""
     folder = Path(path)
     if folder.is_file():
-        raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
+        raise UserError(
+            f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{path}: no config.json in there (a run's model is in its folder checkpoint)")
+        raise UserError(
+            f"{path}: no config.json in there (a run's model is in its folder checkpoint)")
     if not folder.exists():
         if path.count("/") != 1 or path[0] in "./~":
             raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
@@ -942,18 +936,18 @@ def from_checkpoint(loader, path, **options):
 
 @functools.cache
 def need_hub():
-    """Ask once whether the hub answers; if not, libraries use what is downloaded."""
+    """If the hub does not answer, libraries use what is downloaded."""
     address = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        os.environ["HF_DATASETS_OFFLINE"] = "1"  # datasets reads it at import
+        # The package datasets reads this at import.
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 def load_tokenizer(path):
-    """A checkpoint's tokenizer. Its EOS becomes the token that ends an assistant's turn in the
-    chat template, as SFT trains."""
+    """A checkpoint's tokenizer. Its EOS becomes what ends an answer in the chat template."""
     tokenizer = from_checkpoint(AutoTokenizer, path)
     # Without tokenizer files a folder gives an empty tokenizer, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
@@ -962,7 +956,8 @@ def load_tokenizer(path):
     # The first special token that the template writes after an answer.
     question = {"role": "user", "content": "x"}
     answer = {"role": "assistant", "content": "x"}
-    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        [question], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template([question, answer], return_dict=False)
     added = tokenizer.added_tokens_decoder
     ends = [token for token in whole[len(prompt):] if token in added and added[token].special]
@@ -972,7 +967,7 @@ def load_tokenizer(path):
 
 
 def end_tokens(model, tokenizer):
-    """All tokens that end a response: the tokenizer's EOS and the generation config's."""
+    """What ends a response: the tokenizer's EOS and the generation config's."""
     ends = {tokenizer.eos_token_id}
     if model.generation_config:
         configured = model.generation_config.eos_token_id
@@ -981,17 +976,18 @@ def end_tokens(model, tokenizer):
 
 
 def load_config(path, tokenizer=()):
-    """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
+    """UserError if the checkpoint has fewer embeddings than the tokenizer tokens."""
     config = from_checkpoint(AutoConfig, path)
     rows, tokens = config.vocab_size, len(tokenizer)
     if rows < tokens:
-        raise UserError(f"{path}: the model has {rows} rows of embeddings, the tokenizer {tokens} tokens")
+        raise UserError(
+            f"{path}: the model has {rows} rows of embeddings, the tokenizer {tokens} tokens")
     return config
 
 
 def load_model(path, device, dtype="fp32", weights=True):
-    """A causal LM with `packed_attention`. weights=False: random, for a run's checkpoint to be
-    read into. Trap: never `.to(torch.bfloat16)` later, that would round RoPE's frequencies."""
+    """A causal LM with `packed_attention`; weights=False: random, to be overwritten."""
+    # Trap: a later `.to(torch.bfloat16)` would round RoPE's frequencies.
     if weights:
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
     else:
@@ -1001,14 +997,13 @@ def load_model(path, device, dtype="fp32", weights=True):
 
 
 def logits_in_three_ways(model):
-    """Logits of two sequences: by the model's own attention (29, V), packed (29, V), and of
-    their last tokens, fed in two pieces (2, V). Leaves the model with `packed_attention`."""
+    """Logits of two sequences by the model's own attention (29, V), packed (29, V), and of their
+    last tokens through the cache (2, V)."""
     first = torch.arange(12, device=model.device) % model.config.vocab_size
     second = torch.arange(17, device=model.device) % model.config.vocab_size
     model.eval()
-    plain = []
-    for sequence in (first, second):
-        plain.append(model(input_ids=sequence[None], use_cache=False).logits[0])
+    plain = [model(input_ids=sequence[None], use_cache=False).logits[0]
+             for sequence in (first, second)]
 
     model.set_attn_implementation("retool")
     packing = Packing([12, 17], model.device)
@@ -1030,7 +1025,8 @@ def use_packed_attention(model, name):
     refused = f"{name}: the architecture {model.config.model_type} is not supported"
     rope = str(getattr(model.config, "rope_parameters", ""))
     if "longrope" in str(model.config) or "dynamic" in rope:
-        raise UserError(f"{refused}: its position encoding depends on the length of the longest sequence")
+        raise UserError(
+            f"{refused}: its position encoding depends on the length of the longest sequence")
     if getattr(model.config, "attention_chunk_size", None):
         raise UserError(f"{refused}: its attention is chunked")
 
@@ -1045,10 +1041,11 @@ def use_packed_attention(model, name):
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
 
-    plain_last = plain[[12 - 1, 12 + 17 - 1]]
+    plain_last = plain[[11, 28]]  # the last tokens of the two
     for way, ours, theirs in (("packed", packed, plain), ("cached", cached, plain_last)):
         error = ((ours - theirs).norm(dim=-1).max() / theirs.norm(dim=-1).mean()).item()
-        if not error < 1e-3:  # rounding: 3e-5; what is refused: 0.09
+        # Rounding makes 3e-5, what is refused 0.09.
+        if not error < 1e-3:
             raise UserError(f"{refused}: {way} sequences get other logits (relative difference "
                             f"{error:.0e}): layers that are not attention, or scaled logits")
 
@@ -1064,22 +1061,22 @@ COLOURS = {"text": 0, "code": 36, "output": 33, "answer": 32}  # of a terminal (
 
 
 def part_after(text):
-    """In which part the policy goes on after this beginning: text, code or answer."""
-    tags = TAG.findall(text)
-    if tags and tags[-1] == ANSWER_OPEN:
+    """The part in which a response goes on after this beginning."""
+    tags = [""] + TAG.findall(text)
+    if tags[-1] == ANSWER_OPEN:
         return "answer"
-    if tags and tags[-1] in [tool.open for tool in TOOLS]:
+    if tags[-1] in [tool.open for tool in TOOLS]:
         return "code"
     return "text"
 
 
 class Printer:
-    """Prints one response while it grows, or at once."""
+    """Prints one response, at once or while it grows."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.begin = time.perf_counter()
-        self.text = ""  # printed so far, of so many tokens and calls:
+        self.text = ""  # printed so far
         self.n_tokens = 0
         self.n_calls = 0
 
@@ -1089,23 +1086,23 @@ class Printer:
             if call.status:
                 self.show_tokens(trajectory, call.end)
                 self.n_calls += 1
-                print(f"\n[call {self.n_calls}: {call.tool}, {call.status}, {call.seconds:.3f} s]")
+                print(f"\n[call of {call.tool}: {call.status}, {call.seconds:.3f} s]")
         self.show_tokens(trajectory, len(trajectory.response_ids))
 
         if trajectory.finish_reason:
             n_sampled = sum(trajectory.loss_mask)
-            n_forced = len(trajectory.loss_mask) - n_sampled
+            n_forced = trajectory.loss_mask.count(0)
             rate = n_sampled / (time.perf_counter() - self.begin)
             print(f"\n[{n_sampled} tokens sampled, {n_forced} forced (masked), "
                   f"{rate:.0f} tokens/s, ended by {trajectory.finish_reason}]")
 
     def show_tokens(self, trajectory, end):
-        """Print the tokens before number `end`."""
         ids = trajectory.response_ids
         for n in range(self.n_tokens, end):
             text = self.tokenizer.decode(ids[:n + 1], clean_up_tokenization_spaces=False)
+            # The next token may complete a character.
             if n + 1 < len(ids) or not trajectory.finish_reason:
-                text = text.rstrip("\ufffd")  # the next token may complete this character
+                text = text.rstrip("\ufffd")
             piece = text[len(self.text):]
             if sys.stdout.isatty():
                 part = part_after(self.text) if trajectory.loss_mask[n] else "output"
@@ -1138,14 +1135,15 @@ async def demo(args):
 
     async with Sandbox() as sandbox:
         printers = [Printer(tokenizer) for _ in range(args.samples)]
+        streams = args.samples == 1 and not args.ticks
 
         def on_tokens(trajectory):
-            printer = printers[trajectory.sample_index]
-            if args.samples == 1 and not args.ticks:
-                printer.show(trajectory)
-            elif trajectory.finish_reason:  # several would mix: each is shown when finished
-                print(f"--- response {trajectory.sample_index + 1} of {args.samples} ---")
-                printer.show(trajectory)
+            number = trajectory.sample_index
+            if streams:
+                printers[number].show(trajectory)
+            elif trajectory.finish_reason:
+                print(f"--- response {number + 1} of {args.samples} ---")
+                printers[number].show(trajectory)
 
         await generate(
             model, tokenizer, [prompt], sandbox, n_samples=args.samples, seed=args.seed,
@@ -1154,15 +1152,16 @@ async def demo(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Ask a checkpoint one question.")
+    parser = argparse.ArgumentParser(description="Ask a checkpoint a question.")
     parser.add_argument("question")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--samples", type=int, default=1, help="responses; several are shown whole")
+    parser.add_argument("--samples", type=int, default=1, help="responses")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_response_tokens", type=int, default=0, help="0: what fits, up to 1024")
+    parser.add_argument(
+        "--max_response_tokens", type=int, default=0, help="0: what fits, at most 1024")
     parser.add_argument("--max_calls", type=int, default=8)
-    parser.add_argument("--ticks", action="store_true", help="print what each tick feeds")
+    parser.add_argument("--ticks", action="store_true", help="print what every tick feeds")
     try:
         asyncio.run(demo(parser.parse_args()))
     except UserError as error:
