@@ -17,10 +17,10 @@ Definitions:
     the last `<code>` before it. `</code>` without `<code>` is plain text.
   - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept.
   - finish_reason: `eos`; `length` (interpreter text included); `max_calls` (a `</code>` beyond
-    the allowed ones); `sandbox_error` (the sandbox failed: drop the row, never score it).
+    them); `sandbox_error` (the sandbox failed: drop the row, never score it).
 
 Reproducible: noise depends on (seed, step, prompt key, sample, position) alone, and a paused
-row rejoins a fixed number of ticks after its call: the clock changes no batch and no rounding.
+row rejoins a fixed number of ticks after its call, whatever the clock says.
 
 Shapes: N rows in a step, T tokens in the stream, V vocabulary, L layers, H query heads, K
 key/value heads, D head dim, S positions per slot.
@@ -57,7 +57,7 @@ try:  # optional, CUDA only
 except ImportError:
     flash_attn_varlen_func = None
 
-# An older Python ends here, in one line, and not in a traceback.
+# An older Python ends here, not in a traceback.
 if sys.version_info < (3, 11):
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
@@ -86,12 +86,11 @@ TOOLS = [
     Tool("code", CODE_OPEN, CODE_CLOSE, run_python),
 ]
 
-# All patterns, in data.py and sft.py too, are made from the table.
+# All patterns, in other files too, are made from the table.
 CLOSING = {tool.open: tool.close for tool in TOOLS}
 CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE
 CLOSING[ANSWER_OPEN] = ANSWER_CLOSE
-TAGS = list(CLOSING.keys()) + list(CLOSING.values())
-TAG = re.compile("|".join(re.escape(tag) for tag in TAGS))
+TAG = re.compile("|".join(re.escape(tag) for tag in [*CLOSING, *CLOSING.values()]))
 AFTER_A_CALL = "|".join(f"(?<={re.escape(tool.close)})" for tool in TOOLS)
 INTERPRETER_BLOCK = re.compile(
     rf"(?:{AFTER_A_CALL})\s*{INTERPRETER_OPEN}\n?(.*?)\n?{INTERPRETER_CLOSE}", re.DOTALL)
@@ -106,10 +105,10 @@ def tool_of(text):
 
 
 def find_call(text, n_read):
-    """The call that a text closes after n_read characters: (tool, index of its opening tag,
-    index of its closing tag), or None."""
+    """The call that a text closes after n_read characters: (tool, index of the opening tag, of
+    the closing tag), or None."""
     for tool in TOOLS:
-        # The closing tag may begin in what was read before.
+        # The closing tag may begin in what was read.
         search_from = max(0, n_read - len(tool.close) + 1)
         close_at = text.find(tool.close, search_from)
         if close_at >= 0:
@@ -124,8 +123,7 @@ def find_call(text, n_read):
 
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
-# One line, so that line numbers in tracebacks move by one. A comprehension leaves no variable
-# behind.
+# One line, so that line numbers in tracebacks move by one; in a comprehension s stays local.
 REPLAY = (
     "with __import__('contextlib').redirect_stdout(__import__('io').StringIO()): "
     "[exec(s, globals()) for s in {earlier!r}]\n"
@@ -140,19 +138,19 @@ def strip_fence(snippet):
 
 def split_segments(text):
     """A response as [("model", text), ("interpreter", text), ("model", text), ...]."""
-    # Only a block directly after </code> is the sandbox's, others were written by the model.
-    # re.split alternates what lies between the blocks with what is in them.
+    # Only a block directly after </code> is the sandbox's. re.split alternates what lies between
+    # the blocks with what they hold.
     kinds = itertools.cycle(["model", "interpreter"])
     return list(zip(kinds, INTERPRETER_BLOCK.split(text)))
 
 
 def encode_text(tokenizer, text):
-    """Token ids of plain text: nothing is added, and no special token is recognised."""
+    """Token ids of plain text: no special token is added or recognised."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def break_tags(output):
-    """Output, which the policy controls, with our tags made harmless: [tags]."""
+    """Makes our tags in output, which the policy controls, harmless."""
     return TAG.sub(lambda tag: f"[{tag[0][1:-1]}]", output)
 
 
@@ -171,7 +169,7 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
         notice = encode_text(tokenizer, f"\n[... {n_dropped} tokens left out ...]\n")
         body = body[:n_head] + notice + body[len(body) - n_tail:]
 
-    # A newline that the model has written is not repeated.
+    # A newline that is there is not repeated.
     newline = "" if overrun.endswith("\n") else "\n"
     begin = encode_text(tokenizer, newline + INTERPRETER_OPEN + "\n")
     return begin + body + encode_text(tokenizer, "\n" + INTERPRETER_CLOSE)
@@ -179,8 +177,8 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
 
 def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
                     mask_interpreter=True):
-    """(ids, loss_mask) of a response and EOS, encoded in segments, as `generate` meets them.
-    Masked are interpreter tokens and masked_calls (indices of failed snippets)."""
+    """(ids, loss_mask) of a response and EOS, encoded in segments, as `generate` meets them;
+    0 for interpreter tokens and masked_calls (indices of failed snippets)."""
     ids = []
     mask = []
     for number, (kind, segment) in enumerate(split_segments(text)):
@@ -190,7 +188,7 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
             mask += [0 if mask_interpreter else 1] * len(block)
             continue
 
-        # Segments alternate, so this one ends in call number // 2.
+        # Segments alternate: this one ends in call number // 2.
         trained_until = len(segment)
         if number // 2 in masked_calls:
             trained_until = segment.rfind(tool_of(segment).open)
@@ -204,7 +202,7 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
 
 
 class Pieces(dict):
-    """The text of each token id: `pieces[i]`. Decoded after an anchor, for a SentencePiece token
+    """pieces[i] is the text of token i. It is decoded after an anchor, for a SentencePiece token
     alone loses its space."""
 
     def __init__(self, tokenizer):
@@ -236,9 +234,9 @@ def after_earlier(code, calls):
 @dataclass
 class ToolCall:
     code: str
-    output: str  # as the sandbox gave it
+    output: str  # uncut
     status: str  # empty while it runs
-    start: int  # response_ids[start:end] is the snippet with tags
+    start: int  # response_ids[start:end], tags included
     end: int
     seconds: float
     tool: str = "code"  # a name of TOOLS
@@ -261,7 +259,7 @@ class Trajectory:
 
     @property
     def is_complete(self):
-        """Only a response that the policy ended itself has an answer."""
+        """Only what the policy itself has ended holds an answer."""
         return self.finish_reason == "eos"
 
     @property
@@ -291,25 +289,25 @@ class Sampling:
     top_p: float = 1.0  # see `sample`
     max_response_tokens: int = 512  # interpreter tokens included
     max_calls: int = 4
-    max_interpreter_tokens: int = 128  # of each call
+    max_interpreter_tokens: int = 128  # per call
     tools: bool = True  # False: tags mean nothing
     feedback: str = "real"  # see `shown_output`
     interpreter: str = "stateless"  # or "replay": see `after_earlier`
     n_slots: int = 64  # rows in the cache, at most
-    kv_gib: float = 0.0  # of the cache; 0: what is free
-    rejoin_ticks: int = 4  # from call to return; 0: once done
+    kv_gib: float = 0.0  # of cache; 0: what is free
+    rejoin_ticks: int = 4  # after the call; 0: once done, not reproducible
     seed: int = 0
-    step: int = 0  # of the run, for the noise
+    step: int = 0  # of the run
     logits_processor: object = None  # f(logits (N, V), trajectories) -> logits
     progress: object = None  # f(1) per finished row
-    on_tokens: object = None  # f(trajectory that grew or finished)
+    on_tokens: object = None  # f(trajectory) when it grew or finished
     on_tick: object = None  # f(engine, rows admitted) before each step
 
 
 # ---------------------------------------------------------------------------------------------
 # The engine
 
-# About so many tokens of prompts per tick, for activations need memory.
+# Of prompts per tick, about: activations need memory.
 PREFILL_TOKENS = 16384
 
 
@@ -375,10 +373,10 @@ class Engine:
         self.paused = []
         self.tick = 0
         self.tool_wait_seconds = 0.0
-        # Prompt index -> (logits after it, its keys and values), for its other samples.
+        # Prompt index -> (logits after it, keys and values), for other samples.
         self.shared = {}
 
-        # As many slots as fit, each for the longest row: once admitted, a row can finish.
+        # As many slots as fit. Each holds the longest row: once admitted, a row can finish.
         weight = next(model.parameters())
         numbers = 2 * math.prod(KVCache.shape(model.config, 1, longest))  # keys and values
         slot_bytes = numbers * weight.element_size()
@@ -390,7 +388,7 @@ class Engine:
                             f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
         n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
         self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
-        # A heap, for low slots keep the decode view short.
+        # A heap: low slots keep the decode view short.
         self.free = list(range(n_slots))
 
     async def run(self):
@@ -400,7 +398,7 @@ class Engine:
                 await asyncio.sleep(0)
                 await self.wait_for_tools()
                 leaders, followers = self.admit()
-                # While rows are queued, they refill free slots.
+                # Queued rows would fill the gaps.
                 if not self.queue:
                     self.compact()
 
@@ -421,7 +419,7 @@ class Engine:
         begin = time.perf_counter()
         is_idle = not self.active and not (self.queue and self.free)
         if self.settings.rejoin_ticks:
-            # Reproducible: a row returns so many ticks after its call, and is waited for.
+            # Reproducible: a row returns so many ticks after its call.
             if is_idle:
                 self.tick = min(row.due for row in self.paused)
             returning = [row for row in self.paused if row.due <= self.tick]
@@ -444,7 +442,7 @@ class Engine:
         """Fill free slots: (leaders, which compute their prompt; followers, which copy it)."""
         leaders = []
         followers = []
-        computed = set(self.shared)  # indices of prompts
+        computed = set(self.shared)
         n_tokens = 0
         while self.queue and self.free and n_tokens < PREFILL_TOKENS:
             row = self.queue.popleft()
@@ -481,7 +479,7 @@ class Engine:
         if settings.logits_processor:
             logits = settings.logits_processor(logits, trajectories)
 
-        # The upper 53 bits of the noise, as a float64 in [0, 1).
+        # The upper 53 bits as a float64 in [0, 1).
         keys = [row.key for row in rows]
         samples = [trajectory.sample_index for trajectory in trajectories]
         positions = [len(trajectory.response_ids) for trajectory in trajectories]
@@ -504,7 +502,7 @@ class Engine:
             pending = [row.pending for row in rows]
             logits.append(forward_step(self.model, cache, slots, pending))
 
-        # Later ticks may need the next row's prompt: a copy, for slots are refilled.
+        # Later ticks may need the next row's prompt: a copy, as slots are refilled.
         next_prompt = self.queue[0].trajectory.prompt_index if self.queue else None
         for row in leaders:
             prompt_index = row.trajectory.prompt_index
@@ -549,8 +547,7 @@ class Engine:
             self.active.append(row)
 
     def closed_call(self, row, token):
-        """The call that this token closes: (tool, index of its first token, text between the
-        tags), or None."""
+        """The call that this token closes: (tool, index of its first token, code), or None."""
         # Find the two tags in the text.
         n_read = len(row.text)
         row.text += self.pieces[token]
@@ -586,7 +583,7 @@ class Engine:
         trajectory.tool_calls.append(ToolCall(
             code, output="", status="", start=start, end=end, seconds=0.0, tool=tool.name))
 
-        # Seeded by the row, not by order of arrival; no sampled token has a negative position.
+        # The seed depends on the row alone; no sampled token has a negative position.
         position = -len(trajectory.tool_calls)
         bits = noise_bits(settings.seed, settings.step, row.key, trajectory.sample_index, position)
         seed = int(bits >> np.uint64(33))
@@ -618,7 +615,7 @@ class Engine:
             self.finish(row, "length")
             return
 
-        row.pending = row.pending + block  # after the token that closed the call
+        row.pending = row.pending + block
         row.text = ""
         self.active.append(row)
 
@@ -664,15 +661,14 @@ class KVCache:
 
 class Packing:
     """A flat stream of N sequences with so many new tokens (lengths). With a cache, slots[i]
-    holds the past of sequence i, and lengths ascend: single tokens are decoded together, other
-    rows attend in groups of about equal length."""
+    holds the past of sequence i, and lengths ascend."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths = lengths
         self.cache = cache
         past = [cache.lengths[slot] for slot in slots] if cache else [0] * len(lengths)
 
-        # Where tokens stand in their sequences, and where in the stream sequences end.
+        # Where tokens stand in their sequences, and where sequences end.
         ranges = [np.arange(begin, begin + new) for begin, new in zip(past, lengths)]
         positions = np.concatenate(ranges)
         self.position_ids = torch.from_numpy(positions).to(device)  # (T,)
@@ -688,9 +684,9 @@ class Packing:
         self.plan_groups(slots, positions)
 
     def plan_decoding(self, slots, past):
-        """Which keys do single new tokens see?"""
+        """The bias for rows with one new token."""
         # All slots up to the highest used are a view: to gather those in use would copy the
-        # cache (21 ms per layer against 1, at 128 rows). Idle ones see one key, to no effect.
+        # cache (21 ms per layer against 1). Idle ones see one key.
         n_seen = np.ones(max(slots) + 1, dtype=np.int64)
         n_seen[slots] = np.array(past) + 1
         self.longest = int(n_seen.max())
@@ -700,7 +696,7 @@ class Packing:
         self.bias = bias[:, None, None]  # (slots in view, 1, 1, longest)
 
     def plan_groups(self, slots, positions):
-        """Rows with several new tokens, padded to less than twice their length."""
+        """The other rows, padded to less than twice their length."""
         rows_of_size = {}
         for row in range(self.n_decode, len(slots)):
             size = self.lengths[row].bit_length()
@@ -751,7 +747,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
     if packing.n_decode:
         out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scaling)
-    # Prompts, and rows that resume with interpreter text.
+    # Prompts and interpreter text.
     for slots, indices, mask in packing.groups:
         n_keys = mask.shape[-1]
         attended = F.scaled_dot_product_attention(
@@ -765,7 +761,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 
 def whole_sequences(q, k, v, packing, scale):
     """One sequence after the other: q (H, T, D), k and v (K, T, D) -> (1, T, H, D)."""
-    # split, not slices: their backward would write N tensors of the full length
+    # Not slices: their backward would write N tensors of full length.
     queries = q[None].split(packing.lengths, 2)
     keys = k[None].split(packing.lengths, 2)
     values = v[None].split(packing.lengths, 2)
@@ -805,7 +801,7 @@ def one_token_each(q, k_cache, v_cache, packing, scale):
     n_view = packing.bias.shape[0]
     slots = packing.slot_of_token[:packing.n_decode]
 
-    # Query heads of one key head become queries of one sequence: no key is repeated.
+    # Query heads of one key head become queries of one sequence.
     queries = q.new_zeros(n_view, n_heads, dim)
     queries[slots] = q[:, :packing.n_decode].transpose(0, 1)
     queries = queries.view(n_view, k_cache.shape[1], -1, dim)  # (slots, K, H/K, D)
@@ -864,8 +860,8 @@ def noise_bits(*fields):
 
 def sample(logits, uniform, temperature, top_p):
     """Inverse CDF in float64: logits (N, V), uniform (N,) in [0, 1) -> tokens (N,), logprobs (N,)
-    of the full softmax. Temperature 0 is greedy, with logprobs at 1. top_p < 1 is for
-    evaluation: training would score another distribution."""
+    of the full softmax. Temperature 0 is greedy, with logprobs at 1. Training, which scores the
+    full softmax, needs top_p 1."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)  # (N, V)
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -949,11 +945,11 @@ def need_hub():
 def load_tokenizer(path):
     """A checkpoint's tokenizer. Its EOS becomes what ends an answer in the chat template."""
     tokenizer = from_checkpoint(AutoTokenizer, path)
-    # Without tokenizer files a folder gives an empty tokenizer, not an error.
+    # Without tokenizer files a folder gives an empty one, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
 
-    # The first special token that the template writes after an answer.
+    # What special token does the template write after an answer?
     question = {"role": "user", "content": "x"}
     answer = {"role": "assistant", "content": "x"}
     prompt = tokenizer.apply_chat_template(
@@ -976,7 +972,7 @@ def end_tokens(model, tokenizer):
 
 
 def load_config(path, tokenizer=()):
-    """UserError if the checkpoint has fewer embeddings than the tokenizer tokens."""
+    """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
     config = from_checkpoint(AutoConfig, path)
     rows, tokens = config.vocab_size, len(tokenizer)
     if rows < tokens:
@@ -997,7 +993,7 @@ def load_model(path, device, dtype="fp32", weights=True):
 
 
 def logits_in_three_ways(model):
-    """Logits of two sequences by the model's own attention (29, V), packed (29, V), and of their
+    """Logits of two sequences by the model's own attention and packed, both (29, V), and of their
     last tokens through the cache (2, V)."""
     first = torch.arange(12, device=model.device) % model.config.vocab_size
     second = torch.arange(17, device=model.device) % model.config.vocab_size
@@ -1020,8 +1016,8 @@ def logits_in_three_ways(model):
 
 @torch.no_grad()
 def use_packed_attention(model, name):
-    """Switch a model to `packed_attention`. UserError unless two sequences keep their logits,
-    packed (trainers) and in two pieces through the cache (sampler)."""
+    """Switch to `packed_attention`. UserError unless two sequences keep their logits, packed
+    (trainers) and through the cache (sampler)."""
     refused = f"{name}: the architecture {model.config.model_type} is not supported"
     rope = str(getattr(model.config, "rope_parameters", ""))
     if "longrope" in str(model.config) or "dynamic" in rope:
@@ -1050,7 +1046,7 @@ def use_packed_attention(model, name):
                             f"{error:.0e}): layers that are not attention, or scaled logits")
 
     for parameter, dtype in dtypes.items():
-        # copy: by a file's odd addresses a CPU would round otherwise than in a resumed run
+        # A copy: at a file's odd addresses a CPU rounds otherwise than in a resumed run.
         parameter.data = parameter.data.to(dtype, copy=True)
 
 
@@ -1061,7 +1057,7 @@ COLOURS = {"text": 0, "code": 36, "output": 33, "answer": 32}  # of a terminal (
 
 
 def part_after(text):
-    """The part in which a response goes on after this beginning."""
+    """The part in which a response goes on after this text."""
     tags = [""] + TAG.findall(text)
     if tags[-1] == ANSWER_OPEN:
         return "answer"
@@ -1071,7 +1067,7 @@ def part_after(text):
 
 
 class Printer:
-    """Prints one response, at once or while it grows."""
+    """Prints a response while it grows."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -1081,9 +1077,8 @@ class Printer:
         self.n_calls = 0
 
     def show(self, trajectory):
-        """Print what is new."""
         for call in trajectory.tool_calls[self.n_calls:]:
-            if call.status:
+            if call.status:  # it came back
                 self.show_tokens(trajectory, call.end)
                 self.n_calls += 1
                 print(f"\n[call of {call.tool}: {call.status}, {call.seconds:.3f} s]")
