@@ -1,33 +1,32 @@
-"""Batched generation with a manual KV cache that stops at </code>, runs the snippet, and resumes.
+"""Batched generation that stops at </code>, runs the snippet, and resumes.
 
-One tick of `generate`:
-    1. rows whose tool result is due rejoin; queued rows fill free cache slots
-    2. ONE forward call over a flat stream: one token of a decoding row, closing tag and
-       interpreter text of a resuming one, the prompt of a new one
-    3. one token is sampled per row; a row that completes `</code>` pauses, with its slot and
-       cache, while the sandbox runs the snippet
+    python rollout.py --model CHECKPOINT "What is 17^23 modulo 91?"    # watch it
 
-Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = sampled by the
-policy, 0 = forced interpreter text) travels unchanged to loss, GAE and metrics.
+One tick of the engine:
+    1. Rows whose tool result is due rejoin; queued rows fill free cache slots.
+    2. ONE forward call over a flat stream: one token of a decoding row, interpreter text of a
+       resuming one, the prompt of a new one.
+    3. One token is sampled per row. A row that completes `</code>` pauses, and keeps its slot,
+       while the sandbox runs the snippet.
+
+Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = sampled, 0 =
+forced interpreter text) travels unchanged to loss, GAE and metrics.
 
 Definitions:
-  - A snippet, maybe empty, ends at the first `</code>`, even inside a string, as in the paper,
-    and begins at the last `<code>` before it. `</code>` without `<code>` is plain text.
-  - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept, and only what
-    is missing is appended.
-  - finish_reason: `eos`; `length` (max_response_tokens reached, interpreter text included);
-    `max_calls` (a `</code>` beyond max_calls; after the last call the model may still answer);
-    `sandbox_error` (the sandbox itself failed: drop the row, do not score it).
+  - A snippet ends at the first `</code>`, even inside a string, as in the paper, and begins at
+    the last `<code>` before it. `</code>` without `<code>` is plain text.
+  - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept.
+  - finish_reason: `eos`; `length` (interpreter text included); `max_calls` (a `</code>` beyond
+    them); `sandbox_error` (the sandbox failed: drop the row, never score it).
 
-Reproducible: a row's noise depends on (seed, step, prompt key, sample, position) alone, and a
-paused row rejoins a fixed number of ticks after its call, when its result is waited for: batch
-shapes, and so rounding, do not depend on the clock. `rejoin_ticks=0` gives that up.
+Reproducible: noise depends on (seed, step, prompt key, sample, position) alone, and a paused
+row rejoins a fixed number of ticks after its call, whatever the clock says.
 
-Letters in shape comments: N rows in a step, T tokens in the flat stream, V vocabulary, L layers,
-H query heads, K key/value heads, D head dim, S cache positions per slot.
+Shapes: N rows in a step, T tokens in the stream, V vocabulary, L layers, H query heads, K
+key/value heads, D head dim, S positions per slot.
 """
+import argparse
 import asyncio
-import bisect
 import functools
 import heapq
 import itertools
@@ -51,121 +50,160 @@ from safetensors import SafetensorError
 from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sandbox import UserError
+from sandbox import Sandbox, UserError
 
-try:  # optional, CUDA only; without it PyTorch's own FlashAttention is used
+try:  # optional, CUDA only
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
 
+# An older Python ends here, not in a traceback.
 if sys.version_info < (3, 11):
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
+
+# ---------------------------------------------------------------------------------------------
+# The table of tools. Another tool is another row, and the function that it names.
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 INTERPRETER_OPEN, INTERPRETER_CLOSE = "<interpreter>", "</interpreter>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
-FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PREFILL_TOKENS = 16384  # of prompts in one tick, about: activations need memory
-
-
-# ---------------------------------------------------------------------------------------------
-# The table of tools
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What the policy writes between the two tags is run; the output comes back in an interpreter block."""
+    """The text between two tags is run; the output comes back in an interpreter block."""
     name: str
     open: str
     close: str
-    run: object  # async function of (text between the tags, seed, sandbox) -> SandboxResult
+    run: object  # async (text, seed, sandbox) -> SandboxResult
 
 
 async def run_python(code, seed, sandbox):
     return await sandbox.run(code, seed=seed)
 
 
-# Another tool is another row: all patterns below, in data.py and in sft.py are made from this table.
-TOOLS = [Tool("code", CODE_OPEN, CODE_CLOSE, run_python)]
-CLOSING = {tool.open: tool.close for tool in TOOLS}  # of each opening tag
-CLOSING |= {INTERPRETER_OPEN: INTERPRETER_CLOSE, ANSWER_OPEN: ANSWER_CLOSE}
-TAG = re.compile("|".join(map(re.escape, [*CLOSING, *CLOSING.values()])))
+TOOLS = [
+    Tool("code", CODE_OPEN, CODE_CLOSE, run_python),
+]
+
+# All patterns, in other files too, are made from the table.
+CLOSING = {tool.open: tool.close for tool in TOOLS}
+CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE
+CLOSING[ANSWER_OPEN] = ANSWER_CLOSE
+TAG = re.compile("|".join(re.escape(tag) for tag in [*CLOSING, *CLOSING.values()]))
 AFTER_A_CALL = "|".join(f"(?<={re.escape(tool.close)})" for tool in TOOLS)
 INTERPRETER_BLOCK = re.compile(
     rf"(?:{AFTER_A_CALL})\s*{INTERPRETER_OPEN}\n?(.*?)\n?{INTERPRETER_CLOSE}", re.DOTALL)
 
 
 def tool_of(text):
-    """The tool whose closing tag a text ends with, or None."""
+    """The tool whose closing tag ends a text, or None."""
     for tool in TOOLS:
         if text.endswith(tool.close):
             return tool
     return None
 
 
+def find_call(text, n_read):
+    """The call that a text closes after n_read characters: (tool, index of the opening tag, of
+    the closing tag), or None."""
+    for tool in TOOLS:
+        # The closing tag may begin in what was read.
+        search_from = max(0, n_read - len(tool.close) + 1)
+        close_at = text.find(tool.close, search_from)
+        if close_at >= 0:
+            open_at = text.rfind(tool.open, 0, close_at)
+            if open_at >= 0:
+                return tool, open_at, close_at
+    return None
+
+
 # ---------------------------------------------------------------------------------------------
 # Text <-> segments, for SFT and rollout alike
 
+FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+
+# One line, so that line numbers in tracebacks move by one; in a comprehension s stays local.
+REPLAY = (
+    "with __import__('contextlib').redirect_stdout(__import__('io').StringIO()): "
+    "[exec(s, globals()) for s in {earlier!r}]\n"
+    "{code}")
+
+
 def strip_fence(snippet):
-    """The Python source in a snippet, without its fence if it has one."""
+    """Python source, without its fence if it has one."""
     match = FENCE.fullmatch(snippet)
     return match.group(1) if match else snippet.strip("\n")
 
 
 def split_segments(text):
-    """Cut a response into [(kind, text)]: "model", "interpreter", "model", ... Only an
-    <interpreter> directly after </code> is the sandbox's, others were written by the model."""
-    return list(zip(itertools.cycle(["model", "interpreter"]), INTERPRETER_BLOCK.split(text)))
+    """A response as [("model", text), ("interpreter", text), ("model", text), ...]."""
+    # Only a block directly after </code> is the sandbox's. re.split alternates what lies between
+    # the blocks with what they hold.
+    kinds = itertools.cycle(["model", "interpreter"])
+    return list(zip(kinds, INTERPRETER_BLOCK.split(text)))
 
 
 def encode_text(tokenizer, text):
-    """Token ids of plain text: nothing is added, and no special token is recognised."""
+    """Token ids of plain text: no special token is added or recognised."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def break_tags(output):
-    """Make our tags, in output that the policy controls, harmless: [tags]."""
+    """Makes our tags in output, which the policy controls, harmless."""
     return TAG.sub(lambda tag: f"[{tag[0][1:-1]}]", output)
 
 
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
-    """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`; beyond
-    max_tokens of output only head and tail are kept. A newline in overrun, what the last
-    sampled token holds beyond `</code>`, is not repeated."""
+    """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`, of long output
+    head and tail. overrun: what the last sampled token holds beyond `</code>`."""
     output = break_tags(output.strip("\n"))
     for special in tokenizer.all_special_tokens:
         output = output.replace(special, special[:1] + " " + special[1:])
+
     body = encode_text(tokenizer, output)
-    if len(body) > max_tokens:
-        notice = encode_text(tokenizer, f"\n[... {len(body) - max_tokens} tokens left out ...]\n")
-        head = (max_tokens + 1) // 2
-        body = body[:head] + notice + body[len(body) - (max_tokens - head):]
-    begin = encode_text(tokenizer, ("" if overrun.endswith("\n") else "\n") + INTERPRETER_OPEN + "\n")
+    n_dropped = len(body) - max_tokens
+    if n_dropped > 0:
+        n_head = (max_tokens + 1) // 2
+        n_tail = max_tokens - n_head
+        notice = encode_text(tokenizer, f"\n[... {n_dropped} tokens left out ...]\n")
+        body = body[:n_head] + notice + body[len(body) - n_tail:]
+
+    # A newline that is there is not repeated.
+    newline = "" if overrun.endswith("\n") else "\n"
+    begin = encode_text(tokenizer, newline + INTERPRETER_OPEN + "\n")
     return begin + body + encode_text(tokenizer, "\n" + INTERPRETER_CLOSE)
 
 
-def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(), mask_interpreter=True):
-    """A whole response and EOS, each segment encoded by itself, as `generate` meets it: (ids,
-    loss_mask). 0 for interpreter tokens and masked_calls (indices of failed snippets)."""
-    ids, mask = [], []
-    for i, (kind, segment) in enumerate(split_segments(text)):
+def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
+                    mask_interpreter=True):
+    """(ids, loss_mask) of a response and EOS, encoded in segments, as `generate` meets them;
+    0 for interpreter tokens and masked_calls (indices of failed snippets)."""
+    ids = []
+    mask = []
+    for number, (kind, segment) in enumerate(split_segments(text)):
         if kind == "interpreter":
             block = encode_interpreter(tokenizer, segment, max_interpreter_tokens)
-            ids, mask = ids + block, mask + [int(not mask_interpreter)] * len(block)
+            ids += block
+            mask += [0 if mask_interpreter else 1] * len(block)
             continue
+
+        # Segments alternate: this one ends in call number // 2.
+        trained_until = len(segment)
+        if number // 2 in masked_calls:
+            trained_until = segment.rfind(tool_of(segment).open)
+
+        # A token that starts before the snippet is prose, even if it reaches into the tag.
         encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True)
-        # A token that starts before the snippet is prose, even if it reaches into the tag.
-        snippet = segment.rfind(tool_of(segment).open) if i // 2 in masked_calls else len(segment)
         ids += encoded["input_ids"]
-        mask += [int(start < snippet) for start, _ in encoded["offset_mapping"]]
+        mask += [int(start < trained_until) for start, _ in encoded["offset_mapping"]]
     return ids + [tokenizer.eos_token_id], mask + [1]
 
 
 class Pieces(dict):
-    """The text of each token id: `pieces[i]`. Decoded after an anchor token, as a SentencePiece
-    token alone loses its leading space."""
+    """pieces[i] is the text of token i. It is decoded after an anchor, for a SentencePiece token
+    alone loses its space."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -179,18 +217,418 @@ class Pieces(dict):
 
 
 def shown_output(result, feedback):
-    """What the model sees of a SandboxResult: with feedback "real" the output, "hidden" only
-    whether the snippet ran, "none" nothing."""
+    """What the model sees of a SandboxResult."""
     hidden = "[ran]" if result.status == "ok" else "[failed]"
     return {"real": result.output, "hidden": hidden, "none": ""}[feedback]
 
 
 def after_earlier(code, calls):
-    """`code` after the snippets of `calls` that ran, as in one session: they run again, unseen,
-    within the same time limit."""
+    """`code` after the earlier snippets that ran: they run again, unseen."""
     earlier = [call.code for call in calls if call.status == "ok" and call.tool == "code"]
-    mute = "__import__('contextlib').redirect_stdout(__import__('io').StringIO())"
-    return f"with {mute}: [exec(s, globals()) for s in {earlier!r}]\n{code}" if earlier else code
+    return REPLAY.format(earlier=earlier, code=code) if earlier else code
+
+
+# ---------------------------------------------------------------------------------------------
+# What is sampled, and how
+
+@dataclass
+class ToolCall:
+    code: str
+    output: str  # uncut
+    status: str  # empty while it runs
+    start: int  # response_ids[start:end], tags included
+    end: int
+    seconds: float
+    tool: str = "code"  # a name of TOOLS
+
+
+@dataclass
+class Trajectory:
+    """One response; its three lists have an entry per token."""
+    prompt_index: int
+    sample_index: int
+    prompt_ids: list
+    response_ids: list = field(default_factory=list)
+    loss_mask: list = field(default_factory=list)  # 1 sampled, 0 forced
+    logprobs: list = field(default_factory=list)  # 0.0 where forced
+    tool_calls: list = field(default_factory=list)
+    finish_reason: str = ""
+    correct: bool = False  # set by eval.py
+    answer: str = None  # set by eval.py
+    example: object = None  # set by ppo.py
+
+    @property
+    def is_complete(self):
+        """Only what the policy itself has ended holds an answer."""
+        return self.finish_reason == "eos"
+
+    @property
+    def snippets(self):
+        """The calls that ran code."""
+        return [call for call in self.tool_calls if call.tool == "code"]
+
+    def prose_segments(self):
+        """Runs of sampled token ids outside the snippets that were run."""
+        is_prose = list(self.loss_mask)
+        for call in self.tool_calls:
+            is_prose[call.start:call.end] = [0] * (call.end - call.start)
+
+        segments = [[]]
+        for token, prose in zip(self.response_ids, is_prose):
+            if prose:
+                segments[-1].append(token)
+            else:
+                segments.append([])
+        return [segment for segment in segments if segment]
+
+
+@dataclass
+class Sampling:
+    """The keyword arguments of `generate`. Limits are in tokens."""
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # see `sample`
+    max_response_tokens: int = 512  # interpreter tokens included
+    max_calls: int = 4
+    max_interpreter_tokens: int = 128  # per call
+    tools: bool = True  # False: tags mean nothing
+    feedback: str = "real"  # see `shown_output`
+    interpreter: str = "stateless"  # or "replay": see `after_earlier`
+    n_slots: int = 64  # rows in the cache, at most
+    kv_gib: float = 0.0  # of cache; 0: what is free
+    rejoin_ticks: int = 4  # after the call; 0: once done, not reproducible
+    seed: int = 0
+    step: int = 0  # of the run
+    logits_processor: object = None  # f(logits (N, V), trajectories) -> logits
+    progress: object = None  # f(1) per finished row
+    on_tokens: object = None  # f(trajectory) when it grew or finished
+    on_tick: object = None  # f(engine, rows admitted) before each step
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine
+
+# Of prompts per tick, about: activations need memory.
+PREFILL_TOKENS = 16384
+
+
+@dataclass(eq=False)
+class Row:
+    """A trajectory in flight."""
+    trajectory: Trajectory
+    key: int  # names the prompt to the noise
+    pending: list  # tokens to feed
+    slot: int = -1
+    text: str = ""  # since the last call
+    overrun: str = ""  # of the last token beyond </code>
+    task: object = None  # the running snippet
+    due: int = 0  # tick at which the row rejoins
+
+
+async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_keys=None,
+                   stats=None, **sampling):
+    """Sample n_samples responses to each prompt: a list of Trajectory, prompt-major.
+
+    prompts: lists of token ids. sandbox: an entered Sandbox, or None with tools=False.
+    prompt_keys: integers that name the prompts to the noise (default: their index).
+    stats: a dict that receives tool_wait_seconds. sampling: the fields of `Sampling`.
+    UserError if memory holds no row; if it limits the slots, rounding depends on it.
+    """
+    settings = Sampling(**sampling)
+    longest = settings.max_response_tokens + max(map(len, prompts), default=0)
+    if not all(prompts):
+        raise ValueError("a prompt is empty")
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
+                         f"{model.config.max_position_embeddings} positions")
+    if model.config._attn_implementation != "retool":
+        raise ValueError('the model must be loaded with attn_implementation="retool"')
+
+    rows = []
+    for prompt_index, prompt in enumerate(prompts):
+        key = prompt_keys[prompt_index] if prompt_keys else prompt_index
+        for sample_index in range(n_samples):
+            rows.append(Row(Trajectory(prompt_index, sample_index, prompt), key, prompt))
+
+    engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
+    await engine.run()
+    if stats is not None:
+        stats["tool_wait_seconds"] = engine.tool_wait_seconds
+    return [row.trajectory for row in rows]
+
+
+class Engine:
+    """The tick loop of one `generate`. A row is in the `queue`, `active` (fed next), `paused`
+    (its snippet runs; it keeps its slot), or finished (its slot is free)."""
+
+    def __init__(self, model, tokenizer, sandbox, settings, rows, longest):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sandbox = sandbox
+        self.settings = settings
+        self.pieces = Pieces(tokenizer)
+        self.ends = end_tokens(model, tokenizer)
+
+        self.queue = deque(rows)
+        self.active = []
+        self.paused = []
+        self.tick = 0
+        self.tool_wait_seconds = 0.0
+        # Prompt index -> (logits after it, keys and values), for other samples.
+        self.shared = {}
+
+        # As many slots as fit. Each holds the longest row: once admitted, a row can finish.
+        weight = next(model.parameters())
+        numbers = 2 * math.prod(KVCache.shape(model.config, 1, longest))  # keys and values
+        slot_bytes = numbers * weight.element_size()
+        budget = free_bytes(weight.device)
+        if settings.kv_gib:
+            budget = min(budget, settings.kv_gib * 2**30)
+        if budget < slot_bytes:
+            raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
+                            f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
+        n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
+        self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
+        # A heap: low slots keep the decode view short.
+        self.free = list(range(n_slots))
+
+    async def run(self):
+        try:
+            while self.queue or self.active or self.paused:
+                # Let the sandbox's own callbacks run.
+                await asyncio.sleep(0)
+                await self.wait_for_tools()
+                leaders, followers = self.admit()
+                # Queued rows would fill the gaps.
+                if not self.queue:
+                    self.compact()
+
+                # Packing wants the shorter ones first.
+                rows = sorted(self.active + leaders, key=lambda row: len(row.pending))
+                if rows or followers:
+                    if self.settings.on_tick:
+                        self.settings.on_tick(self, leaders + followers)
+                    self.active = []
+                    self.step(rows, leaders, followers)
+        finally:
+            # No snippet outlives its rollout.
+            for row in self.paused:
+                row.task.cancel()
+
+    async def wait_for_tools(self):
+        """Bring back the paused rows whose turn it is."""
+        begin = time.perf_counter()
+        is_idle = not self.active and not (self.queue and self.free)
+        if self.settings.rejoin_ticks:
+            # Reproducible: a row returns so many ticks after its call.
+            if is_idle:
+                self.tick = min(row.due for row in self.paused)
+            returning = [row for row in self.paused if row.due <= self.tick]
+        else:
+            # Eager: a row returns once its snippet is done.
+            if is_idle:
+                tasks = [row.task for row in self.paused]
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            returning = [row for row in self.paused if row.task.done()]
+
+        # An error of one snippet ends this at once.
+        await asyncio.gather(*[row.task for row in returning])
+        self.tool_wait_seconds += time.perf_counter() - begin
+        for row in returning:
+            self.paused.remove(row)
+            self.rejoin(row)
+            self.tell(row)
+
+    def admit(self):
+        """Fill free slots: (leaders, which compute their prompt; followers, which copy it)."""
+        leaders = []
+        followers = []
+        computed = set(self.shared)
+        n_tokens = 0
+        while self.queue and self.free and n_tokens < PREFILL_TOKENS:
+            row = self.queue.popleft()
+            row.slot = heapq.heappop(self.free)
+            if row.trajectory.prompt_index in computed:
+                followers.append(row)
+            else:
+                leaders.append(row)
+                computed.add(row.trajectory.prompt_index)
+                n_tokens += len(row.pending)
+        return leaders, followers
+
+    def compact(self):
+        """Move rows from high slots to free lower ones: the decode view shrinks."""
+        lengths = self.cache.lengths
+        kv = self.cache.kv
+        for row in sorted(self.active + self.paused, key=lambda row: -row.slot):
+            if not self.free or self.free[0] > row.slot:
+                return
+            old = row.slot
+            new = heapq.heappop(self.free)
+            kv[:, :, new, :, :lengths[old]] = kv[:, :, old, :, :lengths[old]]
+            lengths[new] = lengths[old]
+            lengths[old] = 0
+            heapq.heappush(self.free, old)
+            row.slot = new
+
+    def step(self, rows, leaders, followers):
+        """One tick: a forward call, one sampled token per row."""
+        settings = self.settings
+        logits = self.next_logits(rows, leaders, followers)
+        rows = rows + followers
+        trajectories = [row.trajectory for row in rows]
+        if settings.logits_processor:
+            logits = settings.logits_processor(logits, trajectories)
+
+        # The upper 53 bits as a float64 in [0, 1).
+        keys = [row.key for row in rows]
+        samples = [trajectory.sample_index for trajectory in trajectories]
+        positions = [len(trajectory.response_ids) for trajectory in trajectories]
+        bits = noise_bits(settings.seed, settings.step, keys, samples, positions)
+        uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        uniform = torch.from_numpy(uniform).to(logits.device)  # (N,)
+
+        tokens, logprobs = sample(logits, uniform, settings.temperature, settings.top_p)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
+            self.advance(row, token, logprob)
+            self.tell(row)
+        self.tick += 1
+
+    def next_logits(self, rows, leaders, followers):
+        """Feed the pending tokens of `rows`: logits (N, V) of rows, then of followers."""
+        cache = self.cache
+        logits = []
+        if rows:
+            slots = [row.slot for row in rows]
+            pending = [row.pending for row in rows]
+            logits.append(forward_step(self.model, cache, slots, pending))
+
+        # Later ticks may need the next row's prompt: a copy, as slots are refilled.
+        next_prompt = self.queue[0].trajectory.prompt_index if self.queue else None
+        for row in leaders:
+            prompt_index = row.trajectory.prompt_index
+            prompt_logits = logits[0][rows.index(row)]  # (V,)
+            prompt_kv = cache.kv[:, :, row.slot, :, :len(row.pending)]  # (2, L, K, prompt, D)
+            if prompt_index == next_prompt:
+                prompt_logits = prompt_logits.clone()
+                prompt_kv = prompt_kv.clone()
+            self.shared[prompt_index] = prompt_logits, prompt_kv
+
+        for row in followers:
+            prompt_logits, prompt_kv = self.shared[row.trajectory.prompt_index]
+            length = prompt_kv.shape[3]
+            cache.kv[:, :, row.slot, :, :length] = prompt_kv
+            cache.lengths[row.slot] = length
+            logits.append(prompt_logits[None])
+
+        kept = self.shared.get(next_prompt)
+        self.shared = {next_prompt: kept} if kept else {}
+        return torch.cat(logits)
+
+    def advance(self, row, token, logprob):
+        """Append a sampled token; the row ends, pauses for its snippet, or goes on."""
+        trajectory = row.trajectory
+        trajectory.response_ids.append(token)
+        trajectory.loss_mask.append(1)
+        trajectory.logprobs.append(logprob)
+        row.pending = [token]
+        if token in self.ends:
+            self.finish(row, "eos")
+            return
+
+        call = self.closed_call(row, token) if self.settings.tools else None
+        if call and len(trajectory.tool_calls) < self.settings.max_calls:
+            tool, start, code = call
+            self.start_call(row, tool, start, code)
+        elif call:
+            self.finish(row, "max_calls")
+        elif len(trajectory.response_ids) >= self.settings.max_response_tokens:
+            self.finish(row, "length")
+        else:
+            self.active.append(row)
+
+    def closed_call(self, row, token):
+        """The call that this token closes: (tool, index of its first token, code), or None."""
+        # Find the two tags in the text.
+        n_read = len(row.text)
+        row.text += self.pieces[token]
+        call = find_call(row.text, n_read)
+        if call is None:
+            return None
+        tool, open_at, close_at = call
+        row.overrun = row.text[close_at + len(tool.close):]
+
+        # Go back to the token in which the opening tag begins.
+        ids = row.trajectory.response_ids
+        start = len(ids)
+        token_at = len(row.text)
+        while token_at > open_at:
+            start -= 1
+            token_at -= len(self.pieces[ids[start]])
+
+        # Decode as a whole: byte-level tokens may split a character.
+        text = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
+        text = text[:-len(tool.close + row.overrun)]
+        code = text.rpartition(tool.open)[2]
+        return tool, start, strip_fence(code)
+
+    def start_call(self, row, tool, start, code):
+        """Start the snippet; the row pauses."""
+        settings = self.settings
+        trajectory = row.trajectory
+        source = code
+        if tool.name == "code" and settings.interpreter == "replay":
+            source = after_earlier(code, trajectory.tool_calls)
+
+        end = len(trajectory.response_ids)
+        trajectory.tool_calls.append(ToolCall(
+            code, output="", status="", start=start, end=end, seconds=0.0, tool=tool.name))
+
+        # The seed depends on the row alone; no sampled token has a negative position.
+        position = -len(trajectory.tool_calls)
+        bits = noise_bits(settings.seed, settings.step, row.key, trajectory.sample_index, position)
+        seed = int(bits >> np.uint64(33))
+        row.task = asyncio.ensure_future(tool.run(source, seed, self.sandbox))
+        row.due = self.tick + settings.rejoin_ticks
+        self.paused.append(row)
+
+    def rejoin(self, row):
+        """Append the interpreter block, to be fed next."""
+        trajectory = row.trajectory
+        call = trajectory.tool_calls[-1]
+        result = row.task.result()
+        call.output = result.output
+        call.status = result.status
+        call.seconds = result.seconds
+        if result.status == "sandbox_error":
+            self.finish(row, "sandbox_error")
+            return
+
+        settings = self.settings
+        block = encode_interpreter(
+            self.tokenizer, shown_output(result, settings.feedback),
+            settings.max_interpreter_tokens, row.overrun)
+        block = block[:settings.max_response_tokens - len(trajectory.response_ids)]
+        trajectory.response_ids += block
+        trajectory.loss_mask += [0] * len(block)
+        trajectory.logprobs += [0.0] * len(block)
+        if len(trajectory.response_ids) >= settings.max_response_tokens:
+            self.finish(row, "length")
+            return
+
+        row.pending = row.pending + block
+        row.text = ""
+        self.active.append(row)
+
+    def finish(self, row, reason):
+        row.trajectory.finish_reason = reason
+        self.cache.lengths[row.slot] = 0
+        heapq.heappush(self.free, row.slot)
+        if self.settings.progress:
+            self.settings.progress(1)
+
+    def tell(self, row):
+        if self.settings.on_tokens:
+            self.settings.on_tokens(row.trajectory)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,147 +644,248 @@ def head_dim(config):
 
 
 class KVCache:
-    """Contiguous slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled.
-    A slot holds the longest possible row, so a row once admitted always finishes. Pages would
-    hold more (1-4 calls fill 14 % of 1,088-token slots), but gathering them makes attention on
-    CPU four times as long (tests/bench_rollout.py --pages)."""
+    """Slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
+    # Pages would hold more, but attend four times as slowly on CPU (bench_rollout.py --pages).
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
-        """(L, n_slots, K, S, D)"""
-        return config.num_hidden_layers, n_slots, config.num_key_value_heads, max_tokens, head_dim(config)
+        n_heads = config.num_key_value_heads
+        return config.num_hidden_layers, n_slots, n_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
-        self.kv = torch.zeros(2, *self.shape(config, n_slots, max_tokens), dtype=dtype, device=device)
+        shape = self.shape(config, n_slots, max_tokens)
+        self.kv = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.k, self.v = self.kv
         self.lengths = [0] * n_slots
 
 
 class Packing:
-    """A flat stream of N sequences with so many new tokens (lengths), for all layers. With a
-    cache, slots[i] holds the past of sequence i, and lengths ascend: single-token rows are
-    decoded together, the others attend in groups of about equal length."""
+    """A flat stream of N sequences with so many new tokens (lengths). With a cache, slots[i]
+    holds the past of sequence i, and lengths ascend."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
-        self.lengths, self.cache = lengths, cache
-        past = [cache.lengths[s] for s in slots] if cache else [0] * len(lengths)
-        positions = np.concatenate([np.arange(p, p + n) for p, n in zip(past, lengths)])
+        self.lengths = lengths
+        self.cache = cache
+        past = [cache.lengths[slot] for slot in slots] if cache else [0] * len(lengths)
+
+        # Where tokens stand in their sequences, and where sequences end.
+        ranges = [np.arange(begin, begin + new) for begin, new in zip(past, lengths)]
+        positions = np.concatenate(ranges)
         self.position_ids = torch.from_numpy(positions).to(device)  # (T,)
-        self.last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)  # (N,) last token of each
+        self.last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)  # (N,)
         if cache is None:
             return
+
         assert lengths == sorted(lengths), "shorter rows must come first"
-        self.n_decode = n = bisect.bisect_right(lengths, 1)
         self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
-        if n:
-            # A view up to the highest slot used: to gather the used ones would copy the cache (21
-            # ms per layer against 1, at 128 rows). Idle slots see one key, to no effect.
-            seen = np.ones(max(slots[:n]) + 1, dtype=np.int64)
-            seen[slots[:n]] = [p + 1 for p in past[:n]]
-            self.longest = int(seen.max())
-            hidden = np.arange(self.longest)[None] >= seen[:, None]  # (slots in view, longest)
-            bias = np.where(hidden, -np.inf, 0.0)[:, None, None]
-            self.bias = torch.from_numpy(bias).to(device=device, dtype=cache.k.dtype)
-        self.groups = []  # (slots (n,), token indices (n, new), mask (n, 1, new, keys))
-        begins = np.cumsum(lengths) - lengths
-        for _, rows in itertools.groupby(range(n, len(lengths)), lambda i: lengths[i].bit_length()):
-            rows = list(rows)
-            own = np.array([lengths[i] for i in rows])[:, None]  # (n, 1)
-            # padded to less than twice its length, a row repeats its last token
-            index = begins[rows][:, None] + np.minimum(np.arange(own.max()), own - 1)  # (n, new)
-            at = positions[index]
-            mask = np.arange(at.max() + 1) <= at[:, None, :, None]  # (n, 1, new, keys)
-            self.groups.append([torch.from_numpy(x).to(device)
-                                for x in (np.array([slots[i] for i in rows]), index, mask)])
+        self.n_decode = lengths.count(1)
+        if self.n_decode:
+            self.plan_decoding(slots[:self.n_decode], past[:self.n_decode])
+        self.plan_groups(slots, positions)
+
+    def plan_decoding(self, slots, past):
+        """The bias for rows with one new token."""
+        # All slots up to the highest used are a view: to gather those in use would copy the
+        # cache (21 ms per layer against 1). Idle ones see one key.
+        n_seen = np.ones(max(slots) + 1, dtype=np.int64)
+        n_seen[slots] = np.array(past) + 1
+        self.longest = int(n_seen.max())
+        is_unseen = np.arange(self.longest) >= n_seen[:, None]
+        bias = torch.from_numpy(np.where(is_unseen, -np.inf, 0.0))
+        bias = bias.to(device=self.cache.k.device, dtype=self.cache.k.dtype)
+        self.bias = bias[:, None, None]  # (slots in view, 1, 1, longest)
+
+    def plan_groups(self, slots, positions):
+        """The other rows, padded to less than twice their length."""
+        rows_of_size = {}
+        for row in range(self.n_decode, len(slots)):
+            size = self.lengths[row].bit_length()
+            rows_of_size.setdefault(size, []).append(row)
+
+        # (slots (n,), token indices (n, new), mask (n, 1, new, keys))
+        self.groups = []
+        begins = np.cumsum(self.lengths) - self.lengths  # (N,)
+        for rows in rows_of_size.values():
+            # Shorter rows repeat their last token.
+            new = np.array(self.lengths)[rows, None]  # (n, 1)
+            offsets = np.minimum(np.arange(new.max()), new - 1)
+            indices = begins[rows, None] + offsets
+            # A token sees keys up to its own position.
+            own_position = positions[indices]
+            keys = np.arange(own_position.max() + 1)
+            mask = keys <= own_position[:, None, :, None]
+            arrays = np.array(slots)[rows], indices, mask
+            device = self.cache.k.device
+            self.groups.append([torch.from_numpy(array).to(device) for array in arrays])
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None,
+                     **kwargs):
     """Attention of a flat stream, described by `packing`, for sampler and trainer: query
-    (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). attn_implementation="retool":
-    transformers builds no mask for a name it does not know."""
-    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D)."""
+    extras = ("sliding_window", "softcap", "s_aux")
+    unknown = [name for name in extras if kwargs.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not implemented")
-    q, k, v = query[0], key[0], value[0]  # (H, T, D), (K, T, D)
+        names = ", ".join(unknown)
+        raise NotImplementedError(f"its attention has {names}, which is not implemented")
+    q = query[0]  # (H, T, D)
+    k = key[0]  # (K, T, D)
+    v = value[0]
+
+    # Training: sequences without a past.
     if packing.cache is None:
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return whole_sequences_flash(q, k, v, packing, scaling), None
         return whole_sequences(q, k, v, packing, scaling), None
-    cache = packing.cache
-    k_cache, v_cache = cache.k[module.layer_idx], cache.v[module.layer_idx]  # (n_slots, K, S, D)
+
+    # Sampling: new keys and values go into the cache.
+    k_cache = packing.cache.k[module.layer_idx]  # (n_slots, K, S, D)
+    v_cache = packing.cache.v[module.layer_idx]
     k_cache[packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
     v_cache[packing.slot_of_token, :, packing.position_ids] = v.transpose(0, 1)
+
     out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
     if packing.n_decode:
         out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scaling)
-    for slots, index, mask in packing.groups:  # prompts, and rows that resume with interpreter text
-        keys, values = (x[slots, :, :mask.shape[-1]] for x in (k_cache, v_cache))  # (n, K, keys, D)
-        out[index] = F.scaled_dot_product_attention(
-            q[:, index].transpose(0, 1), keys, values, attn_mask=mask, scale=scaling,
-            enable_gqa=q.shape[0] != k.shape[0]).transpose(1, 2)  # (n, new, H, D)
+    # Prompts and interpreter text.
+    for slots, indices, mask in packing.groups:
+        n_keys = mask.shape[-1]
+        attended = F.scaled_dot_product_attention(
+            q[:, indices].transpose(0, 1),  # (n, H, new, D)
+            k_cache[slots, :, :n_keys],  # (n, K, keys, D)
+            v_cache[slots, :, :n_keys],
+            attn_mask=mask, scale=scaling, enable_gqa=q.shape[0] != k.shape[0])
+        out[indices] = attended.transpose(1, 2)
     return out[None], None
 
 
 def whole_sequences(q, k, v, packing, scale):
-    """Training: sequences without a past. q (H, T, D), k, v (K, T, D) -> (1, T, H, D). On CUDA
-    by flash-attn or what PyTorch bundles of it: never run, NOT MEASURED."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        bounds, longest = F.pad(packing.last + 1, (1, 0)).int(), max(packing.lengths)  # (N + 1,)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
-        if flash_attn_varlen_func:
-            return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest,
-                                          softmax_scale=scale, causal=True)[None]
-        from torch.nn.attention.varlen import varlen_attn  # enable_gqa: 2.12
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))[None]
-    # split, not slices: their backward would write N tensors of the full length
-    spans = zip(*(x.split(packing.lengths, 1) for x in (q, k, v)))
-    out = [F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=scale,
-                                          enable_gqa=q.shape[0] != k.shape[0]) for a, b, c in spans]
+    """One sequence after the other: q (H, T, D), k and v (K, T, D) -> (1, T, H, D)."""
+    # Not slices: their backward would write N tensors of full length.
+    queries = q[None].split(packing.lengths, 2)
+    keys = k[None].split(packing.lengths, 2)
+    values = v[None].split(packing.lengths, 2)
+    out = []
+    for query, key, value in zip(queries, keys, values):
+        out.append(F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=q.shape[0] != k.shape[0]))
     return torch.cat(out, 2).transpose(1, 2)
+
+
+def whole_sequences_flash(q, k, v, packing, scale):
+    """The same on CUDA, by flash-attn or what PyTorch bundles of it: never run, NOT MEASURED."""
+    bounds = F.pad(packing.last + 1, (1, 0)).int()  # (N + 1,)
+    longest = max(packing.lengths)
+    q = q.transpose(0, 1)  # (T, H, D)
+    k = k.transpose(0, 1)  # (T, K, D)
+    v = v.transpose(0, 1)
+    if flash_attn_varlen_func:
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
+            max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=True)[None]
+
+    # Its enable_gqa came with PyTorch 2.12.
+    from torch.nn.attention.varlen import varlen_attn
+    n_repeats = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(n_repeats, 1)
+    v = v.repeat_interleave(n_repeats, 1)
+    # The window is all keys before and none after.
+    return varlen_attn(
+        q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest,
+        scale=scale, window_size=(-1, 0))[None]
 
 
 def one_token_each(q, k_cache, v_cache, packing, scale):
     """Decoding: the first n tokens are one of each of n rows. q (H, T, D) -> (n, H, D)."""
-    n, n_view, heads = packing.n_decode, packing.bias.shape[0], k_cache.shape[1]
-    slots = packing.slot_of_token[:n]
-    # Query heads of one key head become queries of one sequence: no key is repeated.
-    grouped = q.new_zeros(n_view, *q.shape[::2])  # (slots, H, D)
-    grouped[slots] = q[:, :n].transpose(0, 1)
-    grouped = grouped.view(n_view, heads, -1, q.shape[2])  # (slots, K, H/K, D)
-    keys, values = (x[:n_view, :, :packing.longest] for x in (k_cache, v_cache))  # (slots, K, longest, D)
-    decoded = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=packing.bias, scale=scale)
-    return decoded.reshape(n_view, *q.shape[::2])[slots]
+    n_heads, _, dim = q.shape
+    n_view = packing.bias.shape[0]
+    slots = packing.slot_of_token[:packing.n_decode]
+
+    # Query heads of one key head become queries of one sequence.
+    queries = q.new_zeros(n_view, n_heads, dim)
+    queries[slots] = q[:, :packing.n_decode].transpose(0, 1)
+    queries = queries.view(n_view, k_cache.shape[1], -1, dim)  # (slots, K, H/K, D)
+    keys = k_cache[:n_view, :, :packing.longest]  # (slots, K, longest, D)
+    values = v_cache[:n_view, :, :packing.longest]
+    out = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=packing.bias, scale=scale)
+    return out.reshape(n_view, n_heads, dim)[slots]
 
 
+# transformers builds no mask for a name that it does not know.
 AttentionInterface.register("retool", packed_attention)
 
 
 def free_bytes(device):
-    """Memory for a cache: nine tenths of what the device has free; infinite if unknown."""
+    """Nine tenths of a device's free memory; infinite if unknown."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch reserves is in pieces
+        # What PyTorch has reserved is in pieces.
+        torch.cuda.empty_cache()
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")  # Linux
     if meminfo.exists():
-        return 0.9 * 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
+        kib = re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]
+        return 0.9 * 1024 * int(kib)
     return math.inf
 
 
 @torch.inference_mode()
 def forward_step(model, cache, slots, tokens):
-    """Feed tokens[i] (a list) into slots[i] -> fp32 logits (N, V) after their last tokens. For 64
-    decoding rows of a 3-layer Qwen3 232 operations, views aside (bench_rollout.py --plain)."""
+    """Feed tokens[i] (a list) into slots[i] -> fp32 logits (N, V) after their last tokens."""
     device = cache.k.device
-    packing = Packing([len(t) for t in tokens], device, cache, slots)
-    flat = torch.tensor([t for row in tokens for t in row], device=device)[None]  # (1, T)
-    logits = model(input_ids=flat, position_ids=packing.position_ids[None], use_cache=False,
+    packing = Packing([len(new) for new in tokens], device, cache, slots)
+    stream = list(itertools.chain.from_iterable(tokens))
+    input_ids = torch.tensor(stream, device=device)[None]  # (1, T)
+    logits = model(input_ids=input_ids, position_ids=packing.position_ids[None], use_cache=False,
                    logits_to_keep=packing.last, packing=packing).logits[0]
-    for slot, row in zip(slots, tokens):
-        cache.lengths[slot] += len(row)
+    for slot, new in zip(slots, tokens):
+        cache.lengths[slot] += len(new)
     return at_least_fp32(logits)
 
 
 # ---------------------------------------------------------------------------------------------
+# Noise, and the token that it chooses
+
+def noise_bits(*fields):
+    """64 random bits as a function of the fields (splitmix64 on each); arrays broadcast."""
+    bits = np.uint64(0)
+    with np.errstate(over="ignore"):  # products wrap around
+        for value in fields:
+            bits = (bits ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            bits = bits ^ (bits >> np.uint64(31))
+    return bits
+
+
+def sample(logits, uniform, temperature, top_p):
+    """Inverse CDF in float64: logits (N, V), uniform (N,) in [0, 1) -> tokens (N,), logprobs (N,)
+    of the full softmax. Temperature 0 is greedy, with logprobs at 1. Training, which scores the
+    full softmax, needs top_p 1."""
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)  # (N, V)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        probs = logprobs.double().exp()
+        if top_p < 1.0:
+            # The likeliest tokens stay, up to the one that crosses top_p.
+            ordered, order = probs.sort(-1, descending=True)
+            mass_before = ordered.cumsum(-1) - ordered
+            ordered = ordered.masked_fill(mass_before >= top_p, 0.0)
+            probs = probs.scatter(-1, order, ordered)
+        # The first token whose cumulative mass exceeds the drawn share.
+        cdf = probs.cumsum(-1)
+        threshold = uniform[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
 # Loading a model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def first_line(error):
     return str(error).strip().splitlines()[0]
@@ -358,23 +897,29 @@ def choose_dtype(name):
     if name != "auto":
         return name
     ones = torch.ones(256, 512, device="cuda" if torch.cuda.is_available() else "cpu")
-    timers = [Timer("x.mm(x.T)", globals={"x": ones.to(dtype)}, num_threads=torch.get_num_threads())
-              for dtype in DTYPES.values()]
-    seconds = [min(timer.timeit(1).mean for _ in range(5)) for timer in timers]
+    seconds = []
+    for dtype in DTYPES.values():
+        timer = Timer(
+            "x.mm(x.T)", globals={"x": ones.to(dtype)}, num_threads=torch.get_num_threads())
+        seconds.append(min(timer.timeit(1).mean for _ in range(5)))
+    # All ranks follow the first.
     if dist.is_initialized():
-        dist.broadcast_object_list(seconds)  # all ranks follow the first
+        dist.broadcast_object_list(seconds)
+    fp32, bf16 = seconds
     if os.environ.get("RANK", "0") == "0":
-        print(f"--dtype auto: products in bf16 are {seconds[0] / seconds[1]:.2f} times as fast as in fp32")
-    return "bf16" if seconds[0] > 1.5 * seconds[1] else "fp32"
+        print(f"--dtype auto: products in bf16 are {fp32 / bf16:.2f} times as fast as in fp32")
+    return "bf16" if fp32 > 1.5 * bf16 else "fp32"
 
 
 def from_checkpoint(loader, path, **options):
     """loader.from_pretrained(path); UserError, with what to do, if that is no checkpoint."""
     folder = Path(path)
     if folder.is_file():
-        raise UserError(f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
+        raise UserError(
+            f"{path}: no folder, no hub id (how to convert a GGUF file: runs/smollm2.sh)")
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{path}: no config.json in there (a run's model is in its folder checkpoint)")
+        raise UserError(
+            f"{path}: no config.json in there (a run's model is in its folder checkpoint)")
     if not folder.exists():
         if path.count("/") != 1 or path[0] in "./~":
             raise UserError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
@@ -387,36 +932,43 @@ def from_checkpoint(loader, path, **options):
 
 @functools.cache
 def need_hub():
-    """Ask once whether the hub answers; if not, libraries use what is downloaded."""
+    """If the hub does not answer, libraries use what is downloaded."""
     address = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        os.environ["HF_DATASETS_OFFLINE"] = "1"  # datasets reads it at import
+        # The package datasets reads this at import.
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 def load_tokenizer(path):
-    """A checkpoint's tokenizer. Its EOS becomes the token that ends an assistant's turn in the
-    chat template, as SFT trains."""
+    """A checkpoint's tokenizer. Its EOS becomes what ends an answer in the chat template."""
     tokenizer = from_checkpoint(AutoTokenizer, path)
-    # Without tokenizer files a folder gives an empty tokenizer, not an error.
+    # Without tokenizer files a folder gives an empty one, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    before, ids = (tokenizer.apply_chat_template(turns[:n], add_generation_prompt=n == 1, return_dict=False)
-                   for n in (1, 2))
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [token for token in ids[len(before):] if token in special]
+
+    # What special token does the template write after an answer?
+    question = {"role": "user", "content": "x"}
+    answer = {"role": "assistant", "content": "x"}
+    prompt = tokenizer.apply_chat_template(
+        [question], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([question, answer], return_dict=False)
+    added = tokenizer.added_tokens_decoder
+    ends = [token for token in whole[len(prompt):] if token in added and added[token].special]
     if ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 
 
 def end_tokens(model, tokenizer):
-    """All tokens that end a response: the tokenizer's EOS and the generation config's."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    return {tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends]) - {None}
+    """What ends a response: the tokenizer's EOS and the generation config's."""
+    ends = {tokenizer.eos_token_id}
+    if model.generation_config:
+        configured = model.generation_config.eos_token_id
+        ends |= set(configured if isinstance(configured, list) else [configured])
+    return ends - {None}
 
 
 def load_config(path, tokenizer=()):
@@ -424,13 +976,14 @@ def load_config(path, tokenizer=()):
     config = from_checkpoint(AutoConfig, path)
     rows, tokens = config.vocab_size, len(tokenizer)
     if rows < tokens:
-        raise UserError(f"{path}: the model has {rows} rows of embeddings, the tokenizer {tokens} tokens")
+        raise UserError(
+            f"{path}: the model has {rows} rows of embeddings, the tokenizer {tokens} tokens")
     return config
 
 
 def load_model(path, device, dtype="fp32", weights=True):
-    """A causal LM with `packed_attention`. weights=False: random, for a run's checkpoint to be
-    read into. Trap: never `.to(torch.bfloat16)` later, that would round RoPE's frequencies."""
+    """A causal LM with `packed_attention`; weights=False: random, to be overwritten."""
+    # Trap: a later `.to(torch.bfloat16)` would round RoPE's frequencies.
     if weights:
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
     else:
@@ -439,373 +992,176 @@ def load_model(path, device, dtype="fp32", weights=True):
     return model
 
 
+def logits_in_three_ways(model):
+    """Logits of two sequences by the model's own attention and packed, both (29, V), and of their
+    last tokens through the cache (2, V)."""
+    first = torch.arange(12, device=model.device) % model.config.vocab_size
+    second = torch.arange(17, device=model.device) % model.config.vocab_size
+    model.eval()
+    plain = [model(input_ids=sequence[None], use_cache=False).logits[0]
+             for sequence in (first, second)]
+
+    model.set_attn_implementation("retool")
+    packing = Packing([12, 17], model.device)
+    hidden = model.model(
+        input_ids=torch.cat([first, second])[None], position_ids=packing.position_ids[None],
+        use_cache=False, packing=packing).last_hidden_state[0]
+    packed = model.lm_head(hidden)
+
+    cache = KVCache(model.config, 2, 17, packed.dtype, model.device)
+    forward_step(model, cache, [0, 1], [first[:9].tolist(), second[:11].tolist()])
+    cached = forward_step(model, cache, [0, 1], [first[9:].tolist(), second[11:].tolist()])
+    return torch.cat(plain), packed, cached
+
+
 @torch.no_grad()
 def use_packed_attention(model, name):
-    """Switch a model to `packed_attention`. UserError unless two sequences keep their logits,
-    packed (trainers) and in two pieces through the cache (sampler)."""
+    """Switch to `packed_attention`. UserError unless two sequences keep their logits, packed
+    (trainers) and through the cache (sampler)."""
     refused = f"{name}: the architecture {model.config.model_type} is not supported"
-    if "longrope" in str(model.config) or "dynamic" in str(getattr(model.config, "rope_parameters", "")):
-        raise UserError(f"{refused}: its position encoding depends on the length of the longest sequence")
+    rope = str(getattr(model.config, "rope_parameters", ""))
+    if "longrope" in str(model.config) or "dynamic" in rope:
+        raise UserError(
+            f"{refused}: its position encoding depends on the length of the longest sequence")
     if getattr(model.config, "attention_chunk_size", None):
         raise UserError(f"{refused}: its attention is chunked")
+
+    # In fp32 a difference is not rounding.
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-    for parameter in dtypes:  # in fp32 a difference is not rounding
+    for parameter in dtypes:
         parameter.data = at_least_fp32(parameter.data)
-    first, second = (torch.arange(n, device=model.device) % model.config.vocab_size for n in (12, 17))
+
     try:
-        wanted = torch.cat([model.eval()(input_ids=ids[None], use_cache=False).logits[0]
-                            for ids in (first, second)])
-        model.set_attn_implementation("retool")
-        packing = Packing([12, 17], model.device)
-        hidden = model.model(input_ids=torch.cat([first, second])[None], use_cache=False, packing=packing,
-                             position_ids=packing.position_ids[None]).last_hidden_state[0]
-        packed = model.lm_head(hidden)
-        cache = KVCache(model.config, 2, 17, packed.dtype, model.device)
-        forward_step(model, cache, [0, 1], [first[:9].tolist(), second[:11].tolist()])
-        cached = forward_step(model, cache, [0, 1], [first[9:].tolist(), second[11:].tolist()])
+        plain, packed, cached = logits_in_three_ways(model)
         list(model.model.layers)  # what the trainers shard
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
-    for what, ours, theirs in (("packed", packed, wanted), ("cached", cached, wanted[packing.last])):
+
+    plain_last = plain[[11, 28]]  # the last tokens of the two
+    for way, ours, theirs in (("packed", packed, plain), ("cached", cached, plain_last)):
         error = ((ours - theirs).norm(dim=-1).max() / theirs.norm(dim=-1).mean()).item()
-        if not error < 1e-3:  # rounding: 3e-5; what is refused: 0.09
-            raise UserError(f"{refused}: {what} sequences get other logits (relative difference "
+        # Rounding makes 3e-5, what is refused 0.09.
+        if not error < 1e-3:
+            raise UserError(f"{refused}: {way} sequences get other logits (relative difference "
                             f"{error:.0e}): layers that are not attention, or scaled logits")
+
     for parameter, dtype in dtypes.items():
-        # copy: by a file's odd addresses a CPU would round otherwise than in a resumed run
+        # A copy: at a file's odd addresses a CPU rounds otherwise than in a resumed run.
         parameter.data = parameter.data.to(dtype, copy=True)
 
 
 # ---------------------------------------------------------------------------------------------
-# Sampling
+# The demo: ask a question and watch the engine
 
-def noise_bits(*fields):
-    """64 random bits as a function of the fields (splitmix64 on each); arrays broadcast."""
-    with np.errstate(over="ignore"):
-        bits = np.uint64(0)
-        for value in fields:
-            bits = (bits ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            bits = bits ^ (bits >> np.uint64(31))
-    return bits
+COLOURS = {"text": 0, "code": 36, "output": 33, "answer": 32}  # of a terminal (ANSI)
 
 
-def sample(logits, uniform, temperature, top_p):
-    """One token per row by the inverse CDF in float64: logits (N, V), uniform (N,) in [0, 1) ->
-    tokens (N,), logprobs (N,) of the full softmax. Temperature 0 is greedy, with logprobs at 1.
-    top_p < 1 is for evaluation: training would score another distribution."""
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        probs = logprobs.double().exp()
-        if top_p < 1.0:
-            ordered, order = probs.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
-            probs = probs.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        cdf = probs.cumsum(-1)
-        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+def part_after(text):
+    """The part in which a response goes on after this text."""
+    tags = [""] + TAG.findall(text)
+    if tags[-1] == ANSWER_OPEN:
+        return "answer"
+    if tags[-1] in [tool.open for tool in TOOLS]:
+        return "code"
+    return "text"
 
 
-# ---------------------------------------------------------------------------------------------
-# The engine
+class Printer:
+    """Prints a response while it grows."""
 
-@dataclass
-class ToolCall:
-    code: str
-    output: str  # the sandbox's, before neutralising and cutting
-    status: str
-    start: int  # response_ids[start:end] is the snippet with its tags
-    end: int
-    seconds: float
-    tool: str = "code"  # a name of TOOLS
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.begin = time.perf_counter()
+        self.text = ""  # printed so far
+        self.n_tokens = 0
+        self.n_calls = 0
 
+    def show(self, trajectory):
+        for call in trajectory.tool_calls[self.n_calls:]:
+            if call.status:  # it came back
+                self.show_tokens(trajectory, call.end)
+                self.n_calls += 1
+                print(f"\n[call of {call.tool}: {call.status}, {call.seconds:.3f} s]")
+        self.show_tokens(trajectory, len(trajectory.response_ids))
 
-@dataclass
-class Trajectory:
-    """One response; its three lists have an entry per token."""
-    prompt_index: int
-    sample_index: int
-    prompt_ids: list
-    response_ids: list = field(default_factory=list)
-    loss_mask: list = field(default_factory=list)  # 1 sampled, 0 forced
-    logprobs: list = field(default_factory=list)  # by the sampler; 0.0 where forced
-    tool_calls: list = field(default_factory=list)
-    finish_reason: str = ""
-    correct: bool = False  # set by eval.py
-    answer: str = None  # that it states, set by eval.py
-    example: object = None  # set by ppo.py
+        if trajectory.finish_reason:
+            n_sampled = sum(trajectory.loss_mask)
+            n_forced = trajectory.loss_mask.count(0)
+            rate = n_sampled / (time.perf_counter() - self.begin)
+            print(f"\n[{n_sampled} tokens sampled, {n_forced} forced (masked), "
+                  f"{rate:.0f} tokens/s, ended by {trajectory.finish_reason}]")
 
-    @property
-    def is_complete(self):
-        """Whether the policy itself ended the response: only then it has an answer."""
-        return self.finish_reason == "eos"
-
-    @property
-    def snippets(self):
-        """The calls that ran code."""
-        return [call for call in self.tool_calls if call.tool == "code"]
-
-    def prose_segments(self):
-        """Runs of sampled token ids outside the snippets that were run."""
-        chosen = list(self.loss_mask)
-        for call in self.tool_calls:
-            chosen[call.start:call.end] = [0] * (call.end - call.start)
-        runs = itertools.groupby(range(len(chosen)), chosen.__getitem__)
-        return [[self.response_ids[i] for i in run] for is_prose, run in runs if is_prose]
+    def show_tokens(self, trajectory, end):
+        ids = trajectory.response_ids
+        for n in range(self.n_tokens, end):
+            text = self.tokenizer.decode(ids[:n + 1], clean_up_tokenization_spaces=False)
+            # The next token may complete a character.
+            if n + 1 < len(ids) or not trajectory.finish_reason:
+                text = text.rstrip("\ufffd")
+            piece = text[len(self.text):]
+            if sys.stdout.isatty():
+                part = part_after(self.text) if trajectory.loss_mask[n] else "output"
+                piece = f"\033[{COLOURS[part]}m{piece}\033[0m"
+            print(piece, end="", flush=True)
+            self.text = text
+        self.n_tokens = end
 
 
-@dataclass
-class Sampling:
-    """The keyword arguments of `generate`. Limits are in tokens."""
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # see `sample`
-    max_response_tokens: int = 512  # interpreter tokens included
-    max_calls: int = 4
-    max_interpreter_tokens: int = 128  # of each call
-    tools: bool = True  # False: tags mean nothing
-    feedback: str = "real"  # see `shown_output`
-    interpreter: str = "stateless"  # or "replay": see `after_earlier`
-    n_slots: int = 64  # rows in the cache; fewer where memory is short
-    kv_gib: float = 0.0  # for the cache; 0: what is free
-    rejoin_ticks: int = 4  # from call to return; 0: once done, not reproducible
-    seed: int = 0
-    step: int = 0  # of the run, for the noise
-    logits_processor: object = None  # f(logits (N, V), trajectories) -> logits
-    progress: object = None  # called with 1 per finished row
+def print_tick(engine, admitted):
+    n_resuming = len([row for row in engine.active if len(row.pending) > 1])
+    n_decoding = len(engine.active) - n_resuming
+    print(f"tick {engine.tick}: {n_decoding} decoding, {n_resuming} resuming, "
+          f"{len(admitted)} admitted, {len(engine.paused)} waiting for tools")
 
 
-@dataclass(eq=False)
-class Row:
-    """A trajectory in flight."""
-    trajectory: Trajectory
-    key: int  # names the prompt to the noise
-    pending: list  # tokens to feed
-    slot: int = -1
-    segment_begin: int = 0  # of the current model segment
-    text: str = ""  # of that segment
-    overrun: str = ""  # of the last token beyond </code>
-    task: object = None  # the running snippet
-    due: int = 0  # tick at which the row rejoins
+async def demo(args):
+    if args.samples < 1 or args.max_calls < 0 or not args.temperature >= 0:
+        raise UserError("--samples must be at least 1, --max_calls and --temperature at least 0")
+    tokenizer = load_tokenizer(args.model)
+    load_config(args.model, tokenizer)
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+
+    message = {"role": "user", "content": args.question}
+    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+    room = model.config.max_position_embeddings - len(prompt)
+    limit = args.max_response_tokens or min(room, 1024)
+    if not 1 <= limit <= room:
+        raise UserError(f"--max_response_tokens {limit}: the question leaves {room} positions")
+
+    async with Sandbox() as sandbox:
+        printers = [Printer(tokenizer) for _ in range(args.samples)]
+        streams = args.samples == 1 and not args.ticks
+
+        def on_tokens(trajectory):
+            number = trajectory.sample_index
+            if streams:
+                printers[number].show(trajectory)
+            elif trajectory.finish_reason:
+                print(f"--- response {number + 1} of {args.samples} ---")
+                printers[number].show(trajectory)
+
+        await generate(
+            model, tokenizer, [prompt], sandbox, n_samples=args.samples, seed=args.seed,
+            temperature=args.temperature, max_response_tokens=limit, max_calls=args.max_calls,
+            on_tokens=on_tokens, on_tick=print_tick if args.ticks else None)
 
 
-async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_keys=None,
-                   stats=None, **sampling):
-    """Sample n_samples responses to each prompt: a list of Trajectory, prompt-major.
-
-    prompts: lists of token ids. sandbox: an entered Sandbox (may be None with tools=False).
-    prompt_keys: integers that name the prompts to the noise (default: their index).
-    stats: a dict that receives tool_wait_seconds. sampling: the fields of `Sampling`.
-    Where memory limits the slots, rounding depends on it; UserError if no row fits.
-    """
-    settings = Sampling(**sampling)
-    longest = max((len(p) for p in prompts), default=0) + settings.max_response_tokens
-    if not all(prompts):
-        raise ValueError("a prompt is empty")
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(f"prompt + response may take {longest} tokens, but the model has "
-                         f"{model.config.max_position_embeddings} positions")
-    if model.config._attn_implementation != "retool":
-        raise ValueError('the model must be loaded with attn_implementation="retool"')
-    rows = [Row(Trajectory(i, j, prompt), prompt_keys[i] if prompt_keys else i, prompt)
-            for i, prompt in enumerate(prompts) for j in range(n_samples)]
-    engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
-    await engine.run()
-    if stats is not None:
-        stats["tool_wait_seconds"] = engine.tool_wait_seconds
-    return [row.trajectory for row in rows]
+def main():
+    parser = argparse.ArgumentParser(description="Ask a checkpoint a question.")
+    parser.add_argument("question")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--samples", type=int, default=1, help="responses")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max_response_tokens", type=int, default=0, help="0: what fits, at most 1024")
+    parser.add_argument("--max_calls", type=int, default=8)
+    parser.add_argument("--ticks", action="store_true", help="print what every tick feeds")
+    try:
+        asyncio.run(demo(parser.parse_args()))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
-class Engine:
-    """The tick loop of one `generate`. A row is in the `queue`, `active` (fed next), `paused`
-    (its snippet runs; it keeps its slot), or finished (its slot is free)."""
-
-    def __init__(self, model, tokenizer, sandbox, settings, rows, longest):
-        self.model, self.tokenizer, self.sandbox, self.settings = model, tokenizer, sandbox, settings
-        self.queue, self.active, self.paused = deque(rows), [], []
-        weight = next(model.parameters())
-        slot_bytes = 2 * math.prod(KVCache.shape(model.config, 1, longest)) * weight.element_size()
-        budget = min(settings.kv_gib * 2**30 or math.inf, free_bytes(weight.device))
-        if budget < slot_bytes:
-            raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
-                            f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
-        n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
-        self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
-        self.free = list(range(n_slots))  # a heap: low slots keep the decode view short
-        self.pieces, self.ends, self.tick = Pieces(tokenizer), end_tokens(model, tokenizer), 0
-        self.shared = {}  # prompt index -> (logits after it, its k and v), for other samples
-        self.tool_wait_seconds = 0.0
-
-    async def run(self):
-        try:
-            while self.queue or self.active or self.paused:
-                await asyncio.sleep(0)  # let the sandbox's own callbacks run
-                await self.wait_for_tools()
-                leaders, followers = self.admit()
-                if not self.queue:  # else free slots are refilled
-                    self.compact()
-                # shorter ones first, as Packing wants them
-                rows = sorted(self.active + leaders, key=lambda row: len(row.pending))
-                if rows or followers:
-                    self.active = []
-                    self.step(rows, leaders, followers)
-        finally:
-            for row in self.paused:  # no snippet outlives its rollout
-                row.task.cancel()
-
-    async def wait_for_tools(self):
-        """Bring back the rows that are due. With nothing else to do, skip to the next such tick
-        or, with rejoin_ticks=0, wait for the first result."""
-        begin, ticks = time.perf_counter(), self.settings.rejoin_ticks
-        if self.paused and not self.active and not (self.queue and self.free):
-            self.tick = max(self.tick, min(row.due for row in self.paused))
-            if not ticks:
-                tasks = [row.task for row in self.paused]
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        due = [row for row in self.paused if (row.due <= self.tick if ticks else row.task.done())]
-        await asyncio.gather(*[row.task for row in due])
-        self.tool_wait_seconds += time.perf_counter() - begin
-        for row in due:
-            self.paused.remove(row)
-            self.rejoin(row)
-
-    def admit(self):
-        """Fill free slots: (leaders, which compute their prompt; followers, which copy it)."""
-        leaders, followers, tokens = {}, [], 0
-        while self.queue and self.free and tokens < PREFILL_TOKENS:
-            row = self.queue.popleft()
-            row.slot = heapq.heappop(self.free)
-            index = row.trajectory.prompt_index
-            if index in self.shared or index in leaders:
-                followers.append(row)
-            else:
-                leaders[index] = row
-                tokens += len(row.pending)
-        return list(leaders.values()), followers
-
-    def compact(self):
-        """Move rows from high slots to free lower ones: the decode view shrinks."""
-        cache, free = self.cache, self.free
-        for row in sorted(self.active + self.paused, key=lambda row: -row.slot):
-            if not free or free[0] > row.slot:
-                return
-            slot, length = heapq.heappop(free), cache.lengths[row.slot]
-            cache.kv[:, :, slot, :, :length] = cache.kv[:, :, row.slot, :, :length]
-            cache.lengths[slot], cache.lengths[row.slot] = length, 0
-            heapq.heappush(free, row.slot)
-            row.slot = slot
-
-    def step(self, rows, leaders, followers):
-        """One tick: a forward call, one sampled token per row."""
-        settings = self.settings
-        logits = self.next_logits(rows, leaders, followers)
-        rows = rows + followers
-        trajectories = [row.trajectory for row in rows]
-        if settings.logits_processor:
-            logits = settings.logits_processor(logits, trajectories)
-        bits = noise_bits(settings.seed, settings.step, [row.key for row in rows],
-                          [t.sample_index for t in trajectories], [len(t.response_ids) for t in trajectories])
-        uniform = torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-        tokens, logprobs = sample(logits, uniform.to(logits.device), settings.temperature, settings.top_p)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
-            self.advance(row, token, logprob)
-        self.tick += 1
-
-    def next_logits(self, rows, leaders, followers):
-        """Feed the pending tokens of `rows`: logits (N, V) of rows, then of followers."""
-        cache, logits = self.cache, []
-        if rows:
-            slots, pending = [row.slot for row in rows], [row.pending for row in rows]
-            logits.append(forward_step(self.model, cache, slots, pending))
-        # Later samples need a prompt as a copy, for its slot may be refilled.
-        waiting = self.queue[0].trajectory.prompt_index if self.queue else None
-        for row in leaders:
-            prompt = logits[0][rows.index(row)], cache.kv[:, :, row.slot, :, :len(row.pending)]
-            index = row.trajectory.prompt_index
-            self.shared[index] = [x.clone() for x in prompt] if index == waiting else prompt
-        for row in followers:
-            first, kv = self.shared[row.trajectory.prompt_index]
-            cache.lengths[row.slot] = length = kv.shape[3]
-            cache.kv[:, :, row.slot, :, :length] = kv
-            logits.append(first[None])
-        self.shared = {index: prompt for index, prompt in self.shared.items() if index == waiting}
-        return torch.cat(logits)
-
-    def advance(self, row, token, logprob):
-        """Append a sampled token; the row ends, pauses for its snippet, or goes on."""
-        t = row.trajectory
-        t.response_ids.append(token)
-        t.loss_mask.append(1)
-        t.logprobs.append(logprob)
-        row.pending = [token]
-        if token in self.ends:
-            return self.finish(row, "eos")
-        snippet = self.closed_snippet(row, token) if self.settings.tools else None
-        if snippet and len(t.tool_calls) < self.settings.max_calls:
-            self.call(row, *snippet)
-        elif snippet:
-            self.finish(row, "max_calls")
-        elif len(t.response_ids) >= self.settings.max_response_tokens:
-            self.finish(row, "length")
-        else:
-            self.active.append(row)
-
-    def closed_snippet(self, row, token):
-        """(tool, index of the token in which its opening tag begins, text between the tags) of the call
-        that this token closes, or None."""
-        before = len(row.text)
-        row.text += self.pieces[token]
-        for tool in TOOLS:
-            close = row.text.find(tool.close, max(0, before + 1 - len(tool.close)))
-            opening = row.text.rfind(tool.open, 0, max(0, close))
-            if opening >= 0:
-                break
-        else:
-            return None
-        row.overrun = row.text[close + len(tool.close):]
-        ids = row.trajectory.response_ids
-        ends = itertools.accumulate(len(self.pieces[token]) for token in ids[row.segment_begin:])
-        start = row.segment_begin + bisect.bisect_right(list(ends), opening)
-        # Decoded as a whole: byte-level tokens may split a character.
-        text = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-        return tool, start, strip_fence(text[:-len(tool.close + row.overrun)].rpartition(tool.open)[2])
-
-    def call(self, row, tool, start, code):
-        """Start the row's snippet; the row pauses."""
-        t, settings = row.trajectory, self.settings
-        is_replayed = tool.name == "code" and settings.interpreter == "replay"
-        source = after_earlier(code, t.tool_calls) if is_replayed else code
-        t.tool_calls.append(ToolCall(code, "", "", start, len(t.response_ids), 0.0, tool.name))
-        # Seeded by the row, not by order of arrival; no sampled token has a negative position.
-        bits = noise_bits(settings.seed, settings.step, row.key, t.sample_index, -len(t.tool_calls))
-        row.task = asyncio.ensure_future(tool.run(source, int(bits >> np.uint64(33)), self.sandbox))
-        row.due = self.tick + settings.rejoin_ticks
-        self.paused.append(row)
-
-    def rejoin(self, row):
-        """Append the interpreter block, to be fed in the next tick."""
-        t, limit = row.trajectory, self.settings.max_response_tokens
-        call, result = t.tool_calls[-1], row.task.result()
-        call.output, call.status, call.seconds = result.output, result.status, result.seconds
-        if result.status == "sandbox_error":
-            return self.finish(row, "sandbox_error")
-        block = encode_interpreter(self.tokenizer, shown_output(result, self.settings.feedback),
-                                   self.settings.max_interpreter_tokens, row.overrun)
-        block = block[:limit - len(t.response_ids)]
-        t.response_ids += block
-        t.loss_mask += [0] * len(block)
-        t.logprobs += [0.0] * len(block)
-        row.pending, row.segment_begin, row.text = row.pending + block, len(t.response_ids), ""
-        if len(t.response_ids) >= limit:
-            return self.finish(row, "length")
-        self.active.append(row)
-
-    def finish(self, row, reason):
-        row.trajectory.finish_reason = reason
-        self.cache.lengths[row.slot] = 0
-        heapq.heappush(self.free, row.slot)
-        if self.settings.progress:
-            self.settings.progress(1)
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,12 @@
 """Properties of rollout.py. Run: python -m pytest tests/test_rollout.py"""
 import asyncio
 import copy
+import io
 import math
 import random
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -801,3 +805,147 @@ def test_dtype_auto_is_bf16_only_where_rank_0_measures_that_it_is_clearly_faster
     monkeypatch.setattr(rollout.dist, "broadcast_object_list", lambda found: found.__setitem__(slice(2), [fp32, bf16]))
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
     assert rollout.choose_dtype.__wrapped__("auto") == chosen
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Observers, and the demo that uses them
+
+
+def test_observers_see_every_token_and_change_nothing(model, tokenizer):
+    """Guards against an observer that misses what a call brings back, or that disturbs the engine."""
+    prompts, shown, ticks = ragged_prompts(4, seed=6), {}, []
+    options = dict(n_samples=2, n_slots=3, max_response_tokens=100, rejoin_ticks=2,
+                   logits_processor=scripted(mixed_script(tokenizer)))
+
+    def on_tokens(t):
+        shown.setdefault((t.prompt_index, t.sample_index), []).append((len(t.response_ids), t.finish_reason))
+
+    def on_tick(engine, admitted):
+        ticks.append(len(engine.active) + len(admitted))
+    plain = run(model, tokenizer, prompts, SeedSandbox(), **options)
+    watched_ones = run(model, tokenizer, prompts, SeedSandbox(), on_tokens=on_tokens, on_tick=on_tick, **options)
+    for a, b in zip(plain, watched_ones, strict=True):
+        same(a, b)
+        lengths, reasons = zip(*shown[b.prompt_index, b.sample_index])
+        assert lengths == tuple(sorted(set(lengths))) and lengths[-1] == len(b.response_ids)
+        assert len(lengths) == sum(b.loss_mask) + len(b.tool_calls)
+        assert reasons[-1] == b.finish_reason and not any(reasons[:-1])
+    assert sum(ticks) == sum(sum(t.loss_mask) for t in plain)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, make_models, tokenizer):
+    path = tmp_path_factory.mktemp("checkpoint")
+    make_models("qwen2")[1].save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+class Stdout(io.StringIO):
+    """Remembers each piece that was written."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal, self.pieces = terminal, []
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, piece):
+        self.pieces.append(piece)
+        return super().write(piece)
+
+
+@pytest.fixture
+def ask(checkpoint, monkeypatch):
+    """ask(*flags, script=..., terminal=...) -> (what the demo prints, its trajectories, their tokenizer)."""
+    def ask(*flags, script=(), terminal=False):
+        made, tokenizer = [], rollout.load_tokenizer(checkpoint)
+        generate, stdout = rollout.generate, Stdout(terminal)
+
+        async def remember(*arguments, **options):
+            made.extend(await generate(*arguments, logits_processor=scripted(script), **options))
+            return made
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "generate", remember)
+            patch.setattr(sys, "argv", ["rollout.py", "--model", checkpoint, *flags])
+            patch.setattr(sys, "stdout", stdout)
+            rollout.main()
+        return stdout, made, tokenizer
+    return ask
+
+
+CALL_LINE = r"\n\[call of code: (\w+), [0-9.]+ s\]\n"
+LAST_LINE = r"\n\[(\d+) tokens sampled, (\d+) forced \(masked\), \d+ tokens/s, ended by (\w+)\]\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_demo_streams_a_response_in_the_colours_of_its_parts(tokenizer, ask, terminal):
+    """Guards against text lost between parts, broken characters, colours in a file, and made-up output that
+    looks like the sandbox's."""
+    said = ["Té 漢😀 <interpreter>\n5\n</interpreter>.\n<code>", "\nprint('é', 2 * 2)\n</code>",
+            "\nSo <answer>", "\\boxed{4}</answer>", " é"]
+    script = sum((encode_text(tokenizer, part) for part in said), []) + [tokenizer.eos_token_id]
+    stdout, [t], loaded = ask("What?", script=script, terminal=terminal)
+    text, printed = decode(loaded, t.response_ids), stdout.getvalue()
+    plain = re.sub("\033\\[[0-9]*m", "", printed)
+    assert re.findall(CALL_LINE, plain) == ["ok"]
+    response, *last = re.split(LAST_LINE, re.sub(CALL_LINE, "", plain))
+    assert response == text and text.endswith(" é<|im_end|>")
+    assert last == [str(sum(t.loss_mask)), str(t.loss_mask.count(0)), "eos", ""]
+    assert "\ufffd" not in printed and len(stdout.pieces) > 40, "not piece by piece"
+    if not terminal:
+        assert "\033" not in printed
+        return
+    parts = {}
+    for colour, piece in re.findall("\033\\[([0-9]+)m(.*?)\033\\[0m", printed, re.DOTALL):
+        parts[int(colour)] = parts.get(int(colour), "") + piece
+    assert {name: parts[colour] for name, colour in rollout.COLOURS.items()} == {
+        "text": said[0] + said[2] + " é<|im_end|>", "code": said[1], "answer": said[3],
+        "output": "\n<interpreter>\né 4\n</interpreter>"}
+
+
+def test_the_demo_shows_calls_that_end_a_response(tokenizer, ask):
+    """Guards against a call line that waits for interpreter text which never comes."""
+    call = call_ids(tokenizer)
+    stdout, [t], _ = ask("What?", "--max_response_tokens", str(len(call)), script=call)
+    assert len(re.findall(CALL_LINE, stdout.getvalue())) == 1
+    assert re.search(LAST_LINE, stdout.getvalue()).groups() == (str(len(call)), "0", "length")
+
+
+def test_the_demo_s_ticks_add_up(tokenizer, ask):
+    """Guards against counts of another moment than that of the step, and samples printed into one another."""
+    script, samples = mixed_script(tokenizer), 5
+    stdout, done, loaded = ask("What?", "--ticks", "--samples", str(samples), "--temperature", "0.9", "--seed", "3",
+                               script=script)
+    ticks = [list(map(int, tick)) for tick in re.findall(
+        r"tick (\d+): (\d+) decoding, (\d+) resuming, (\d+) admitted, (\d+) waiting", stdout.getvalue())]
+    number, decoding, resuming, admitted, waiting = map(list, zip(*ticks))
+    calls = sum(len(t.tool_calls) for t in done)
+    assert number == sorted(set(number)) and sum(admitted) == admitted[0] == samples
+    assert sum(resuming) == calls > 2 and max(waiting) >= 1
+    assert sum(decoding) + sum(resuming) + sum(admitted) == sum(sum(t.loss_mask) for t in done)
+    for t in done:
+        head = f"--- response {t.sample_index + 1} of {samples} ---\n"
+        [block] = re.findall(re.escape(head) + "(.*?)" + LAST_LINE, stdout.getvalue(), re.DOTALL)
+        assert re.sub(CALL_LINE, "", block[0]) == decode(loaded, t.response_ids)
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--model", "nowhere"], "no such folder"), (["--samples", "0"], "--samples"), (["--max_calls", "-1"], "--max_calls"),
+    (["--temperature", "-1"], "--temperature"), (["--max_response_tokens", "9999"], "positions"),
+    (["--max_response_tokens", "-1"], "positions")])
+def test_the_demo_refuses_bad_input_in_one_line(ask, flags, line):
+    """Guards against a traceback, or an empty answer, for a typing mistake."""
+    with pytest.raises(SystemExit) as error:
+        ask("What?", *flags)
+    message = str(error.value)
+    assert message.startswith("error: ") and line in message and "\n" not in message
+
+
+def test_the_demo_runs_as_a_script(checkpoint):
+    """Guards against what only a process of its own shows: imports, the sandbox's start, the exit status."""
+    done = subprocess.run([sys.executable, rollout.__file__, "--model", checkpoint, "--max_response_tokens", "9", "What?"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "\033" not in done.stdout
+    assert re.search(LAST_LINE, done.stdout).group(2) == "0"
