@@ -321,13 +321,13 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     trainer.fill_ratios([trajectory.example for trajectory in kept if trajectory.example])
     stopwatch.lap("ratios")
 
+    seconds = stopwatch.seconds
     n_sampled = sum(sum(trajectory.loss_mask) for trajectory in trajectories)
     n_trained = sum(len(example) for example in examples)
-    seconds = stopwatch.seconds
-    metrics["tool_wait_seconds"] = stats["tool_wait_seconds"]
-    metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
-    metrics["rollout_tokens_per_second"] = n_sampled / seconds["rollout"]
-    metrics["train_tokens_per_second"] = n_trained / (seconds["score"] + seconds["update"])
+    train_seconds = seconds["seconds_score"] + seconds["seconds_update"]
+    metrics |= stats | seconds
+    metrics["rollout_tokens_per_second"] = n_sampled / seconds["seconds_rollout"]
+    metrics["train_tokens_per_second"] = n_trained / train_seconds
     return metrics, trajectories
 
 
@@ -340,7 +340,7 @@ class Stopwatch:
 
     def lap(self, name):
         now = time.perf_counter()
-        self.seconds[name] = now - self.last
+        self.seconds[f"seconds_{name}"] = now - self.last
         self.last = now
 
 
@@ -377,7 +377,7 @@ def score_metrics(trajectories):
         for call in trajectory.tool_calls:
             is_code[call.start:call.end] = True
 
-        # The cumulative product is 1 up to the first forced token: what follows comes after a call.
+        # The cumulative product is 1 up to the first forced token.
         sampled = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
         is_late = sampled & (sampled.cumprod(0) == 0)
         code_gaps.append(gap[is_code])
@@ -411,8 +411,8 @@ LOGIT_ERROR = {"fp32": 1e-3, "bf16": 0.1}
 
 
 def tolerance(logprobs, mask, dtype):
-    """Mean |log-probability difference| per token from which on it is a bug: an error of logits
-    shifts a token of probability p by about 1 - p of it, so a certain token says little."""
+    """Mean |log-probability difference| per token that is a bug: an error of logits shifts a token
+    of probability p by about 1 - p of it, so a certain token says little."""
     uncertain = ((1 - logprobs.exp()) * mask).sum() / mask.sum().clamp(min=1)
     return LOGIT_ERROR[dtype] * uncertain.clamp(min=0.01)
 
@@ -489,8 +489,7 @@ class Trainer:
         return optimizer
 
     def score(self, examples):
-        """Fill what the models say before the update: logprobs, entropy, values and, with
-        --kl_coef, reference_logprobs."""
+        """Fill what the models say before the update."""
         def compute(flat, packing):
             columns = {}
             columns["logprobs"], columns["entropy"] = self.logprobs(
@@ -513,8 +512,7 @@ class Trainer:
             self.fill(examples, compute)
 
     def estimate(self, examples, groups):
-        """Fill advantages and returns of every example; returns the explained variance (None
-        without a critic)."""
+        """Fill advantages and returns; returns the explained variance, None without a critic."""
         def padded(name):
             columns = [getattr(example, name) for example in examples]
             return pad_sequence(columns, batch_first=True)  # (B, T)
@@ -542,8 +540,8 @@ class Trainer:
         critic_norms = []
 
         for number, minibatch in enumerate(self.minibatches(examples, step)):
-            # A loss is a sum, divided once by the trainable tokens of all ranks: each rank has all
-            # examples. FSDP averages the ranks' gradients; a factor of world makes that their sum.
+            # A loss is a sum, divided once by the trainable tokens of all ranks. FSDP averages the
+            # ranks' gradients; a factor of world makes that their sum.
             total = sum(example.loss_mask.sum().item() for example in minibatch)
             n_tokens += total
 
@@ -629,7 +627,7 @@ class Trainer:
         return [shuffled[begin:begin + size] for begin in range(0, len(shuffled), size)]
 
     def micro_batches(self, examples):
-        """Yields this rank's share as (indices, flat Example, packing)."""
+        """This rank's share, as (indices, flat Example, packing)."""
         lengths = [len(example) for example in examples]
         shares = sft.pack(lengths, self.args.token_budget, self.process.world)
         for indices in shares[self.process.rank]:
@@ -664,8 +662,8 @@ class Trainer:
         return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
 
     def state(self):
-        """All that a step changes, and the reference, as tensors by name. No random state:
-        prompts, noise, minibatches and learning rates are functions of seed and step."""
+        """All that a step changes, as tensors by name. No random state: prompts, noise, minibatches
+        and learning rates are functions of seed and step."""
         state = sft.training_state("actor", self.actor, self.optimizers["actor"])
         if self.critic:
             state |= sft.training_state("critic", self.critic, self.optimizers["critic"])
@@ -690,7 +688,7 @@ class Prompts:
     """Training prompts by position: endless embedded ones, or rows, shuffled every epoch."""
 
     def __init__(self, problems, seed, tokenizer, template, max_prompt_tokens):
-        """problems: rows with "question" and "answer", or None for the embedded ones."""
+        """problems: rows, or None for the embedded ones."""
         self.seed = seed
         self.tokenizer = tokenizer
         self.template = template
@@ -869,8 +867,7 @@ def add_run_arguments(parser):
 
 
 def refuse_contradictions(parser, args, given):
-    """parser.error for flags that contradict each other or do nothing. given: {flag: value} of the
-    command line."""
+    """parser.error for flags that contradict each other or do nothing."""
     def refuse(flag, idle):
         for name in sorted(idle & given.keys()):
             parser.error(f"--{name} has no effect with {flag}")
@@ -1078,7 +1075,7 @@ LEGEND = """\
 
 
 def step_line(step, steps, m):
-    """A step's metrics `m` as one line of fixed format; LEGEND explains it."""
+    """A step's metrics `m` as one line; LEGEND explains it."""
     if m["update_skipped"]:
         return (f"step {step:3d}/{steps} | no response to train on "
                 f"(truncated {percent(m['truncated'])} %)")
@@ -1095,7 +1092,6 @@ def step_line(step, steps, m):
 
 
 def commit():
-    """The checkout's commit, for the run's record."""
     result = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return result.stdout.strip() or "not a git checkout"
@@ -1143,7 +1139,7 @@ class RunFolder:
         partial.rename(path)
 
     def write_model(self, model, tokenizer):
-        """Configuration and tokenizer: with them a checkpoint of the run can be read."""
+        """What a checkpoint of the run does not hold."""
         if self.writes:
             model.config.save_pretrained(self.path / "model")
             model.generation_config.save_pretrained(self.path / "model")
@@ -1189,7 +1185,6 @@ class RunFolder:
         return {name: os.path.getsize(self.path / name) for name in self.files}
 
     def finish(self, model, tokenizer):
-        """The files that a finished run has."""
         if not self.writes:
             return
         for file in self.files.values():
