@@ -4,7 +4,7 @@ The default needs no download: endless, seeded number problems (`embedded_proble
 and with code, and a tokenizer trained on them. All else is a file or hub id in a public layout.
 
     python data.py                   # sample problems
-    python data.py --file FILE       # how a file of problems (or a hub id) is understood
+    python data.py --file FILE       # how a file of problems is understood
 """
 import argparse
 import functools
@@ -54,8 +54,7 @@ def load_template(name):
         return PROMPT_TEMPLATES[name]
 
     if not Path(name).is_file():
-        known = " nor ".join(PROMPT_TEMPLATES)
-        raise UserError(f"--prompt_template {name}: neither {known} nor a file")
+        raise UserError(f"--prompt_template {name}: neither plain nor retool nor a file")
 
     template = Path(name).read_text()
     if "{question}" not in template:
@@ -64,7 +63,7 @@ def load_template(name):
 
 
 def encode_prompt(tokenizer, template, question):
-    """One user message in the tokenizer's chat template -> token ids, ready for generation."""
+    """One user message in the tokenizer's chat template -> token ids."""
     message = {"role": "user", "content": template.replace("{question}", question)}
     return tokenizer.apply_chat_template(
         [message],
@@ -82,19 +81,20 @@ BLOCKS = re.compile("|".join(f"{re.escape(tag)}.*?(?:{re.escape(CLOSING[tag])}|\
 
 def boxed(text):
     r"""The content of the last complete \boxed{...}, nested braces included, or None."""
-    content = None
-    content_start = -1
+    boxes = []
     opened = []  # one pass with a stack: many \boxed{ must not stall the reward
     for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):
         if brace[0] != "}":
             opened.append(brace)
         elif opened:
-            # Of all complete boxes, not plain braces, the one that starts last counts.
             opening = opened.pop()
-            if opening[0] != "{" and opening.end() > content_start:
-                content_start = opening.end()
-                content = text[content_start:brace.start()].strip()
-    return content
+            if opening[0] != "{":
+                boxes.append((opening.end(), brace.start()))
+
+    if not boxes:
+        return None
+    start, end = max(boxes)  # the one that starts last
+    return text[start:end].strip()
 
 
 def extract_answer(response):
@@ -118,51 +118,45 @@ def numbers(text):
 
 # (question, answer, solution) as dotted paths; the first whose fields are all there wins.
 LAYOUTS = [
-    # NuminaMath-1.5: {"problem": "2+3?", "answer": "5", "solution": "2+3=5"}
+    # NuminaMath-1.5
     ("problem", "answer", "solution"),
-    # OpenThoughts: {"problem": "2+3?", "ground_truth_solution": "5", "deepseek_solution": "2+3=5"}
+    # OpenThoughts
     ("problem", "ground_truth_solution", "deepseek_solution"),
     # MATH, NuminaMath-CoT: {"problem": "2+3?", "solution": "\\boxed{5}"}
     ("problem", "solution", "solution"),
-    # AIME collections: {"problem": "2+3?", "answer": 5}
+    # AIME collections
     ("problem", "answer", ""),
-    # Traces: {"question": "2+3?", "answer": "5", "response": "\\boxed{5}"}
+    # Traces
     ("question", "answer", "response"),
     # {"question": "2+3?", "response": "\\boxed{5}"}
     ("question", "response", "response"),
     # GSM8K: {"question": "2+3?", "answer": "2+3=5\n#### 5"}, or a plain answer
     ("question", "answer", "answer"),
-    # The authors' AIME files: {"input": "2+3?", "output": "5"}
+    # The authors' AIME files
     ("input", "output", ""),
     # DAPO-Math-17k: {"prompt": [{"content": "2+3?"}], "reward_model": {"ground_truth": "5"}}
     ("prompt.0.content", "reward_model.ground_truth", ""),
-    # Its processed form: {"prompt": "2+3?", "reward_model": {"ground_truth": "5"}}
+    # Its processed form
     ("prompt", "reward_model.ground_truth", ""),
     # `sft.py curate`: {"messages": [{"content": "2+3?"}, {"content": "\\boxed{5}"}], "answer": "5"}
     ("messages.0.content", "answer", "messages.1.content"),
-    # The authors' traces: {"messages": [{"content": "2+3?"}, {"content": "\\boxed{5}"}]}
+    # The authors' traces
     ("messages.0.content", "messages.1.content", "messages.1.content"),
-    # OpenThoughts: {"conversations": [{"value": "2+3?"}, {"value": "\\boxed{5}"}]}
+    # OpenThoughts
     ("conversations.0.value", "conversations.1.value", "conversations.1.value"),
 ]
 
 # What these sets put around the question; it would contradict our own format.
-PROMPT_HEADS = [
+PROMPT_FRAME = re.compile("|".join([
     # The authors' traces
-    r".*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?",
-    # DAPO-Math-17k
-    r"Solve the following math problem step by step\. The last line [^\n]*\n+",
-    # OpenThoughts
-    r"Return your final response within \\boxed\{\}\.\s*",
-]
-PROMPT_TAILS = [
-    # DAPO-Math-17k
-    r'\s{0,9}Remember to put your answer on its own line after "Answer:".*',
-    # The authors' traces
+    r"\A.*?\*user question:\*\s*(?:Answer the following [^\n]*\\boxed\{answer\}\s*)?",
     r"\s{0,9}Remember to place the final answer in the last part using the format.*",
-]
-PROMPT_HEAD = re.compile(r"\A(?:" + "|".join(PROMPT_HEADS) + ")", re.DOTALL)
-PROMPT_TAIL = re.compile("|".join(PROMPT_TAILS), re.DOTALL)
+    # DAPO-Math-17k
+    r"\ASolve the following math problem step by step\. The last line [^\n]*\n+",
+    r'\s{0,9}Remember to put your answer on its own line after "Answer:".*',
+    # OpenThoughts
+    r"\AReturn your final response within \\boxed\{\}\.\s*",
+]), re.DOTALL)
 
 
 def dig(row, path):
@@ -192,20 +186,18 @@ def read_row(row, layouts=LAYOUTS):
     for question_path, answer_path, solution_path in layouts:
         question = dig(row, question_path)
         answer = dig(row, answer_path)
-        solution = dig(row, solution_path)
+        solution = dig(row, solution_path) if solution_path else ""
         if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
             continue
-        if solution_path and not isinstance(solution, str):
+        if not isinstance(solution, str):
             continue
 
         # A question in a list of messages may stand among instructions.
         if "." in question_path:
-            question = PROMPT_HEAD.sub("", question)
-            question = PROMPT_TAIL.sub("", question)
+            question = PROMPT_FRAME.sub("", question)
 
         # The answer's field may hold a whole solution.
         answer = str(answer).strip()
-        solution = solution or ""
         marked = marked_answer(answer)
         if marked is not None:
             answer = marked
@@ -233,7 +225,7 @@ def read_jsonl(path):
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            except ValueError as error:
                 raise UserError(f"{path}:{number}: not JSON ({error}); needed is JSONL, "
                                 "one row per line") from None
             yield f"{path}:{number}", row
@@ -261,7 +253,7 @@ def read_rows(source, split="train", config=None):
             yield f"{source}:{number}", row
     except ImportError:
         raise UserError(f"{source}: needs the package datasets (pip install datasets)") from None
-    except (OSError, ValueError) as error:  # unreachable, gated, damaged, ...
+    except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
 
 
@@ -356,21 +348,21 @@ def problem_row(problem):
 
 
 def embedded_rows(split, n, seed=0):
-    """The first n problems of a split, as `load_problems` returns them."""
+    """The first n problems of a split."""
     return [problem_row(embedded_problem(split, seed, index)) for index in range(n)]
 
 
 def tool_call(code, output=""):
-    snippet = f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n"
-    return f"{snippet}{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n"
+    return (f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n"
+            f"{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n")
 
 
 # ---------------------------------------------------------------------------------------------
 # The families. Each is a function of draw(low, high) that returns
 #   operands   what makes the problem that problem
-#   by_hand    the solution as a person would write it, without the answer line
-#   by_code    a script that prints the answer; or prose and tool_call(snippet, what it should
-#              print), the latter left out where the natural script may fail
+#   by_hand    a person's solution, without the answer line
+#   by_code    a script that prints the answer; or prose and tool_call(snippet, output), without
+#              the output where the natural script may fail
 #   answer     an integer or a word
 
 
@@ -525,10 +517,9 @@ def digit_sum(draw, sign="*"):
     "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows.")
 def divisor_count(draw):
     n = draw(100, 9999)
-    answer = 1
+    answer = sympy.divisor_count(n)
     powers = []
     for prime, exponent in sympy.factorint(n).items():
-        answer *= exponent + 1
         powers.append(f"{prime}^{exponent}" if exponent > 1 else f"{prime}")
     by_hand = f"{n} = {'*'.join(powers)}\nAdd one to each exponent and multiply: {answer}"
     return (n,), by_hand, f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer
@@ -615,8 +606,7 @@ def inverse(draw):
     r, next_r = m, a % m
     x, next_x = 0, 1
     while next_r:
-        q = r // next_r
-        rest = r % next_r
+        q, rest = divmod(r, next_r)
         x, next_x = next_x, x - q * next_x
         lines.append(f"{r} = {q}*{next_r} + {rest}, x = {next_x}")
         r, next_r = next_r, rest
@@ -721,7 +711,7 @@ FAMILIES = TRIVIAL + [
     divisor_then_power,
     prime_then_power,
 ]
-HELD_OUT_FAMILIES = [product_remainder, sum_of_digit_sums]  # never trained on
+HELD_OUT_FAMILIES = [product_remainder, sum_of_digit_sums]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -798,7 +788,6 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--file",
-        default="",
         help="file or hub id of problems to load; empty: the embedded problems")
     parser.add_argument("--n", type=int, default=2, help="problems to print")
     parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")

@@ -4,7 +4,7 @@
         result = await sandbox.run("print(1 + 1)", seed=0)     # status "ok", output "2\\n"
 
 Importing numpy and sympy costs as much as a hundred forks. So one process, the "zygote",
-imports them once and forks a child per snippet. It shares a socketpair with the trainer:
+imports them once. It shares a socketpair with the trainer:
     trainer -> zygote   request id, seed, time limit, and two files: the code, an empty output
     zygote  -> trainer  request id, exit code, whether it timed out, wall and own seconds
 The zygote keeps queue, deadlines and exit codes. So a trainer blocked by a GPU step falsifies no
@@ -27,9 +27,9 @@ frozen zygote, a killed trainer. The same code and seed give the same text (cloc
 addresses aside). NOT covered: holes in the kernel; timing and cache channels; stat(), which
 Landlock leaves open. macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
 
-    python sandbox.py                     # does it start here? layers and self-test in a line
+    python sandbox.py                     # does it start here?
     python tests/bench_sandbox.py         # speed against a fresh interpreter per snippet
-    python tests/test_sandbox.py 10000    # soak: hostile snippets, and what they leave behind
+    python tests/test_sandbox.py 10000    # soak with hostile snippets
 """
 import argparse
 import ast
@@ -75,10 +75,10 @@ SNIPPET = "snippet.py"
 OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
 MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
 STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
-MAX_FRAMES = 6  # of a traceback
+MAX_FRAMES = 6
 MAX_THREADS = 128
-WALL_FACTOR = 10  # wall seconds per second of a time limit
-JUDGE_SECONDS = 1.0  # in `equal`
+WALL_FACTOR = 10
+JUDGE_SECONDS = 1.0
 ENVIRONMENT = dict(
     PATH=os.defpath,
     HOME="/",
@@ -92,11 +92,11 @@ ENVIRONMENT = dict(
 
 # Of the zygote.
 MAX_IN_FLIGHT = 128  # requests inside it: 2 descriptors each, well below 1024
-MAX_DEATHS = 10  # without a finished snippet in between
+MAX_DEATHS = 10
 LOOK_SECONDS = 0.1  # between looks at a snippet
 FROZEN_SECONDS = 30.0  # one silent this long past a time limit is replaced
 
-# Its messages, as above. A time limit of 0 cancels.
+# Its messages. A time limit of 0 cancels.
 REQUEST = struct.Struct("=Qqd")
 REPLY = struct.Struct("=Qi?dd")
 
@@ -107,9 +107,8 @@ class UserError(Exception):
 
 @dataclasses.dataclass
 class SandboxResult:
-    """What one snippet did. sandbox_error is our own fault: drop the rollout, never score it,
-    never show it to the model."""
-    status: str  # ok | error | timeout | output_limit | killed | sandbox_error
+    """What one snippet did. sandbox_error is our own fault: drop the rollout."""
+    status: str  # ok, error, timeout, output_limit, killed, sandbox_error
     output: str  # for the model: at most output_chars characters, plus notices in brackets
     seconds: float = 0.0  # of wall time from fork to exit
 
@@ -120,13 +119,13 @@ class SandboxResult:
 
 @dataclasses.dataclass(eq=False)
 class Sandbox:
-    """A pool of snippets, for one event loop: `async with Sandbox() as sandbox`.
+    """A pool of snippets, for one event loop.
 
     report: one line on layers and self-test. counts: results by status, and "near_limit", those
     that took over half of their time limit: they may differ in another run.
     """
     workers: int = 2  # snippets that run at a time
-    timeout: float = 1.0  # seconds of a snippet's own time, see above
+    timeout: float = 1.0  # seconds of a snippet's own time
     memory_mb: int = 512  # of address space beyond the zygote's
     output_chars: int = 2000  # kept of an output, half from its head
     unsafe: bool = False  # start, with a warning, although the self-test fails
@@ -136,7 +135,7 @@ class Sandbox:
         assert self.workers >= 1 and self.timeout > 0
         assert self.memory_mb > 0 and self.output_chars >= 0
         self.process = None  # the zygote
-        self.socket = None  # to the zygote; None while there is none
+        self.socket = None  # to the zygote
         self.deaths = 0  # since the last reply
         self.ids = itertools.count()
         self.futures = {}  # request id -> future of the reply
@@ -192,7 +191,7 @@ class Sandbox:
                 judge = Sandbox(self.workers, JUDGE_SECONDS, unsafe=self.unsafe, math_verify=True)
                 self.judge = await judge.__aenter__()
         result = await self.judge.run(f"texts = {[predicted, reference]!r}\n{JUDGE}")
-        if result.status == "sandbox_error":  # our own fault is no verdict
+        if result.status == "sandbox_error":
             raise UserError(f"math-verify does not run: {result.output}")
         return result.status == "ok" and result.output == "True\n"
 
@@ -237,8 +236,7 @@ class Sandbox:
         try:
             exit_code, timed_out, seconds, own_seconds = future.result()
         except ZygoteDied as death:
-            status = "sandbox_error" if death.may_have_run else "never ran"
-            return SandboxResult(status, f"[sandbox error: the zygote died] {raw[-2000:]!r}")
+            return SandboxResult(str(death), f"[sandbox error: the zygote died] {raw[-2000:]!r}")
         if own_seconds > timeout / 2 and not timed_out:
             self.counts["near_limit"] += 1
         status, text = feedback(raw, exit_code, timed_out, timeout, output_chars)
@@ -298,8 +296,8 @@ class Sandbox:
             self.futures[request_id].set_result(reply)
 
     def _stop(self, grace):
-        """End the zygote: `grace` seconds to reap its snippets, then SIGKILL, which ends them too.
-        Whoever waits gets a ZygoteDied."""
+        """End the zygote: `grace` seconds to reap its snippets, then
+        SIGKILL, which ends them too."""
         if self.socket is None:
             return
         self.loop.remove_reader(self.socket)
@@ -315,14 +313,15 @@ class Sandbox:
         # Only the oldest requests, one per worker, may have begun.
         for position, future in enumerate(self.futures.values()):
             if not future.done():
-                future.set_exception(ZygoteDied(may_have_run=position < self.workers))
+                status = "sandbox_error" if position < self.workers else "never ran"
+                future.set_exception(ZygoteDied(status))
                 future.exception()  # else asyncio logs what nobody reads
 
     async def _self_test(self):
         """Try each kind of attack and each limit. The one-line report, or UserError."""
         begin = time.monotonic()
 
-        # One snippet tries all attacks, and prints the names of those that worked.
+        # One snippet tries all attacks, and prints those that worked.
         with tempfile.TemporaryDirectory() as folder:
             canary = pathlib.Path(folder, "canary")
             canary.write_text("canary")
@@ -378,10 +377,7 @@ class Sandbox:
 
 
 class ZygoteDied(Exception):
-    """The zygote died before it answered. may_have_run: whether the snippet may have begun."""
-
-    def __init__(self, may_have_run):
-        self.may_have_run = may_have_run
+    """The zygote died before it answered. The text is the snippet's status."""
 
 
 def feedback(raw, exit_code, timed_out, timeout, output_chars):
@@ -393,8 +389,9 @@ def feedback(raw, exit_code, timed_out, timeout, output_chars):
 
     dropped = len(text) - output_chars
     if dropped > 0:
-        head = text[:output_chars // 2]
-        tail = text[len(text) - (output_chars + 1) // 2:]
+        half = output_chars // 2
+        head = text[:half]
+        tail = text[half + dropped:]
         text = f"{head}\n[... {dropped} characters dropped ...]\n{tail}"
 
     notice = ""
@@ -437,7 +434,7 @@ def library_folders():
 
 
 def anonymous_file(content=b""):
-    """An open file without a name that holds `content`, in memory (on macOS on disk)."""
+    """An open file without a name that holds `content`."""
     if LINUX:
         file = open(os.memfd_create("snippet"), "w+b", buffering=0)
     else:
@@ -512,8 +509,7 @@ print(verify(
     allow_set_relation_comp=True,
 ))
 """
-# Read before the fork, these fill the parser's tables and sympy's caches for all that resemble
-# them.
+# Read before the fork, these fill the parser's tables and sympy's caches.
 WARM_UP = [
     r"-\frac{3x^{2}-1}{2}+\sqrt{5}\cdot{y}",
     r"2\sqrt[3]{\frac{\pi}{4}}(a_{1}+b)(x-1)!",
@@ -626,10 +622,9 @@ def limits(config):
 
 
 def serve(sock, config):
-    """The loop, until the trainer closes: reap, kill at deadlines, take requests, fork."""
+    """The loop, until the trainer closes."""
     # A child's end writes into this pipe, which wakes select().
     wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_read, False)
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -714,7 +709,7 @@ def look(job):
 
 
 def own_seconds(job):
-    """What counts against the time limit, see the top of this file."""
+    """What counts against the time limit."""
     wall = time.monotonic() - job.started_at
     if not LINUX:
         return wall
@@ -811,7 +806,7 @@ def run_snippet(code, seed, memory_mb):
             exit_code = 1
             message = f"[exit code {stop.code}]" if isinstance(stop.code, int) else stop.code
             print(message, file=sys.stderr)
-    except BaseException as error:  # KeyboardInterrupt too
+    except BaseException as error:
         exit_code = 1
         if LINUX:  # after a MemoryError only the reserve has room to format it
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -859,10 +854,10 @@ def emit(text):
 
 
 # --------------------------------------------------------------------------------------------
-# The walls: what the zygote gives up, and what each child gives up
+# The walls around a snippet
 
 
-# Names and values of the kernel's headers.
+# From the kernel's headers.
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
@@ -1088,7 +1083,7 @@ CONDITIONS = dict(
     kill={0: [SELF]},
     tgkill={0: [SELF]},
     prctl={0: (15, 16)},  # PR_SET_NAME, PR_GET_NAME
-    # Not RLIMIT_CORE, 4: a limit of 0 would start the host's crash handler.
+    # Not RLIMIT_CORE, 4: see `limits`.
     prlimit64={0: (0, SELF), 1: [*range(4), *range(5, 16)]},
     sched_getaffinity={0: (0, SELF)},
     getpgid={0: (0, SELF)},
@@ -1126,7 +1121,7 @@ WORD = struct.Struct("=I")
 
 
 def seccomp_filter():
-    """The filter, a BPF program of 8 bytes per instruction. SELF stands for the snippet's pid.
+    """The filter, a BPF program of 8 bytes per instruction.
 
     For example sched_getaffinity, whose argument 0 may be 0 or SELF:
         BPF_EQUAL 204         else skip 5, to the next system call
