@@ -719,12 +719,13 @@ class Prompts:
             return self.encode({"question": problem.question, "answer": problem.answer,
                                 "family": problem.family})
         epoch, index = divmod(position, len(self.rows))
-        return self.encode(self.rows[self.order(epoch)[index]])
+        order = shuffled(len(self.rows), f"{self.seed}/{epoch}")
+        return self.encode(self.rows[order[index]])
 
-    @functools.lru_cache(maxsize=2)
-    def order(self, epoch):
-        indices = range(len(self.rows))
-        return random.Random(f"{self.seed}/{epoch}").sample(indices, len(indices))
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed):
+    return random.Random(seed).sample(range(n), n)
 
 
 # -------------------------------------------------------------------------------------------------

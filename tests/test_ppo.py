@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -331,6 +332,26 @@ def test_same_command_twice_gives_the_same_metrics_also_on_a_reused_warm_start(r
     folder, results = runs
     assert "reusing" not in results["first"].stdout and "warm start: reusing" in results["again"].stdout
     assert metrics_of(folder / "first") == metrics_of(folder / "again")
+
+
+def test_the_console_says_what_differs_what_columns_mean_and_where_to_look(runs):
+    """Guards against a dump of all flags, a table that wraps, and a run that ends without a word about its
+    report."""
+    folder, results = runs
+    lines = results["again"].stdout.splitlines()
+    [settings] = [line for line in lines if line.startswith("settings: ")]
+    assert "--sft_traces 60" in settings and "--temperature" not in settings and "arguments.json" in settings
+    [heading] = {i for i, line in enumerate(lines) if line.startswith("PPO: 2 steps of 12 responses")}
+    first_step = next(i for i, line in enumerate(lines) if line.startswith("step   1/2"))
+    legend = " ".join(lines[heading + 1:first_step])
+    columns = re.findall(r"\| ([a-z]+) ", lines[first_step])
+    assert len(columns) > 8 and all(re.search(rf"\b{name}\b", legend) for name in columns)
+    table = [line for line in lines if re.match(r"(test|ood_\w+) (before|after) ", line)]
+    assert len(table) == 3 + 6 and all(len(line) <= 100 for line in table)  # the second shows both
+    assert any("response:" in line for line in lines) and any("reference answer: " in line for line in lines)
+    run = folder / "again"
+    assert any(f"{run}/report.html" in line for line in lines[-4:])
+    assert any(f"python rollout.py --model {run}/checkpoint '" in line for line in lines[-4:])
 
 
 def test_two_processes_give_the_losses_of_one(runs):
