@@ -37,8 +37,8 @@ from rollout import (ANSWER_OPEN, CODE_CLOSE, CODE_OPEN, DTYPES, ToolCall, Traje
 from sandbox import Sandbox, UserError
 
 # --------------------------------------------------------------------------------------------
-# Answers. math-verify (`Sandbox.equal`) decides about expressions. By itself it takes 37*99 for
-# 3663, (1,2) for {1,2}, 10 cm for 10 m, 101_2 for 101_3 and "3 4" for 7.
+# Answers. math-verify (`Sandbox.equal`) decides about expressions. By itself it takes (1,2) for
+# {1,2}, 10 cm for 10 m, 101_2 for 101_3 and "3 4" for 7.
 
 MAX_LENGTH = 4000  # characters of an answer
 MAX_BRACKETS = 100
@@ -96,7 +96,7 @@ def plain_command(match):
 
 
 def word_or_product(match):
-    """A run of letters: a name, a word (in quotes from here on) or a product of letters."""
+    """A name, a word (in quotes from here on) or a product of letters."""
     word = match[0].lower()
     if word in NAMES:
         return NAMES[word]
@@ -385,7 +385,7 @@ async def is_same_expression(predicted, reference, sandbox):
     value = exact_value(predicted)
     wanted = exact_value(LABEL.sub("", reference, count=1))
     if wanted is not None:
-        # CRUCIAL: for a plain number 37*99 is no answer; math-verify would do the arithmetic.
+        # CRUCIAL: 37*99 is no answer; math-verify would do the arithmetic.
         scaled = wanted
         if unit == "%":
             scaled *= 100
@@ -417,30 +417,30 @@ def stated_answer(trajectory, tokenizer):
 # --------------------------------------------------------------------------------------------
 # Metrics
 
-# What each key of metrics.jsonl means, for --help, the report page and results/metrics.md
+# What each key of metrics.jsonl means; results/metrics.md is made from it
 METRICS = {
-    # Of responses, without those in which the sandbox itself failed
+    # Of responses, without those lost to sandbox failures
     "accuracy": "share of correct responses (avg@n)",
-    "code_ratio": "share of responses that ran a snippet",
-    "response_tokens": "mean length of a response",
+    "code_ratio": "share of responses with a snippet",
+    "response_tokens": "mean response length",
     "response_tokens_sampled": "mean length without interpreter text",
     "snippets_per_response": "mean number of calls",
-    "code_lines": "executed lines per response, no blanks or comments",
-    "pass_last_correct": "share of correct responses with code whose last snippet ran",
+    "code_lines": "executed lines of code per response",
+    "pass_last_correct": "share of correct responses' last snippets that ran",
     "pass_last_correct_count": "correct responses with code",
-    "pass_last_incorrect": "share of wrong responses with code whose last snippet ran",
+    "pass_last_incorrect": "share of wrong responses' last snippets that ran",
     "pass_last_incorrect_count": "wrong responses with code",
     "timing_first": "start of the first snippet / response length",
     "timing_mean": "start of any snippet / response length",
     "self_correction": "share of snippets after a failed one that ran",
     "self_correction_count": "snippets after a failed one",
     "corrected_share": "share of correct responses with a failed snippet",
-    "truncated": "share that ended by a limit instead of EOS (never correct)",
+    "truncated": "share of responses cut off by a limit",
     "sandbox_outcomes": "snippets by status; ok: the paper's correct codes",
-    "sandbox_errors_dropped": "responses in which the sandbox itself failed",
+    "sandbox_errors_dropped": "responses lost to sandbox failures",
 
     # Of collapse
-    "snippets_refused": "snippets that ended in a PermissionError",
+    "snippets_refused": "snippets ended by a PermissionError",
     "logprob_code_open": "mean log-probability of `<code>`",
     "logprob_code_close": "mean log-probability of `</code>`",
     "logprob_answer": "mean log-probability of `<answer>`",
@@ -451,47 +451,47 @@ METRICS = {
     "evaluation": "set of problems and moment",
     "accuracy_error": "standard error of accuracy (bootstrap over problems)",
     "sampling_error": "standard error of accuracy within problems",
-    "pass_at_k": "share of problems with a correct one of k responses (unbiased)",
-    "maj_at_n": "accuracy of a vote by normalised text, ties to the first",
+    "pass_at_k": "share of problems solved in k responses (unbiased)",
+    "maj_at_n": "accuracy of each problem's most frequent answer",
     "per_problem": "responses and correct ones of each",
     "problems": "number of problems",
     "skipped_long": "problems with too long prompts",
-    "code_ratio_trivial": "code_ratio of families that need no tool: unneeded code",
+    "code_ratio_trivial": "code_ratio of families that need no tool",
     "code_ratio_needed": "code_ratio of other families",
     "families": "accuracy, count and code_ratio of each family",
     "ood_drop": "accuracy minus that of eval.py's first set",
 
-    # Of a step, means over its trainable tokens if nothing else is said
+    # Of a step, by default means over its trainable tokens
     "step": "PPO step, from 0",
-    "update_skipped": "1: no response was left to train on",
+    "update_skipped": "1: no response to train on",
     "reward": "mean sum of a response",
     "entropy": "mean entropy of the policy",
-    "approx_kl": "estimate of KL from the policy before the update",
+    "approx_kl": "KL from the policy before the update",
     "clip_fraction": "share of tokens without gradient",
-    "policy_loss": "clipped surrogate of the actor",
-    "value_loss": "clipped squared error of the critic",
-    "value_clip_fraction": "share of tokens whose value was clipped",
-    "reference_kl": "estimate of KL from the policy at the start",
-    "explained_variance": "of the returns, by the critic (1 is perfect)",
-    "grad_norm_actor": "mean gradient norm before clipping, null while frozen",
-    "grad_norm_critic": "mean gradient norm before clipping",
+    "policy_loss": "clipped surrogate",
+    "value_loss": "clipped squared error",
+    "value_clip_fraction": "share of clipped values",
+    "reference_kl": "KL from the policy at the start",
+    "explained_variance": "of the returns, by the critic (at best 1)",
+    "grad_norm_actor": "mean norm before clipping, null while frozen",
+    "grad_norm_critic": "mean norm before clipping",
     "lr_factor_actor": "learning rate / its peak",
     "lr_factor_critic": "learning rate / its peak",
     "sampler_difference": "mean distance of log-probabilities by sampler and trainer",
     "sampler_difference_max": "maximum of that distance",
     "sampler_difference_code": "mean distance in snippets",
-    "sampler_difference_prose": "mean distance in other text before the first call",
-    "sampler_difference_after_interpreter": "mean distance in later text",
+    "sampler_difference_prose": "mean distance in prose before the first call",
+    "sampler_difference_after_interpreter": "mean distance in later prose",
     "rollout_tokens_per_second": "sampled tokens",
     "train_tokens_per_second": "tokens of prompts and responses",
-    "tool_wait_seconds": "time in which no row could be decoded",
-    "seconds_rollout": "time to sample and judge",
-    "seconds_score": "time to compute log-probabilities and values",
-    "seconds_update": "time of all minibatches",
-    "seconds_sync": "time to copy weights to the sampler",
-    "seconds_ratios": "time to compute ratios of kept responses",
-    "seconds_checkpoint": "time of the save before",
-    "seconds_total": "time of the run, in the last line",
+    "tool_wait_seconds": "time without a row to decode",
+    "seconds_rollout": "sampling and judging",
+    "seconds_score": "log-probabilities and values",
+    "seconds_update": "all minibatches",
+    "seconds_sync": "copying weights to the sampler",
+    "seconds_ratios": "ratios of kept responses",
+    "seconds_checkpoint": "saving the checkpoint before",
+    "seconds_total": "the whole run, in the last line",
 }
 AFTER_INTERPRETER = 8  # tokens
 MAX_VOTE = 200  # characters: patterns take long on some texts
@@ -533,31 +533,24 @@ def without_sandbox_errors(trajectories):
 
 
 def rollout_metrics(trajectories):
-    """The metrics of responses."""
     kept = without_sandbox_errors(trajectories)
     with_code = [t for t in kept if t.tool_calls]
 
-    # An entry per response, per correct one, and per correct or wrong one with code
+    # An entry per response, and per correct one
     lines = []
     had_failure = []
     for t in kept:
         lines.append(sum([code_lines(call.code) for call in t.snippets]))
         if t.correct:
             had_failure.append(any([call.status != "ok" for call in t.tool_calls]))
-    last_ran_correct = []
-    last_ran_incorrect = []
-    for t in with_code:
-        last_ran = t.tool_calls[-1].status == "ok"
-        if t.correct:
-            last_ran_correct.append(last_ran)
-        else:
-            last_ran_incorrect.append(last_ran)
 
-    # An entry per call, and per call after a failed one
+    # An entry per response with code, per call, and per call after a failed one
+    last_ran = {True: [], False: []}  # by correctness
     statuses = Counter()
     starts = []
     ran_after_failure = []
     for t in with_code:
+        last_ran[t.correct].append(t.tool_calls[-1].status == "ok")
         for call in t.tool_calls:
             statuses[call.status] += 1
             starts.append(call.start / len(t.response_ids))
@@ -572,10 +565,10 @@ def rollout_metrics(trajectories):
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
         "code_lines": mean(lines),
-        "pass_last_correct": mean(last_ran_correct),
-        "pass_last_correct_count": len(last_ran_correct),
-        "pass_last_incorrect": mean(last_ran_incorrect),
-        "pass_last_incorrect_count": len(last_ran_incorrect),
+        "pass_last_correct": mean(last_ran[True]),
+        "pass_last_correct_count": len(last_ran[True]),
+        "pass_last_incorrect": mean(last_ran[False]),
+        "pass_last_incorrect_count": len(last_ran[False]),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
         "timing_mean": mean(starts),
         "self_correction": mean(ran_after_failure),
@@ -735,8 +728,8 @@ def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):
 
 
 async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=None, **sampling):
-    """avg@n over problems, as `encode_problems` gives them: (metrics, trajectories). Over-long
-    prompts are skipped and counted. sample: instead of `sample_all`. UserError if nothing ran."""
+    """avg@n over problems, as `encode_problems` gives them: (metrics, trajectories).
+    sample: instead of `sample_all`. UserError if nothing ran."""
     fits = [problem for problem in problems if problem["prompt"] is not None]
     sample = sample or sample_all
     # step -1: noise of its own, the same before and after training
@@ -812,63 +805,53 @@ def markdown(header, rows):
     return "\n".join(lines)
 
 
+def evaluation_cells(m):
+    """{column: text} of an evaluation's metrics."""
+    return {
+        "problems": str(m["problems"]),
+        "skipped": str(m["skipped_long"]),
+        "accuracy %": f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])}",
+        "pass@n / maj@n %":
+            f"{percent(max(m['pass_at_k'].values()))} / {percent(m['maj_at_n'])}",
+        "code %": percent(m["code_ratio"]),
+        "code % needed / trivial":
+            f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
+        "snippets": f"{m['snippets_per_response']:.2f}",
+        "last runs % right / wrong":
+            f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
+        "tokens": f"{m['response_tokens']:.0f}",
+        "truncated %": percent(m["truncated"]),
+    }
+
+
 def evaluation_table(results):
     """Markdown table of {name: metrics}."""
-    header = [
-        "",
-        "problems",
-        "skipped",
-        "accuracy %",
-        "pass@n / maj@n %",
-        "code %",
-        "code % needed / trivial",
-        "snippets",
-        "last runs % right / wrong",
-        "tokens",
-        "truncated %",
-    ]
     rows = []
     for name, m in results.items():
-        errors = f"{percent(m['accuracy_error'])} ({percent(m['sampling_error'])})"
-        pass_at_n = percent(max(m["pass_at_k"].values()))
-        rows.append([
-            name,
-            str(m["problems"]),
-            str(m["skipped_long"]),
-            f"{percent(m['accuracy'])} +- {errors}",
-            f"{pass_at_n} / {percent(m['maj_at_n'])}",
-            percent(m["code_ratio"]),
-            f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
-            f"{m['snippets_per_response']:.2f}",
-            f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
-            f"{m['response_tokens']:.0f}",
-            percent(m["truncated"]),
-        ])
-    return markdown(header, rows)
+        cells = evaluation_cells(m)
+        cells["accuracy %"] += f" ({percent(m['sampling_error'])})"
+        rows.append([name, *cells.values()])
+    return markdown(["", *cells], rows)
 
 
 def evaluation_summary(results):
     """`evaluation_table` for the console, in 100 columns: of a long name its end."""
-    widths = [10, 15, 8, 18, 7, 8, 13]
-    rows = [["set", "problems", "accuracy %", "code %", "needed / trivial", "calls", "tokens",
-             "truncated %"]]
+    widths = {
+        "problems": 10,
+        "accuracy %": 15,
+        "code %": 8,
+        "code % needed / trivial": 18,
+        "snippets": 7,
+        "tokens": 8,
+        "truncated %": 13,
+    }
+    lines = ["set                    problems     accuracy %  code %"
+             "  needed / trivial  calls  tokens  truncated %"]
     for name, m in results.items():
-        rows.append([
-            name[-21:],
-            str(m["problems"]),
-            f"{percent(m['accuracy'])} +- {percent(m['accuracy_error'])}",
-            percent(m["code_ratio"]),
-            f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
-            f"{m['snippets_per_response']:.2f}",
-            f"{m['response_tokens']:.0f}",
-            percent(m["truncated"]),
-        ])
-
-    lines = []
-    for name, *cells in rows:
-        line = name.ljust(21)
-        for cell, width in zip(cells, widths):
-            line += cell.rjust(width)
+        line = name[-21:].ljust(21)
+        cells = evaluation_cells(m)
+        for column, width in widths.items():
+            line += cells[column].rjust(width)
         lines.append(line)
     return "\n".join(lines)
 
@@ -902,7 +885,7 @@ def read_jsonl_so_far(path):
 
 def report_page(runs):
     """The text of runs/report.html with the files of these run folders in it. Runs that differ
-    only in seeds share a group; unfinished ones, or without rollouts.jsonl, are shown too."""
+    only in seeds share a group."""
     names = [os.path.basename(os.path.abspath(run)) for run in runs]
     shown = []
     groups = []
@@ -1003,8 +986,7 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def distributed():
-    """Join torchrun's process group, or one's own; yields the Process. Of all ranks only the
-    first prints."""
+    """Join torchrun's process group, or one's own; yields the Process."""
     # Without torchrun
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -1032,11 +1014,10 @@ def distributed():
         timeout=timedelta(hours=2),
     )
 
+    if process.rank > 0:  # only the first rank prints
+        sys.stdout = open(os.devnull, "w")
     try:
-        with open(os.devnull, "w") as silence:
-            output = sys.stdout if process.rank == 0 else silence
-            with contextlib.redirect_stdout(output):
-                yield process
+        yield process
     finally:
         dist.destroy_process_group()
 
@@ -1061,22 +1042,18 @@ def ended_at_once(process):
 
 def run_script(main):
     """Run an async main; bad input becomes one line on stderr and a non-zero exit status."""
-    try:
-        with distributed() as process, ended_at_once(process):
-            try:
-                asyncio.run(main(process))
-            except Exception as error:
-                if process.world == 1:
-                    raise
+    with distributed() as process, ended_at_once(process):
+        try:
+            asyncio.run(main(process))
+        except Exception as error:
+            line = describe_error(error)
+            if process.world > 1:
                 # An orderly end would wait for ranks in a collective; torchrun ends those.
-                message = describe_error(error) or traceback.format_exc()
-                print(message, file=sys.stderr, flush=True)
+                print(line or traceback.format_exc(), file=sys.stderr, flush=True)
                 os._exit(1)
-    except Exception as error:
-        line = describe_error(error)
-        if line is None:
-            raise
-        sys.exit(line)
+            if line is None:
+                raise
+            sys.exit(line)
 
 
 def describe_error(error):
@@ -1134,7 +1111,7 @@ PAPER = {
 
 
 def need_values(parser, flags, names):
-    """The parser's error where one of the names is not among the given flags."""
+    """The parser's error where a name is not among the given flags."""
     missing = [f"--{name} (paper: {PAPER[name]:g})" for name in names if name not in flags]
     if missing:
         parser.error("the defaults are those of the embedded 0.6 M model; give "
@@ -1168,7 +1145,7 @@ def add_rollout_arguments(parser):
     add("--tools", choices=("on", "off"), default="on",
         help="off: no code is run (the text-only baseline)")
     add("--max_prompt_tokens", type=at_least(1), default=512,
-        help="problems with a longer prompt are left out; recipes 2048")
+        help="longer prompts are left out; recipes 2048")
     add("--max_response_tokens", type=at_least(1), default=320,
         help="length of a response with interpreter text; recipes 16384")
     add("--max_calls", type=at_least(0), default=4,
@@ -1176,13 +1153,13 @@ def add_rollout_arguments(parser):
     add("--n_slots", type=at_least(1), default=128,
         help="responses in the KV cache at a time")
     add("--kv_gib", type=in_range(0.0), default=0.0,
-        help="limit of the KV cache in GiB per GPU; 0: none")
+        help="GiB of KV cache per GPU; 0: no limit")
     add("--rejoin_ticks", type=at_least(0), default=4,
         help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
     add("--feedback", choices=("real", "hidden", "none"), default="real",
-        help="what the model sees of a call: the output, only whether it ran, or nothing")
+        help="what the model sees of a call; hidden: only whether it ran")
     add("--interpreter", choices=("stateless", "replay"), default="stateless",
-        help="replay: earlier snippets of a response that ran are run again before each")
+        help="replay: a response's earlier snippets run again before each")
 
 
 def rollout_settings(args):
@@ -1201,14 +1178,14 @@ def rollout_settings(args):
 
 
 def add_format_arguments(parser):
-    """The flags of prompts, precision and tool calls, shared by all three scripts."""
+    """Flags that all three scripts share."""
     add = parser.add_argument_group("prompts, precision, tool calls").add_argument
     add("--prompt_template", default="plain",
         help="plain, retool, or a file with {question}")
     add("--dtype", type=choose_dtype, choices=DTYPES, default="fp32", metavar="{fp32,bf16,auto}",
         help="precision of computation; auto: measured; master weights and sums stay fp32")
     add("--max_interpreter_tokens", type=at_least(1), default=128,
-        help="length of an output that the model sees; of longer ones head and tail")
+        help="of longer outputs the model sees head and tail")
     add("--sandbox_workers", type=at_least(1), default=2,
         help="snippets that run at a time")
     add("--sandbox_timeout", type=in_range(0.0, above=True), default=0.5,
@@ -1262,7 +1239,7 @@ def parse_arguments():
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0,
         help="probability mass of nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0,
-        help="seed of the sampling noise and of the embedded problems")
+        help="seed of sampling and of the embedded problems")
 
     add_rollout_arguments(parser)
     add_format_arguments(parser)
@@ -1283,34 +1260,37 @@ def parse_arguments():
 # The script
 
 
+@dataclass
 class Journal:
     """What has been sampled, so that an interrupted evaluation goes on: a line of JSON per chunk
-    of problems, under a hash of all that decides it. decisive: what decides it besides problems
-    and sampling."""
-
-    def __init__(self, file, chunk, decisive):
-        self.file = file
-        self.chunk = chunk
-        self.decisive = decisive
-        self.rows = {}  # hash -> trajectories as dicts
+    of problems, under a hash of all that decides it."""
+    file: object
+    chunk: int  # problems
+    decisive: list  # what decides besides problems and sampling
 
     async def sample(self, model, tokenizer, problems, sandbox, process, desc="", **sampling):
         """`sample_all`, except for what is there already."""
-        self.read()
+        rows = self.read()
         trajectories = []
         for begin in range(0, len(problems), self.chunk):
             part = problems[begin:begin + self.chunk]
             recipe = json.dumps([self.decisive, sampling, part])
             key = hashlib.sha256(recipe.encode()).hexdigest()
-            if key not in self.rows:
+            if key not in rows:
                 sampled = await sample_all(
                     model, tokenizer, part, sandbox, process, desc, **sampling)
-                self.put(key, sampled)
-            trajectories += self.get(key)
+                rows[key] = [asdict(t) for t in sampled]
+                line = json.dumps({key: rows[key]})
+                self.file.write(f"\n{line}\n")  # the first \n ends a torn line
+                self.file.flush()
+
+            for row in rows[key]:
+                calls = [ToolCall(**call) for call in row["tool_calls"]]
+                trajectories.append(Trajectory(**row | {"tool_calls": calls}))
         return trajectories
 
     def read(self):
-        """The file is rank 0's; every rank gets its whole lines."""
+        """{hash: trajectories as dicts}. The file is rank 0's; every rank gets its whole lines."""
         rows = {}
         self.file.seek(0)
         for line in self.file:
@@ -1318,20 +1298,7 @@ class Journal:
                 rows |= json.loads(line)
         shared = [rows]
         dist.broadcast_object_list(shared)
-        self.rows = shared[0]
-
-    def put(self, key, trajectories):
-        self.rows[key] = [asdict(t) for t in trajectories]
-        self.file.write("\n")  # ends a torn line
-        self.file.write(json.dumps({key: self.rows[key]}) + "\n")
-        self.file.flush()
-
-    def get(self, key):
-        trajectories = []
-        for row in self.rows[key]:
-            calls = [ToolCall(**call) for call in row["tool_calls"]]
-            trajectories.append(Trajectory(**row | {"tool_calls": calls}))
-        return trajectories
+        return shared[0]
 
 
 async def main(process):
@@ -1367,11 +1334,10 @@ async def main(process):
             model = load_model(path, process.device, args.dtype)
             # For the journal: sums of the weights' bits tell checkpoints apart.
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
-            chunk = max(1, args.chunk // args.samples)  # problems
+            chunk = max(1, args.chunk // args.samples)
             journal = Journal(journal_file, chunk, [weights, args.sandbox_timeout])
 
             results[path] = {}
-            first_accuracy = None
             for name, problems in sets.items():
                 encoded = encode_problems(
                     problems, tokenizer, template, args.max_prompt_tokens, name)
@@ -1389,10 +1355,9 @@ async def main(process):
                     seed=args.seed,
                     **rollout_settings(args),
                 )
-                if first_accuracy is None:
-                    first_accuracy = metrics["accuracy"]
-                metrics["ood_drop"] = metrics["accuracy"] - first_accuracy
                 results[path][name] = metrics
+                first_set = next(iter(sets))
+                metrics["ood_drop"] = metrics["accuracy"] - results[path][first_set]["accuracy"]
                 print(f"{path} {name}")
                 print(example_responses(trajectories, problems, tokenizer))
 
