@@ -66,12 +66,14 @@ def token_rewards(trajectory, kind="outcome", scale=0.1):
     ran = [call for call in calls if call.status == "ok"]
     last = max(i for i, sampled in enumerate(trajectory.loss_mask) if sampled)
 
+    # The answer, and what is paid once for a response.
     rewards[last] = 1.0 if trajectory.correct else -1.0
     if calls and kind == "executable":
         rewards[last] += scale * (len(ran) / len(calls))
     if calls and kind == "bonus":
         rewards[last] += scale
 
+    # What is paid for each call, where it was closed.
     for call in calls:
         if kind == "steps":
             rewards[call.end - 1] += scale if call.status == "ok" else -scale
@@ -88,8 +90,9 @@ def gae(rewards, values, loss_mask, gamma, lam):
     Returns (advantages, returns), (B, T), exactly 0 where masked:
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lam A_{t+1},   V = A = 0 at the end
-    with the masked tokens deleted: interpreter text neither decays lambda nor bootstraps.
+    with the masked tokens deleted.
     """
+    # CRUCIAL: interpreter text is no step. It neither decays lambda nor bootstraps.
     trainable = loss_mask.bool()
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])  # (B,)
@@ -192,11 +195,13 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
     log_ratio = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
 
+    # The smaller surrogate of the two: no gain from moving further than the clip range.
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     surrogate = torch.minimum(unclipped, clipped)
     has_no_gradient = clipped < unclipped
 
+    # A bad token whose probability has risen far: its loss is bounded, too.
     if dual_clip:
         bound = dual_clip * advantages
         is_bad = advantages < 0
@@ -217,8 +222,9 @@ def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
 
 
 def reference_kl(logprobs, reference_logprobs, loss_mask):
-    """KL(policy || reference) by the k3 estimate r - 1 - log r with r = pi_reference / pi, never
-    negative, summed over trainable tokens (joschu.net/blog/kl-approx.html)."""
+    """KL(policy || reference) by the k3 estimate r - 1 - log r with r = pi_reference / pi, summed
+    over trainable tokens (joschu.net/blog/kl-approx.html)."""
+    # Never negative, unlike -log r alone.
     log_ratio = torch.where(loss_mask.bool(), reference_logprobs - logprobs, 0.0)
     return (log_ratio.exp() - 1 - log_ratio).sum()
 
@@ -231,6 +237,7 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
     old_values = torch.where(trainable, old_values, 0.0)
     returns = torch.where(trainable, returns, 0.0)
 
+    # The larger error of the two: no gain from moving further than value_clip.
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain_error = (values - returns) ** 2
     clipped_error = (clipped - returns) ** 2
@@ -240,6 +247,7 @@ def value_loss(values, old_values, returns, loss_mask, value_clip):
 
 def explained_variance(values, returns, loss_mask):
     """1 - Var(returns - values) / Var(returns) over trainable tokens; 0 for returns all alike."""
+    # 1 is a perfect critic, 0 one that knows nothing but the mean.
     trainable = loss_mask.bool()
     error = (returns - values)[trainable].var()
     spread = returns[trainable].var()
@@ -354,6 +362,7 @@ def is_trained_on(trajectory, args):
 
 def trajectory_example(trajectory, rewards, mask_interpreter=True):
     """A trajectory and the rewards of its tokens as an Example."""
+    # Prompt tokens have no reward, no mask, no log-probability.
     prompt = [0.0] * len(trajectory.prompt_ids)
     sampled = trajectory.loss_mask
     trained = sampled if mask_interpreter else [1] * len(sampled)
@@ -419,11 +428,12 @@ def tolerance(logprobs, mask, dtype):
 
 def check_sampler(examples, dtype, step):
     """AssertionError where the sampler's log-probabilities are not the trainer's, on average
-    or in one response, whose limit leaves room for one token."""
+    or in one response."""
     n = torch.tensor([example.sampled.sum() for example in examples])
     gaps = torch.tensor([sampler_gap(example).sum() for example in examples]) / n
     allowed = torch.stack([tolerance(e.logprobs, e.sampled, dtype) for e in examples])
 
+    # The limit of one response leaves room for one token.
     average = gaps.mean().item()
     worst = gaps[(gaps / allowed).argmax()].item()
     fits_each = gaps < 2 * allowed + 4 * LOGIT_ERROR[dtype] / n
@@ -467,6 +477,7 @@ class Trainer:
             lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU by layers
             return sft.shard(wrapper(lm), lm, args)
 
+        # The sampler is a plain model; what learns is sharded.
         self.sampler = load_model(model_path, process.device, args.dtype, weights)
         self.actor = sharded(sft.Policy, model_path)
         self.critic = None
@@ -522,6 +533,7 @@ class Trainer:
         advantages, returns = advantages_and_returns(
             padded("rewards"), values, loss_mask, torch.tensor(groups), self.args)
 
+        # Without the padding.
         for i, example in enumerate(examples):
             example.advantages = advantages[i, :len(example)]
             if self.critic:
@@ -662,8 +674,8 @@ class Trainer:
         return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
 
     def state(self):
-        """All that a step changes, as tensors by name. No random state: prompts, noise, minibatches
-        and learning rates are functions of seed and step."""
+        """All that a step changes, as tensors by name."""
+        # No random state: prompts, noise, minibatches, learning rates come from seed and step.
         state = sft.training_state("actor", self.actor, self.optimizers["actor"])
         if self.critic:
             state |= sft.training_state("critic", self.critic, self.optimizers["critic"])
@@ -676,8 +688,8 @@ class Trainer:
 
 
 def check_unchanged(logprobs, flat, dtype):
-    """AssertionError where a forward pass before the update does not repeat `score`: another
-    temperature, a mask off by one, dropout."""
+    """AssertionError where a forward pass before the update does not repeat `score`."""
+    # It would be a bug: another temperature, a mask off by one, dropout.
     mask = flat.loss_mask
     difference = ((logprobs - flat.logprobs) * mask).abs().sum() / mask.sum().clamp(min=1)
     assert difference < tolerance(flat.logprobs, mask, dtype), (
@@ -733,8 +745,7 @@ def shuffled(n, seed):
 
 
 def parse_arguments(argv=None):
-    """The flags as a namespace. Each comes from the last of these that names it: its default,
-    --preset, the run that --resume goes on with, the command line."""
+    """The flags as a namespace."""
     parser = argparse.ArgumentParser(
         usage="torchrun ppo.py [flags]", description=__doc__, formatter_class=evaluation.Help,
         allow_abbrev=False)
@@ -745,6 +756,8 @@ def parse_arguments(argv=None):
     evaluation.add_rollout_arguments(parser)
     evaluation.add_format_arguments(parser)
 
+    # The last that names a flag decides: its default, --preset, the run that --resume goes on
+    # with, the command line.
     defaults, given = parse_flags(parser, argv)
     values = dict(defaults)
     if given.get("preset"):
@@ -873,6 +886,7 @@ def refuse_contradictions(parser, args, given):
         for name in sorted(idle & given.keys()):
             parser.error(f"--{name} has no effect with {flag}")
 
+    # Flags that do nothing with another one.
     of_warm_start = {name for name in given if name.startswith("sft_")}
     of_warm_start |= {"code_share", "warm_start_dir", "mask_failed"}
     if args.resume:
@@ -889,6 +903,7 @@ def refuse_contradictions(parser, args, given):
     if args.reward == "outcome":
         refuse("--reward outcome", {"reward_scale"})
 
+    # Combinations that cannot work.
     if args.export and not args.resume:
         parser.error("--export needs --resume")
     if args.model and not args.resume and not args.preset:
@@ -1038,6 +1053,7 @@ async def main(process):
         print(f"evaluation after training: {', '.join(sets)}", flush=True)
         await evaluate_all("after")
 
+    # What a finished run has.
     seconds_total = time.perf_counter() - begin
     run.write("metrics.jsonl", {"seconds_total": seconds_total})
     run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
@@ -1077,6 +1093,7 @@ LEGEND = """\
 
 def step_line(step, steps, m):
     """A step's metrics `m` as one line; LEGEND explains it."""
+    # Then most metrics are missing.
     if m["update_skipped"]:
         return (f"step {step:3d}/{steps} | no response to train on "
                 f"(truncated {percent(m['truncated'])} %)")
@@ -1101,8 +1118,8 @@ def commit():
 class RunFolder:
     """What a run leaves behind. Every rank has one; rank 0 alone writes.
 
-    Appended to: metrics.jsonl, rollouts.jsonl. Replaced by a rename, so that a kill leaves the
-    old or the new one: arguments.json. Written at the end: table.md, report.html, checkpoint/.
+    Appended to: metrics.jsonl, rollouts.jsonl. Replaced: arguments.json. Written at the end:
+    table.md, report.html, checkpoint/.
     """
 
     def __init__(self, args, process):
@@ -1135,6 +1152,7 @@ class RunFolder:
         path = self.path / "arguments.json"
         partial = self.path / "arguments.partial"
         record = json.loads(path.read_text()) if path.exists() else {}
+        # A kill leaves the old file or the new one.
         partial.write_text(json.dumps(record | entries, indent=1))
         sft.sync_to_disk(partial)
         partial.rename(path)
@@ -1147,9 +1165,10 @@ class RunFolder:
             tokenizer.save_pretrained(self.path / "model")
 
     def open(self, sizes):
-        """Open the JSONL files, cut to the sizes that a checkpoint recorded, and read them."""
+        """Open the JSONL files, cut to `sizes`, and read the evaluations."""
         if not self.writes:
             return
+        # What a killed run wrote after its last checkpoint is cut off, and written again.
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             self.files[name] = open(self.path / name, "a", buffering=1)
             self.files[name].truncate(sizes.get(name, 0))
@@ -1180,7 +1199,7 @@ class RunFolder:
             self.tracker.log(row, step=step)
 
     def sizes(self):
-        """Bytes of the JSONL files, now on the disk; a resumed run cuts them to these."""
+        """Bytes of the JSONL files, now on the disk."""
         for file in self.files.values():
             os.fsync(file.fileno())
         return {name: os.path.getsize(self.path / name) for name in self.files}
@@ -1188,6 +1207,7 @@ class RunFolder:
     def finish(self, model, tokenizer):
         if not self.writes:
             return
+        # Closed, for the page reads them.
         for file in self.files.values():
             file.close()
         if self.tracker:

@@ -102,13 +102,14 @@ def make_example(ids, loss_mask, **per_token):
 
 
 def pack(lengths, token_budget, world):
-    """result[rank][micro_batch]: lists of indices. Longest sequence first into the emptiest bin;
-    equally many bins per rank, maybe empty; above token_budget only a single sequence."""
+    """result[rank][micro_batch]: lists of indices, equally many per rank, maybe empty."""
     assert lengths, "nothing to pack"
+    # Only a single sequence may be above the budget.
     budget = max(token_budget, max(lengths))
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins_per_rank = max(1, math.ceil(sum(lengths) / (token_budget * world)))
 
+    # The longest sequence goes first, each into the emptiest bin; more bins until all fit.
     while True:
         n_bins = bins_per_rank * world
         bins = [[] for _ in range(n_bins)]
@@ -144,8 +145,7 @@ def empty_example():
 
 
 class Policy(nn.Module):
-    """A causal LM that returns log-probabilities. Its head takes tokens in chunks, inside `forward`,
-    where FSDP has gathered its weights: no (T, V) tensor ever exists."""
+    """A causal LM that returns log-probabilities."""
 
     def __init__(self, lm):
         super().__init__()
@@ -153,15 +153,18 @@ class Policy(nn.Module):
 
     def forward(self, input_ids, targets, loss_mask, packing, temperature=1.0, with_entropy=False):
         """input_ids, targets, loss_mask (T,) -> (the targets' log-probabilities at the temperature,
-        the entropies or None), each (T,). 0 where masked: the head skips that."""
+        the entropies or None), each (T,), 0 where masked."""
         output = self.lm.model(
             input_ids=input_ids[None], position_ids=packing.position_ids[None],
             use_cache=False, packing=packing)
         hidden = output.last_hidden_state[0]  # (T, hidden)
+
+        # CRUCIAL: the head takes unmasked tokens in chunks, so no (T, V) tensor ever exists. It is
+        # in here, where FSDP has gathered its weights.
         chosen = loss_mask.nonzero()[:, 0]  # (n,)
         chunk = max(1, LOGIT_BYTES[hidden.device.type] // (4 * self.lm.config.vocab_size))
 
-        # With several chunks a training step computes logits again in the backward pass.
+        # With several chunks the backward pass computes logits again.
         head = self.head
         if len(chosen) > chunk and torch.is_grad_enabled():
             head = functools.partial(checkpoint, self.head, use_reentrant=False)
@@ -209,6 +212,7 @@ def trace_example(trace, tokenizer, template, max_interpreter_tokens, mask_inter
 def batch_loss(policy, batch, token_budget, process, backward=False):
     """Mean loss over all trainable tokens of a list of Example, on all ranks; with backward
     also its gradient."""
+    # Every rank has the whole batch, so all divide by the same number.
     total = sum(example.loss_mask.sum().item() for example in batch)
     lengths = [len(example) for example in batch]
     token_sum = 0.0
@@ -225,9 +229,10 @@ def batch_loss(policy, batch, token_budget, process, backward=False):
 
 
 def clipped_step(module, optimizers, max_norm, what):
-    """Clip the gradient and apply it; returns its norm before. FloatingPointError, with the
-    weights as they were, where that is not finite."""
+    """Clip the gradient and apply it; returns its norm before. FloatingPointError where that is
+    not finite."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
+    # Before a step, so that the weights are still those of the last checkpoint or step.
     if not math.isfinite(norm):
         raise FloatingPointError(f"{what} is {norm}")
     for optimizer in optimizers:
@@ -254,8 +259,8 @@ def trapezoid(step, steps, warmup):
 
 class Muon(torch.optim.Optimizer):
     """Along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon): half
-    the steps of AdamW here. In fp32: torch.optim.Muon works in bf16, which many CPUs only
-    emulate. Matrices are sharded by rows (FSDP2)."""
+    the steps of AdamW here."""
+    # In fp32: torch.optim.Muon works in bf16, which many CPUs only emulate.
 
     def __init__(self, matrices, lr, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
@@ -268,7 +273,8 @@ class Muon(torch.optim.Optimizer):
         momentum = self.param_groups[0]["momentum"]
         matrices = self.param_groups[0]["params"]
 
-        # Nesterov: this rank's rows of each gradient, mixed with its running average.
+        # FSDP2 shards matrices by rows. Nesterov: this rank's rows of each gradient, mixed with
+        # their running average.
         my_rows = []
         for p in matrices:
             average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
@@ -283,6 +289,7 @@ class Muon(torch.optim.Optimizer):
             rows_of_rank, (torch.cat(my_rows), my_sizes), mesh.get_group(shard_dim))
         split_rows = [flat.split(sizes) for flat, sizes in rows_of_rank]
 
+        # Every rank makes the same whole update and steps its own rows.
         for i, p in enumerate(matrices):
             direction = torch.cat([rows[i] for rows in split_rows]).view(p.shape)
             scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
@@ -291,7 +298,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x):
-    """U V^T of x = U S V^T, about: five Newton-Schulz steps bring singular values to 0.7-1.2."""
+    """U V^T of x = U S V^T, about."""
+    # Five Newton-Schulz steps bring singular values to 0.7-1.2.
     if x.shape[0] > x.shape[1]:
         return orthogonalise(x.T).T
     x = x / (x.norm() + 1e-7)
@@ -413,6 +421,7 @@ async def warm_start(args, process, traces_file=""):
 def train_on_traces(traces, held_out, recipe, args, folder, process):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
     args: only for what decides no result, as `shard` and --sft_save_every."""
+    # Positions are checked before minutes of training.
     config, tokenizer = starting_point(recipe.model)
 
     def examples_of(rows):
@@ -452,6 +461,7 @@ async def warm_start_traces(args, recipe, traces_file, folder):
         split = len(rows) - max(1, len(rows) // 50)
         return rows[:split], rows[split:]
 
+    # The file's name holds what decides the traces.
     decides = [recipe.sft_traces, recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout]
     code = code_hashes(["embedded_traces", "sandbox.py"])
     path = folder / f"traces-{digest(decides, versions())}-{digest(code)}.json"
@@ -472,6 +482,7 @@ async def warm_start_traces(args, recipe, traces_file, folder):
 def warm_start_recipe(args):
     """The arguments that decide a warm start: `train_on_traces` sees no other that could change
     its result. (The number of ranks only changes rounding.)"""
+    # Of a checkpoint its files' names, sizes and times stand for its weights.
     files = sorted(Path(args.model).glob("*")) if args.model else []
     return SimpleNamespace(
         model=args.model,
@@ -516,9 +527,8 @@ def training_code():
 
 
 def code_hashes(entries, left_out=()):
-    """{file: hash} of the definitions that the entries reach by name, in this project's files; an
-    entry may be a whole file. Comments, docstrings, layout, and definitions that are not reached
-    may change freely."""
+    """{file: hash} of the definitions that the entries reach by name; an entry may be a file."""
+    # Comments, docstrings, layout, and what is not reached may change freely.
     definitions = []  # (file, names that it defines, tree)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -556,11 +566,13 @@ def stored_names(node):
 
 
 def used_names(node):
-    """The names that a definition takes from outside, as `pack` or `sft.pack`."""
+    """The names that a definition takes from outside."""
+    # Neither local variables nor arguments.
     parts = list(ast.walk(node))
     arguments = {part.arg for part in parts if isinstance(part, ast.arg)}
     used = {part.id for part in parts if isinstance(part, ast.Name)}
     used -= stored_names(node) | arguments
+    # Of `sft.pack` both parts.
     for part in parts:
         if isinstance(part, ast.Attribute) and getattr(part.value, "id", None) in used:
             used.add(part.attr)
@@ -607,6 +619,7 @@ def starting_model(path, config, seed):
     """A checkpoint's model, or the embedded one with random weights, on the CPU in fp32."""
     if path:
         return load_model(path, "cpu")
+    # The seed decides the initial weights, and nothing else here draws.
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="retool")
 
@@ -718,7 +731,7 @@ def same_output(quoted, result):
 
 async def check_trace(candidate, reference, sandbox):
     """Check format, execution and answer: (response with the real outputs, indices of failed
-    snippets, SandboxResults). An empty interpreter block is filled, any other must agree."""
+    snippets, SandboxResults)."""
     check_format(candidate)
     texts, calls, quoted_outputs = take_apart(candidate)
 
@@ -726,6 +739,7 @@ async def check_trace(candidate, reference, sandbox):
     if any(result.status == "sandbox_error" for result in results):
         raise RuntimeError("the sandbox failed during curation")
 
+    # An empty interpreter block is filled, any other must agree.
     response = texts[0]
     for i, result in enumerate(results):
         if quoted_outputs[i].strip() and not same_output(quoted_outputs[i], result):
@@ -744,6 +758,7 @@ async def embedded_traces(n, code_share, seed, sandbox, split="train"):
     """Traces of n embedded problems, as `load_traces` reads them, about the share `code_share`
     solved with code, the rest by hand; a Counter of "kept" and of the reasons to reject."""
     rng = random.Random(seed + 1)
+    # A draw for each problem decides between code and hand.
     problems = [embedded_problem(split, seed, i) for i in range(n)]
     candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
 
@@ -779,9 +794,8 @@ def check_mesh(replicas, world):
 
 
 def shard(module, lm, args):
-    """FSDP2 over `module`, which contains `lm`: each layer is a unit that is gathered when needed,
-    the rest belongs to the root. The module may lie in host memory: its units go to the GPU one by
-    one. Master weights, gradients and optimiser states are fp32."""
+    """FSDP2 over `module`, which contains `lm`. Master weights, gradients and optimiser states are
+    fp32."""
     world = dist.get_world_size()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
@@ -796,6 +810,8 @@ def shard(module, lm, args):
             layer.training = True  # transformers asks that; what is inside stays without dropout
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    # Each layer is a unit that is gathered when needed, the rest belongs to the root. The module
+    # may lie in host memory: its units go to the GPU one by one.
     precision = MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)
     offload = OffloadPolicy()
     if args.cpu_offload:
@@ -838,8 +854,8 @@ def time_is_up(process):
 
 
 def zero_moments(optimizer):
-    """Give an AdamW the moments of its first step, to load a checkpoint into. (torch's own helpers
-    would take a real step to make them.)"""
+    """Give an AdamW the moments of its first step, to load a checkpoint into."""
+    # torch's own helpers would take a real step to make them.
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -863,10 +879,9 @@ def save_checkpoint(folder, state, record, keep, rank):
     """Write state and record (JSON, with its "step") as folder/step-<step>, then delete all
     but the last `keep`. All ranks call it, on a file system that they share.
 
-    Shards go to a temporary folder; a manifest with everyone's hashes is the last file; one rename
-    makes it a checkpoint. A crash leaves the ones before untouched. UserError where nothing can be
-    written.
+    A crash leaves the ones before untouched. UserError where nothing can be written.
     """
+    # Shards go to a temporary folder, which becomes a checkpoint by one rename.
     partial = folder / "partial"
     final = folder / f"step-{record['step']:06d}"
     if rank == 0:
@@ -889,6 +904,7 @@ def save_checkpoint(folder, state, record, keep, rank):
 
 def publish(partial, final, record, hashes_of_rank, keep):
     """Rank 0: make the synced shards in `partial` the checkpoint `final`, and delete old ones."""
+    # The last file is a manifest with everyone's hashes.
     files = {}
     for hashes in hashes_of_rank:
         files |= hashes
@@ -921,7 +937,8 @@ def find_checkpoint(folder, rank):
 
 
 def newest_checkpoint(folder):
-    """`find_checkpoint` on one rank. UserError if all are damaged; says which it passes over."""
+    """`find_checkpoint` on one rank. UserError if all are damaged."""
+    # A file that is missing or has another hash is damage: the one before is tried.
     checkpoints = sorted(folder.glob("step-*"), reverse=True)
     for path in checkpoints:
         try:
@@ -1087,7 +1104,8 @@ async def check_problem(record, run):
     if not solution:
         raise Rejected("filter: no solution")
 
-    if "<answer>" in solution:  # a trace already, to be checked but not to be rewritten
+    # A trace already is checked, not rewritten.
+    if "<answer>" in solution:
         record["candidate"] = solution
     elif not await is_equivalent(record["own"], answer, run.sandbox):
         raise Rejected("filter: the solution's answer is not the reference")
@@ -1109,6 +1127,7 @@ async def make_trace(record, run):
     prompt = run.template.replace("{question}", record["question"])
     if len(encode_text(run.tokenizer, prompt + response)) > run.max_tokens:
         raise Rejected("quality: too long")
+    # The layout that `load_traces` reads.
     record["trace"] = {
         "messages": [{"role": "user", "content": prompt},
                      {"role": "assistant", "content": response}],
@@ -1138,6 +1157,7 @@ async def curate_rows(rows, run):
         records.append({"row": number, "place": Path(place).name, "reason": "kept", "input": row})
     kept = await pass_stage(check_problem, records, run)
 
+    # Finished traces are only checked.
     unwritten = [record for record in kept if "candidate" not in record]
     if unwritten:
         candidates = await run.rewrite(unwritten)
@@ -1226,6 +1246,7 @@ def summarise(records):
     examples = {}
     first_records = {}  # of each question
     for record in records:
+        # Of rows with the same words in their question the first is kept.
         if record["reason"] == "kept":
             words = " ".join(question_words(record["question"]))
             first = first_records.setdefault(words, record)
