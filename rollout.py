@@ -326,7 +326,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
 
     prompts: lists of token ids. sandbox: an entered Sandbox, or None with tools=False.
     prompt_keys: integers that name the prompts to the noise (default: their index).
-    stats: a dict that receives tool_wait_seconds. sampling: the fields of `Sampling`.
+    stats: a dict that receives tool_wait_seconds.
     UserError if memory holds no row; if it limits the slots, rounding depends on it.
     """
     settings = Sampling(**sampling)
