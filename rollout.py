@@ -9,18 +9,18 @@ One tick of the engine:
     3. One token is sampled per row. A row that completes `</code>` pauses, and keeps its slot,
        while the sandbox runs the snippet.
 
-Sampled tokens are never decoded and encoded again. Their 0/1 `loss_mask` (1 = sampled, 0 =
-forced interpreter text) travels unchanged to loss, GAE and metrics.
+Sampled tokens are never decoded and encoded again. Their `loss_mask` (1 = sampled, 0 = forced
+interpreter text) travels unchanged to loss, GAE and metrics.
 
 Definitions:
   - A snippet ends at the first `</code>`, even inside a string, as in the paper, and begins at
     the last `<code>` before it. `</code>` without `<code>` is plain text.
   - The token that completes `</code>` may run past it (`>\\n`, `></`): it is kept.
-  - finish_reason: `eos`; `length` (interpreter text included); `max_calls` (a `</code>` beyond
-    them); `sandbox_error` (the sandbox failed: drop the row, never score it).
+  - finish_reason: `eos`; `length`; `max_calls` (a `</code>` beyond them); `sandbox_error` (drop
+    the row, never score it).
 
 Reproducible: noise depends on (seed, step, prompt key, sample, position) alone, and a paused
-row rejoins a fixed number of ticks after its call, whatever the clock says.
+row rejoins a fixed number of ticks after its call.
 
 Shapes: N rows in a step, T tokens in the stream, V vocabulary, L layers, H query heads, K
 key/value heads, D head dim, S positions per slot.
@@ -57,7 +57,6 @@ try:  # optional, CUDA only
 except ImportError:
     flash_attn_varlen_func = None
 
-# An older Python ends here, not in a traceback.
 if sys.version_info < (3, 11):
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
@@ -131,7 +130,7 @@ REPLAY = (
 
 
 def strip_fence(snippet):
-    """Python source, without its fence if it has one."""
+    """Python source without its fence."""
     match = FENCE.fullmatch(snippet)
     return match.group(1) if match else snippet.strip("\n")
 
@@ -165,11 +164,9 @@ def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
     n_dropped = len(body) - max_tokens
     if n_dropped > 0:
         n_head = (max_tokens + 1) // 2
-        n_tail = max_tokens - n_head
         notice = encode_text(tokenizer, f"\n[... {n_dropped} tokens left out ...]\n")
-        body = body[:n_head] + notice + body[len(body) - n_tail:]
+        body = body[:n_head] + notice + body[n_head + n_dropped:]
 
-    # A newline that is there is not repeated.
     newline = "" if overrun.endswith("\n") else "\n"
     begin = encode_text(tokenizer, newline + INTERPRETER_OPEN + "\n")
     return begin + body + encode_text(tokenizer, "\n" + INTERPRETER_CLOSE)
@@ -249,7 +246,7 @@ class Trajectory:
     sample_index: int
     prompt_ids: list
     response_ids: list = field(default_factory=list)
-    loss_mask: list = field(default_factory=list)  # 1 sampled, 0 forced
+    loss_mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)  # 0.0 where forced
     tool_calls: list = field(default_factory=list)
     finish_reason: str = ""
@@ -264,7 +261,6 @@ class Trajectory:
 
     @property
     def snippets(self):
-        """The calls that ran code."""
         return [call for call in self.tool_calls if call.tool == "code"]
 
     def prose_segments(self):
@@ -284,9 +280,9 @@ class Trajectory:
 
 @dataclass
 class Sampling:
-    """The keyword arguments of `generate`. Limits are in tokens."""
+    """The keyword arguments of `generate`."""
     temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # see `sample`
+    top_p: float = 1.0
     max_response_tokens: int = 512  # interpreter tokens included
     max_calls: int = 4
     max_interpreter_tokens: int = 128  # per call
@@ -330,7 +326,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
 
     prompts: lists of token ids. sandbox: an entered Sandbox, or None with tools=False.
     prompt_keys: integers that name the prompts to the noise (default: their index).
-    stats: a dict that receives tool_wait_seconds. sampling: the fields of `Sampling`.
+    stats: a dict that receives tool_wait_seconds.
     UserError if memory holds no row; if it limits the slots, rounding depends on it.
     """
     settings = Sampling(**sampling)
@@ -358,7 +354,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
 
 class Engine:
     """The tick loop of one `generate`. A row is in the `queue`, `active` (fed next), `paused`
-    (its snippet runs; it keeps its slot), or finished (its slot is free)."""
+    (its snippet runs), or finished (its slot is free)."""
 
     def __init__(self, model, tokenizer, sandbox, settings, rows, longest):
         self.model = model
@@ -548,7 +544,6 @@ class Engine:
 
     def closed_call(self, row, token):
         """The call that this token closes: (tool, index of its first token, code), or None."""
-        # Find the two tags in the text.
         n_read = len(row.text)
         row.text += self.pieces[token]
         call = find_call(row.text, n_read)
@@ -572,16 +567,15 @@ class Engine:
         return tool, start, strip_fence(code)
 
     def start_call(self, row, tool, start, code):
-        """Start the snippet; the row pauses."""
         settings = self.settings
         trajectory = row.trajectory
         source = code
         if tool.name == "code" and settings.interpreter == "replay":
             source = after_earlier(code, trajectory.tool_calls)
 
-        end = len(trajectory.response_ids)
         trajectory.tool_calls.append(ToolCall(
-            code, output="", status="", start=start, end=end, seconds=0.0, tool=tool.name))
+            code, output="", status="", start=start, end=len(trajectory.response_ids),
+            seconds=0.0, tool=tool.name))
 
         # The seed depends on the row alone; no sampled token has a negative position.
         position = -len(trajectory.tool_calls)
@@ -603,15 +597,14 @@ class Engine:
             self.finish(row, "sandbox_error")
             return
 
-        settings = self.settings
         block = encode_interpreter(
-            self.tokenizer, shown_output(result, settings.feedback),
-            settings.max_interpreter_tokens, row.overrun)
-        block = block[:settings.max_response_tokens - len(trajectory.response_ids)]
+            self.tokenizer, shown_output(result, self.settings.feedback),
+            self.settings.max_interpreter_tokens, row.overrun)
+        block = block[:self.settings.max_response_tokens - len(trajectory.response_ids)]
         trajectory.response_ids += block
         trajectory.loss_mask += [0] * len(block)
         trajectory.logprobs += [0.0] * len(block)
-        if len(trajectory.response_ids) >= settings.max_response_tokens:
+        if len(trajectory.response_ids) >= self.settings.max_response_tokens:
             self.finish(row, "length")
             return
 
@@ -645,7 +638,6 @@ def head_dim(config):
 
 class KVCache:
     """Slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
-    # Pages would hold more, but attend four times as slowly on CPU (bench_rollout.py --pages).
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
@@ -686,7 +678,7 @@ class Packing:
     def plan_decoding(self, slots, past):
         """The bias for rows with one new token."""
         # All slots up to the highest used are a view: to gather those in use would copy the
-        # cache (21 ms per layer against 1). Idle ones see one key.
+        # cache. Idle ones see one key.
         n_seen = np.ones(max(slots) + 1, dtype=np.int64)
         n_seen[slots] = np.array(past) + 1
         self.longest = int(n_seen.max())
@@ -773,7 +765,7 @@ def whole_sequences(q, k, v, packing, scale):
 
 
 def whole_sequences_flash(q, k, v, packing, scale):
-    """The same on CUDA, by flash-attn or what PyTorch bundles of it: never run, NOT MEASURED."""
+    """The same on CUDA, by flash-attn or what PyTorch bundles of it: never run."""
     bounds = F.pad(packing.last + 1, (1, 0)).int()  # (N + 1,)
     longest = max(packing.lengths)
     q = q.transpose(0, 1)  # (T, H, D)
@@ -805,10 +797,11 @@ def one_token_each(q, k_cache, v_cache, packing, scale):
     queries = q.new_zeros(n_view, n_heads, dim)
     queries[slots] = q[:, :packing.n_decode].transpose(0, 1)
     queries = queries.view(n_view, k_cache.shape[1], -1, dim)  # (slots, K, H/K, D)
-    keys = k_cache[:n_view, :, :packing.longest]  # (slots, K, longest, D)
-    values = v_cache[:n_view, :, :packing.longest]
     out = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=packing.bias, scale=scale)
+        queries,
+        k_cache[:n_view, :, :packing.longest],  # (slots, K, longest, D)
+        v_cache[:n_view, :, :packing.longest],
+        attn_mask=packing.bias, scale=scale)
     return out.reshape(n_view, n_heads, dim)[slots]
 
 
@@ -912,7 +905,7 @@ def choose_dtype(name):
 
 
 def from_checkpoint(loader, path, **options):
-    """loader.from_pretrained(path); UserError, with what to do, if that is no checkpoint."""
+    """loader.from_pretrained(path); UserError if that is no checkpoint."""
     folder = Path(path)
     if folder.is_file():
         raise UserError(
@@ -974,10 +967,9 @@ def end_tokens(model, tokenizer):
 def load_config(path, tokenizer=()):
     """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
     config = from_checkpoint(AutoConfig, path)
-    rows, tokens = config.vocab_size, len(tokenizer)
-    if rows < tokens:
-        raise UserError(
-            f"{path}: the model has {rows} rows of embeddings, the tokenizer {tokens} tokens")
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, "
+                        f"the tokenizer {len(tokenizer)} tokens")
     return config
 
 
@@ -1051,19 +1043,12 @@ def use_packed_attention(model, name):
 
 
 # ---------------------------------------------------------------------------------------------
-# The demo: ask a question and watch the engine
+# The demo
 
 COLOURS = {"text": 0, "code": 36, "output": 33, "answer": 32}  # of a terminal (ANSI)
-
-
-def part_after(text):
-    """The part in which a response goes on after this text."""
-    tags = [""] + TAG.findall(text)
-    if tags[-1] == ANSWER_OPEN:
-        return "answer"
-    if tags[-1] in [tool.open for tool in TOOLS]:
-        return "code"
-    return "text"
+# After any other tag a response goes on with text.
+PART_AFTER = {tool.open: "code" for tool in TOOLS}
+PART_AFTER[ANSWER_OPEN] = "answer"
 
 
 class Printer:
@@ -1100,7 +1085,8 @@ class Printer:
                 text = text.rstrip("\ufffd")
             piece = text[len(self.text):]
             if sys.stdout.isatty():
-                part = part_after(self.text) if trajectory.loss_mask[n] else "output"
+                tags = [""] + TAG.findall(self.text)
+                part = PART_AFTER.get(tags[-1], "text") if trajectory.loss_mask[n] else "output"
                 piece = f"\033[{COLOURS[part]}m{piece}\033[0m"
             print(piece, end="", flush=True)
             self.text = text
@@ -1130,15 +1116,15 @@ async def demo(args):
 
     async with Sandbox() as sandbox:
         printers = [Printer(tokenizer) for _ in range(args.samples)]
-        streams = args.samples == 1 and not args.ticks
 
         def on_tokens(trajectory):
             number = trajectory.sample_index
-            if streams:
-                printers[number].show(trajectory)
-            elif trajectory.finish_reason:
+            # Only a single response streams.
+            if args.samples > 1 or args.ticks:
+                if not trajectory.finish_reason:
+                    return
                 print(f"--- response {number + 1} of {args.samples} ---")
-                printers[number].show(trajectory)
+            printers[number].show(trajectory)
 
         await generate(
             model, tokenizer, [prompt], sandbox, n_samples=args.samples, seed=args.seed,
