@@ -22,8 +22,16 @@ import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rollout import (ANSWER_OPEN, CLOSING, CODE_CLOSE, CODE_OPEN, INTERPRETER_CLOSE, INTERPRETER_OPEN,
-                     first_line, need_hub)
+from rollout import (
+    ANSWER_OPEN,
+    CLOSING,
+    CODE_CLOSE,
+    CODE_OPEN,
+    INTERPRETER_CLOSE,
+    INTERPRETER_OPEN,
+    first_line,
+    need_hub,
+)
 from sandbox import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -206,7 +214,7 @@ def read_row(row, layouts=LAYOUTS):
         elif answer_path == solution_path:
             answer = None  # the solution states none
 
-        own = marked_answer(solution)
+        own_answer = marked_answer(solution)
         if "<answer>" not in solution:  # not a trace
             solution = solution.rsplit("####", 1)[0]
             solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution)
@@ -214,7 +222,7 @@ def read_row(row, layouts=LAYOUTS):
         return {"question": question.strip(),
                 "answer": answer,
                 "solution": solution.strip(),
-                "own": own}
+                "own": own_answer}
     return None
 
 

@@ -30,10 +30,28 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (SPLITS, TRIVIAL, embedded_rows, encode_prompt, extract_answer, load_problems,
-                  load_template)
-from rollout import (ANSWER_OPEN, CODE_CLOSE, CODE_OPEN, DTYPES, ToolCall, Trajectory,
-                     choose_dtype, generate, load_config, load_model, load_tokenizer)
+from data import (
+    SPLITS,
+    TRIVIAL,
+    embedded_rows,
+    encode_prompt,
+    extract_answer,
+    load_problems,
+    load_template,
+)
+from rollout import (
+    ANSWER_OPEN,
+    CODE_CLOSE,
+    CODE_OPEN,
+    DTYPES,
+    ToolCall,
+    Trajectory,
+    choose_dtype,
+    generate,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from sandbox import Sandbox, UserError
 
 # --------------------------------------------------------------------------------------------
@@ -542,7 +560,7 @@ def rollout_metrics(trajectories):
     for t in kept:
         lines.append(sum([code_lines(call.code) for call in t.snippets]))
         if t.correct:
-            had_failure.append(any([call.status != "ok" for call in t.tool_calls]))
+            had_failure.append(any(call.status != "ok" for call in t.tool_calls))
 
     # An entry per response with code, per call, and per call after a failed one
     last_ran = {True: [], False: []}  # by correctness
@@ -721,7 +739,7 @@ def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):
         if len(prompt) > max_prompt_tokens:
             prompt = None
         encoded.append(problem | {"key": key, "prompt": prompt})
-    if all([problem["prompt"] is None for problem in encoded]):
+    if all(problem["prompt"] is None for problem in encoded):
         raise UserError(
             f"{name}: every prompt is longer than --max_prompt_tokens {max_prompt_tokens}")
     return encoded
@@ -1118,24 +1136,24 @@ def need_values(parser, flags, names):
                      + ", ".join(missing))
 
 
-def in_range(low, high=math.inf, kind=float, above=False):
+def in_range(low, high=math.inf, number=float, above=False):
     """An argparse type: a number from low to high; above: low itself is too low."""
     limits = f"above {low}" if above else f"at least {low}"
     if high < math.inf:
         limits += f" and at most {high}"
 
     def parse(text):
-        value = kind(text)
+        value = number(text)
         if not low <= value <= high or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls it where the text is no number
+    parse.__name__ = number.__name__  # what argparse calls it where the text is no number
     return parse
 
 
 def at_least(low):
-    return in_range(low, kind=int)
+    return in_range(low, number=int)
 
 
 def add_rollout_arguments(parser):

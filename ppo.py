@@ -52,14 +52,14 @@ from sandbox import UserError
 # The method, as pure functions: rewards, advantages, losses
 
 
-def token_rewards(trajectory, kind="outcome", scale=0.1):
+def token_rewards(trajectory, reward="outcome", reward_scale=0.1):
     """Rewards of each token of a response. All kinds pay +1 or -1 for the answer (equation 1's
-    R), on the last sampled token even if forced text follows. On top of it:
+    R), on the last sampled token even if forced text follows. On top of it, with s the scale:
         outcome     nothing; code that runs earns nothing
-        executable  + scale * the share of its calls that ran without error
-        bonus       + scale if it called at all, even where every call failed
-        steps       + scale for a call that ran, - scale for one that failed, where it was closed
-        cost        - scale for every call, there
+        executable  + s * the share of its calls that ran without error
+        bonus       + s if it called at all, even where every call failed
+        steps       + s for a call that ran, - s for one that failed, where it was closed
+        cost        - s for every call, there
     """
     rewards = [0.0] * len(trajectory.loss_mask)
     calls = trajectory.tool_calls
@@ -68,17 +68,17 @@ def token_rewards(trajectory, kind="outcome", scale=0.1):
 
     # The answer, and what is paid once for a response.
     rewards[last] = 1.0 if trajectory.correct else -1.0
-    if calls and kind == "executable":
-        rewards[last] += scale * (len(ran) / len(calls))
-    if calls and kind == "bonus":
-        rewards[last] += scale
+    if calls and reward == "executable":
+        rewards[last] += reward_scale * (len(ran) / len(calls))
+    if calls and reward == "bonus":
+        rewards[last] += reward_scale
 
     # What is paid for each call, where it was closed.
     for call in calls:
-        if kind == "steps":
-            rewards[call.end - 1] += scale if call.status == "ok" else -scale
-        if kind == "cost":
-            rewards[call.end - 1] -= scale
+        if reward == "steps":
+            rewards[call.end - 1] += reward_scale if call.status == "ok" else -reward_scale
+        if reward == "cost":
+            rewards[call.end - 1] -= reward_scale
     return rewards
 
 
@@ -147,7 +147,7 @@ def whiten(advantages, loss_mask, floor):
     return torch.where(trainable, (advantages - chosen.mean()) / scale, 0.0)
 
 
-def group_advantages(totals, groups, kind):
+def group_advantages(totals, groups, advantage):
     """Advantages (B,) of responses with rewards `totals` (B,), without a critic. groups (B,): one
     number per prompt. "grpo": (R - mean) / (deviation + 1e-4) of the group (arXiv 2402.03300);
     "rloo": R - mean of the others in the group (arXiv 2402.14740)."""
@@ -156,7 +156,7 @@ def group_advantages(totals, groups, kind):
         members = groups == group
         rewards = totals[members]
         n = len(rewards)
-        if kind == "grpo":
+        if advantage == "grpo":
             deviation = rewards.std(unbiased=False)
             advantages[members] = (rewards - rewards.mean()) / (deviation + 1e-4)
         elif n > 1:  # alone in its group, after others were dropped, a response has no baseline

@@ -57,7 +57,7 @@ try:  # optional, CUDA only
 except ImportError:
     flash_attn_varlen_func = None
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
 # ---------------------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def split_segments(text):
     """A response as [("model", text), ("interpreter", text), ("model", text), ...]."""
     # Only a block directly after </code> is the sandbox's. re.split alternates what lies between
     # the blocks with what they hold.
-    kinds = itertools.cycle(["model", "interpreter"])
-    return list(zip(kinds, INTERPRETER_BLOCK.split(text)))
+    writers = itertools.cycle(["model", "interpreter"])
+    return list(zip(writers, INTERPRETER_BLOCK.split(text)))
 
 
 def encode_text(tokenizer, text):
@@ -178,8 +178,8 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
     0 for interpreter tokens and masked_calls (indices of failed snippets)."""
     ids = []
     mask = []
-    for number, (kind, segment) in enumerate(split_segments(text)):
-        if kind == "interpreter":
+    for number, (writer, segment) in enumerate(split_segments(text)):
+        if writer == "interpreter":
             block = encode_interpreter(tokenizer, segment, max_interpreter_tokens)
             ids += block
             mask += [0 if mask_interpreter else 1] * len(block)

@@ -573,8 +573,13 @@ def zygote_main(sock, config):
 def prepare(math_verify=False):
     """Imports and settings for all snippets."""
     global numpy, sympy  # not in the trainer
-    import cmath, decimal, fractions, functools, heapq, re, statistics, string  # noqa: E401,F401
-    import numpy, numpy.fft, numpy.linalg, numpy.random, sympy  # noqa: E401
+    import cmath  # noqa: E401,F401
+
+    import numpy  # noqa: E401
+    import numpy.fft
+    import numpy.linalg
+    import numpy.random
+    import sympy
 
     # Without these calls each snippet would pay for what numpy and sympy load lazily.
     numpy.linalg.solve(numpy.eye(64) @ numpy.eye(64), numpy.ones(64))

@@ -8,11 +8,11 @@ The warm start is a masked next-token loss on traces. Differences from the paper
  3. A step's loss is a sum over trainable tokens, divided once by their global number: packing and
     ranks do not change it.
 
-    torchrun sft.py                                      # CPU: the embedded warm start, as ppo.py makes it
+    torchrun sft.py                                      # CPU: the embedded warm start
     torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
-    python sft.py curate --input gsm8k_train.jsonl --decontaminate gsm8k_test.jsonl --output traces.jsonl
-    python sft.py curate --input traces.jsonl --output again.jsonl       # verifies finished traces
+    python sft.py curate --input gsm8k_train.jsonl --output traces.jsonl --decontaminate test.jsonl
+    python sft.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces
 
 In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 """
@@ -47,19 +47,64 @@ import transformers
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from data import (LAYOUTS, NUMBER_IN_TEXT, boxed, embedded_problem, embedded_tokenizer, encode_prompt, extract_answer,
-                  field_names, load_problems, load_template, numbers, read_row, read_rows)
-from eval import (Help, add_format_arguments, at_least, computes, in_range,
-                  is_equivalent, make_sandbox, need_values, parse_flags, run_script, syntax_tree)
-from rollout import (CLOSING, DTYPES, INTERPRETER_CLOSE, INTERPRETER_OPEN, TAG, TOOLS, Packing,
-                     at_least_fp32, break_tags, encode_response, encode_text, load_config,
-                     load_model, load_tokenizer, split_segments, strip_fence, tool_of)
+from data import (
+    LAYOUTS,
+    NUMBER_IN_TEXT,
+    boxed,
+    embedded_problem,
+    embedded_tokenizer,
+    encode_prompt,
+    extract_answer,
+    field_names,
+    load_problems,
+    load_template,
+    numbers,
+    read_row,
+    read_rows,
+)
+from eval import (
+    Help,
+    add_format_arguments,
+    at_least,
+    computes,
+    in_range,
+    is_equivalent,
+    make_sandbox,
+    need_values,
+    parse_flags,
+    run_script,
+    syntax_tree,
+)
+from rollout import (
+    CLOSING,
+    DTYPES,
+    INTERPRETER_CLOSE,
+    INTERPRETER_OPEN,
+    TAG,
+    TOOLS,
+    Packing,
+    at_least_fp32,
+    break_tags,
+    encode_response,
+    encode_text,
+    load_config,
+    load_model,
+    load_tokenizer,
+    split_segments,
+    strip_fence,
+    tool_of,
+)
 from runs.rewriters import make_rewriter
 from sandbox import UserError
 
@@ -228,13 +273,13 @@ def batch_loss(policy, batch, token_budget, process, backward=False):
     return all_sum(token_sum, process.device) / total
 
 
-def clipped_step(module, optimizers, max_norm, what):
+def clipped_step(module, optimizers, max_norm, name):
     """Clip the gradient and apply it; returns its norm before. FloatingPointError where that is
     not finite."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
     # Before a step, so that the weights are still those of the last checkpoint or step.
     if not math.isfinite(norm):
-        raise FloatingPointError(f"{what} is {norm}")
+        raise FloatingPointError(f"{name} is {norm}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()

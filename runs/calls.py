@@ -14,8 +14,14 @@ from pathlib import Path
 import sympy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import (divisor_then_power, power_remainder, prime_then_power,  # noqa: E402
-                  problem_row, tool_call, write_problem)
+from data import (  # noqa: E402
+    divisor_then_power,
+    power_remainder,
+    prime_then_power,
+    problem_row,
+    tool_call,
+    write_problem,
+)
 from sandbox import Sandbox  # noqa: E402
 from sft import check_trace  # noqa: E402
 

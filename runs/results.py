@@ -18,8 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TRIVIAL, extract_answer  # noqa: E402
-from eval import (METRICS, NOT_A_SETTING, bootstrap, computes, markdown, mean,  # noqa: E402
-                  percent, syntax_tree)
+from eval import METRICS, NOT_A_SETTING, bootstrap, computes, markdown, mean, percent, syntax_tree  # noqa: E402
 from sandbox import UserError  # noqa: E402
 
 

@@ -29,9 +29,21 @@ import rollout  # noqa: E402
 import sft  # noqa: E402
 from data import embedded_problem, embedded_rows, encode_prompt, load_template  # noqa: E402
 from eval import stated_answer  # noqa: E402
-from rollout import (CODE_CLOSE, CODE_OPEN, DTYPES, KVCache, Pieces, encode_interpreter,  # noqa: E402
-                     encode_text, forward_step, generate, load_model, sample, split_segments,
-                     strip_fence)
+from rollout import (  # noqa: E402
+    CODE_CLOSE,
+    CODE_OPEN,
+    DTYPES,
+    KVCache,
+    Pieces,
+    encode_interpreter,
+    encode_text,
+    forward_step,
+    generate,
+    load_model,
+    sample,
+    split_segments,
+    strip_fence,
+)
 from sandbox import Sandbox, SandboxResult, UserError  # noqa: E402
 
 
@@ -416,16 +428,20 @@ def main():
         sys.exit(f"error: {error}")
     ours.eval()
     if args.pages:
-        return pages(config)
+        pages(config)
+        return
     if args.delays:
-        return asyncio.run(delays(ours, tokenizer))
+        asyncio.run(delays(ours, tokenizer))
+        return
     if args.slow_tools:
-        return asyncio.run(slow_tools(ours, tokenizer))
+        asyncio.run(slow_tools(ours, tokenizer))
+        return
     # a copy of the configuration: transformers would write "sdpa" into the one of `ours` as well
     twin = type(ours)._from_config(copy.deepcopy(ours.config), attn_implementation="sdpa", dtype=ours.dtype)
     twin.to(device).eval().load_state_dict(ours.state_dict())
     if args.plain:
-        return plain(ours, twin, tokenizer)
+        plain(ours, twin, tokenizer)
+        return
     asyncio.run(benchmark(ours, twin, tokenizer, args))
 
 

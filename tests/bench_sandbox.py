@@ -14,8 +14,16 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sandbox import (ENVIRONMENT, LINUX, OUTPUT_BYTES, Sandbox, SandboxResult, anonymous_file,  # noqa: E402
-                     feedback, prepare)
+from sandbox import (  # noqa: E402
+    ENVIRONMENT,
+    LINUX,
+    OUTPUT_BYTES,
+    Sandbox,
+    SandboxResult,
+    anonymous_file,
+    feedback,
+    prepare,
+)
 
 
 def run_fresh_interpreter(code, timeout=10.0, output_chars=2000):
@@ -70,7 +78,7 @@ async def benchmark(rounds=10, n=50):
     with subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           bufsize=1) as twin:
         async with Sandbox(workers=1) as sandbox:
-            for i in range(rounds + 1):                        # the first only warms up
+            for _ in range(rounds + 1):                        # the first only warms up
                 begin, cpu = time.monotonic(), time.process_time()
                 results = []
                 for _ in range(n):

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import StubSandbox, decode, run, scripted
+from test_ppo import OWN, PPO, metrics_of, run_here, textbook_gae
 
 import eval as evaluation
 import ppo
 import rollout
 import sft
-from conftest import StubSandbox, decode, run, scripted
 from data import tool_call
 from ppo import advantages_and_returns, policy_loss, token_rewards, turn_gae
 from rollout import ToolCall, Trajectory
 from sandbox import Sandbox
-from test_ppo import OWN, PPO, metrics_of, run_here, textbook_gae
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (0.5, 0.0)])

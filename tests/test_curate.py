@@ -25,9 +25,9 @@ import rollout
 import sft
 from data import embedded_problem, load_problems, read_row
 from rollout import encode_response, encode_text, split_segments
-from sandbox import Sandbox, SandboxResult, UserError
 from runs import rewriters
 from runs.rewriters import calculator, program
+from sandbox import Sandbox, SandboxResult, UserError
 from sft import Rejected, check_format, contamination_keys, load_traces
 
 TESTS = Path(__file__).parent

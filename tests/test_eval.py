@@ -29,11 +29,21 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval as evaluation  # noqa: E402
 from conftest import StubSandbox, scripted  # noqa: E402
+
+import eval as evaluation  # noqa: E402
 from data import boxed, extract_answer  # noqa: E402
-from eval import (collapse_metrics, describe_trajectory, exact_value,  # noqa: E402
-                  is_equivalent, majority, one_spelling, problem_metrics, stated_answer, without_unit)
+from eval import (  # noqa: E402
+    collapse_metrics,
+    describe_trajectory,
+    exact_value,
+    is_equivalent,
+    majority,
+    one_spelling,
+    problem_metrics,
+    stated_answer,
+    without_unit,
+)
 from rollout import Pieces, ToolCall, Trajectory, encode_interpreter, encode_text  # noqa: E402
 from runs.results import code_purpose, compare, failure_signatures, paired_gain  # noqa: E402
 from sandbox import Sandbox  # noqa: E402

@@ -10,8 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import rollout
 from data import embedded_problem, encode_prompt
-from rollout import (encode_interpreter, encode_response, encode_text, end_tokens, load_model, load_tokenizer,
-                     use_packed_attention)
+from rollout import (
+    encode_interpreter,
+    encode_response,
+    encode_text,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    use_packed_attention,
+)
 from sandbox import UserError
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -21,19 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_rollout
 import pytest
 import torch
+from conftest import CONFIGS
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import bench_rollout
 import data
 import eval as evaluation
 import ppo
 import rollout
 import sft
-from conftest import CONFIGS
-from ppo import advantages_and_returns, gae, token_rewards, policy_loss, value_loss, whiten
+from ppo import advantages_and_returns, gae, policy_loss, token_rewards, value_loss, whiten
 from rollout import Packing, Trajectory
 from sandbox import UserError
 

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sandbox import UserError
 
 import eval as evaluation
+from sandbox import UserError
 
 TEMPLATE = (Path(__file__).parents[1] / "runs" / "report.html").read_text(encoding="utf-8")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -17,8 +17,17 @@ from conftest import CONFIGS, StubSandbox, decode, run, scripted
 from transformers import AutoModelForCausalLM
 
 import rollout
-from rollout import (Packing, Trajectory, encode_interpreter, encode_response, encode_text, noise_bits,
-                     sample, split_segments, strip_fence)
+from rollout import (
+    Packing,
+    Trajectory,
+    encode_interpreter,
+    encode_response,
+    encode_text,
+    noise_bits,
+    sample,
+    split_segments,
+    strip_fence,
+)
 from sandbox import Sandbox, SandboxResult, UserError
 
 ARCHITECTURES = ["qwen2", "llama", "qwen3", "llama_mha"]

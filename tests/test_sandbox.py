@@ -27,8 +27,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sandbox as module  # noqa: E402
 from bench_sandbox import run_fresh_interpreter  # noqa: E402
+
+import sandbox as module  # noqa: E402
 from sandbox import OUTPUT_BYTES, Sandbox, UserError  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import data
 import eval as evaluation
 import sft
+from ppo import cosine
 from rollout import encode_response
 from sft import Policy, collate, make_example, pack
-from ppo import cosine
 
 
 @pytest.fixture(scope="module")
