@@ -1089,7 +1089,12 @@ def describe_error(error):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the file's docstring as it is, and all defaults."""
+    """--help with the file's docstring as it is, and all defaults that say something."""
+
+    def _get_help_string(self, action):
+        if action.default is False or action.default in ("", [], None):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_flags(parser, argv=None):

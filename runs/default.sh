@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded default with three seeds, and its text-only twin: the figures of README.md. Each run takes minutes on two cores.
+# The embedded default with three seeds, and its text-only twin: the figures of results/README.md. Each run takes minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for seed in ${SEEDS:-21 22 23}; do
