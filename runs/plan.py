@@ -3,7 +3,7 @@
     python runs/plan.py 8 80 --model DIR ...     # 8 GPUs of 80 GiB; the rest are flags of ppo.py
     python runs/plan.py                          # tables for the Qwen2.5 shapes (results/plan.md)
 
-    --lengths 18432,4608   how many rows of these lengths does the KV cache hold?
+    --lengths 18432,4608   how many rows of these mean lengths would the KV cache hold in pages?
     --device cpu           8 processes of 80 GiB each, without a GPU
 
 Counted: tensors of a dense model, whose critic has the same size, with attention that keeps no
@@ -317,8 +317,8 @@ def print_plan(args, gpus, gib, device="cuda", lengths=()):
     cache = planned.rollouts["KV cache"]
     for length in lengths or (longest_row(args), longest_row(args) // 4):
         by_slots, by_pages = rows_that_fit(config, args, cache, length)
-        print(f"KV cache of {cache:.1f} GiB: {by_slots} rows of {length} tokens in whole slots, "
-              f"{by_pages} in pages of {PAGE} tokens")
+        print(f"KV cache of {cache:.1f} GiB, rows of {length} tokens: {by_slots} in whole slots; "
+              f"pages of {PAGE} tokens would hold {by_pages}")
     if device == "cuda":
         print_host(planned, min(gpus, GPUS_PER_NODE))
     print(f"disk: {planned.checkpoint:.1f} GiB per checkpoint (weights and two moments), up to "
@@ -377,9 +377,10 @@ def print_tables():
     print(markdown(["", "1 GPU", "8 GPUs", "16 GPUs"], totals))
     header = ["", "rollouts", "training", "host, loading", "host, afterwards", "if rounded",
               "rows in slots", "rows in pages"]
-    print("\nEight GPUs with --cpu_offload: GiB per GPU in both phases, GiB of host memory, how many\n"
-          "times as much its weights and gradients take without PYTORCH_ALLOC_CONF, and how many rows\n"
-          f"of {longest // 4} tokens fit in {offloaded.kv_gib:g} GiB of KV cache\n")
+    print("\nEight GPUs with --cpu_offload: GiB per GPU in both phases, GiB of host memory, how many")
+    print("times as much its weights and gradients take without PYTORCH_ALLOC_CONF, and how many rows")
+    print(f"of {longest // 4} tokens {offloaded.kv_gib:g} GiB of KV cache hold in slots, and would "
+          f"hold in pages of {PAGE} tokens\n")
     print(markdown(header, details))
 
 

@@ -94,10 +94,10 @@ def flash_twin(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register("twin_of_kernel", flash_twin)
 
 
-def model_on_meta(name):
+def model_on_meta(name, layers=1):
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config_of(name, num_hidden_layers=1), attn_implementation="twin_of_kernel", dtype=torch.bfloat16)
+            config_of(name, num_hidden_layers=layers), attn_implementation="twin_of_kernel", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["0.5B", "7B", "32B"])
@@ -114,6 +114,27 @@ def test_a_layer_holds_what_is_counted(name):
         assert counter.now - output.nbytes == pytest.approx(tokens * kept, rel=0.01)
         output.backward(torch.empty_like(output))
     assert counter.peak - output.nbytes == pytest.approx(tokens * (kept + added), rel=0.01)
+
+
+@pytest.mark.parametrize("flags", [[], ["--activation_checkpointing"]])
+def test_the_layers_hold_together_what_is_counted(flags):
+    """Guards against a plan that counts one layer where all are kept, or all where one is computed again."""
+    layers, tokens = 6, 18432
+    lm = model_on_meta("7B", layers)
+    if flags:
+        lm.train()
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    args = ppo.parse_arguments(["--dtype", "bf16", "--token_budget", str(tokens), *flags])
+    parameters = planner.count_parameters(lm.config)
+    _, in_layer, _ = planner.training_moments(lm.config, args, parameters, "cuda")
+    with Counter(list(lm.parameters())) as counter:
+        ids = torch.zeros(1, tokens, device="meta", dtype=torch.long)
+        output = lm.model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+        output.backward(torch.empty_like(output))
+    assert counter.peak == pytest.approx(in_layer["activations"], rel=0.05)
+    # Weights and gradients: bf16 of the root and the head, 4 times bf16 and once fp32 of one layer.
+    gathered = 2 * parameters.root + 2 * parameters.head + 12 * parameters.layer
+    assert in_layer["gathered"] == gathered
 
 
 @pytest.mark.parametrize("name", ["0.5B", "7B"])
@@ -259,6 +280,12 @@ def test_a_cpu_has_its_own_logits_and_no_gpu_that_limits_the_cache(capsys):
     assert "of 7.2 GiB per process" in capsys.readouterr().out
     offloaded = ppo.parse_arguments(["--cpu_offload"])
     assert planner.plan(config, offloaded, 2, device="cpu").stays.keys() >= {"actor", "moments"}
+
+
+def test_the_committed_tables_are_what_is_printed(capsys):
+    """Guards against results/plan.md of another plan."""
+    planner.main([])
+    assert (ROOT / "results" / "plan.md").read_text() == "$ python runs/plan.py\n" + capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------
