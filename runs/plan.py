@@ -117,7 +117,8 @@ def layer_bytes(config, size):
     heads = config.num_attention_heads * head_dim(config)
     # Kept are, of the feed-forward part, both products, the activation and what enters the last
     # product; of each of two norms its input in fp32, the normalised and the scaled; queries,
-    # attention's output, keys and values repeated for each query head.
+    # attention's output, keys and values repeated for each query head (a kernel that takes them
+    # as they are keeps less).
     norms = 2 * (FP32 + 2 * size) * hidden
     kept = size * (4 * config.intermediate_size + 4 * heads) + norms
     # Added are the gradients of both products, and the gradient that comes from above.
@@ -377,10 +378,10 @@ def print_tables():
     print(markdown(["", "1 GPU", "8 GPUs", "16 GPUs"], totals))
     header = ["", "rollouts", "training", "host, loading", "host, afterwards", "if rounded",
               "rows in slots", "rows in pages"]
-    print("\nEight GPUs with --cpu_offload: GiB per GPU in both phases, GiB of host memory, how many")
-    print("times as much its weights and gradients take without PYTORCH_ALLOC_CONF, and how many rows")
-    print(f"of {longest // 4} tokens {offloaded.kv_gib:g} GiB of KV cache hold in slots, and would "
-          f"hold in pages of {PAGE} tokens\n")
+    print("\nEight GPUs with --cpu_offload: GiB per GPU in both phases, GiB of host memory,")
+    print("how many times as much its weights and gradients take without PYTORCH_ALLOC_CONF,")
+    print(f"and how many rows of {longest // 4} tokens {offloaded.kv_gib:g} GiB of KV cache hold "
+          f"in slots, and would hold in pages of {PAGE} tokens\n")
     print(markdown(header, details))
 
 
