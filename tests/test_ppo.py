@@ -26,7 +26,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 import data
 import eval as evaluation
@@ -463,32 +463,6 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     shutil.rmtree(run / "checkpoints")
     result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
     assert result.returncode == 1 and "no checkpoint to export" in result.stderr
-
-
-QWEN_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8,
-            "intermediate_size": 27648, "vocab_size": 152064, "tie_word_embeddings": False}
-
-
-def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
-    """Guards against an out-of-memory error after an hour, and against a plan that forgets the critic."""
-    planner = module_in_runs("plan")
-    Qwen2Config(**QWEN_32B, max_position_embeddings=32768).save_pretrained(tmp_path)
-    flags = ["--model", str(tmp_path), "--dtype", "bf16", "--activation_checkpointing", "--preset", "paper",
-             "--n_slots", "8", "--max_response_tokens", "6144"]
-    args = ppo.parse_arguments(flags)
-    found = planner.plan(rollout.load_config(args.model), args, 16)
-    assert found["parameters"] == pytest.approx(32.8, abs=0.1)  # as published
-    assert found["sampler"] == pytest.approx(2 * 32.76e9 / 2**30, rel=0.01)
-    assert found["actor"] == pytest.approx(found["sampler"] * 4 / 16, rel=1e-6)
-    assert found["optimiser"] == pytest.approx(found["actor"] + found["critic"])
-    assert found["KV cache"] == pytest.approx(8 * 8192 * 256 / 2**20)  # 256 KiB per token
-    assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
-    with pytest.raises(UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
-        planner.print_plan(args, 16, 141)
-    planner.print_plan(ppo.parse_arguments([*flags, "--cpu_offload"]), 16, 141)
-    assert "fits: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not divide 8 GPUs"):
-        planner.print_plan(ppo.parse_arguments([*flags, "--replicas", "3"]), 8, 141)
 
 
 def save(trainer, folder, step):
