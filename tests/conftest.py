@@ -8,6 +8,7 @@ what it is told. Which question is asked where:
     test_train.py     are log-probabilities, loss and gradient those of the plain model, however packed?
     test_data.py      are problems right, endless, and apart? is every layout understood?
     test_ranks.py     which rank gets which device, and is everything right where they differ?
+    test_device.py    does everything that meets on a GPU lie there?
     test_words.py     is the task of runs/words.py right?
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
     test_plan.py      is the plan of memory what a large model holds, and do the scripts fit it?
