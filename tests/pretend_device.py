@@ -20,6 +20,7 @@ subclasses of tensors. Collectives send what a tensor holds. There is no FSDP.
 import contextlib
 import os
 import sys
+import types
 from collections import Counter
 from unittest import mock
 
@@ -71,6 +72,11 @@ class OnDevice(torch.Tensor):
 
     def numpy(self, **options):
         raise TypeError("a tensor of the device cannot become an array: .cpu() is missing")
+
+    @property
+    def device_mesh(self):
+        """As of a sharded tensor, of which `sync_weights` asks where it is gathered."""
+        return types.SimpleNamespace(device_type=DEVICE)
 
     def full_tensor(self):
         """As of a sharded tensor whose only shard this is."""

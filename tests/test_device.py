@@ -268,7 +268,7 @@ def checkpoint(tmp_path_factory, tokenizer):
     return folder
 
 
-def unsharded(module, lm, args):
+def unsharded(module, lm, args, process):
     """Stands for `sft.shard`, as FSDP knows no pretended device: the only shard is the whole module."""
     lm.eval()
     module.to(DEVICE)
