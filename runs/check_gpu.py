@@ -527,6 +527,9 @@ def check_varlen(setup, report):
         by_fp32 = logprobs_of(setup, exact, tokenizer, rows, varlen=False)
         report_gap(report, f"{name}: varlen against SDPA", (by_varlen - by_sdpa).abs(),
                    mean_tolerance(rows, "bf16"))
+        n_other = (by_varlen != by_sdpa).sum().item()
+        report.figure(f"{name}: log-probabilities that differ at all", n_other)
+        report.require(n_other > 0, f"{name}: both paths computed the same bits: was the path switched?")
         varlen_error = (by_varlen - by_fp32).abs().mean().item()
         sdpa_error = (by_sdpa - by_fp32).abs().mean().item()
         report.figure(f"{name}: mean difference from fp32, varlen", varlen_error)
@@ -627,7 +630,7 @@ def check_decode(setup, report, shape, beside_generate):
     context = setup.prompt_tokens + setup.decode_ticks // 2
 
     for rows in setup.decode_rows:
-        name = f"{rows} rows"
+        name = f"batch {rows}"
         with report.part(setup, name):
             report.need_time(setup.part_seconds)
             if on_gpu(setup.device):
