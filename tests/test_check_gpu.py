@@ -170,6 +170,15 @@ def test_a_process_that_faults_or_hangs_leaves_its_figures(tmp_path, monkeypatch
     assert result["seconds"] < 30
 
 
+def test_each_figure_is_on_the_disk_once_it_is_measured(tmp_path):
+    """Guards against figures that die with the process that has measured them."""
+    report = Report("name", "note", 10.0, tmp_path / "result.json")
+    for n in (1, 2):
+        report.figure(f"figure {n}", n, "ms")
+        on_disk = json.loads((tmp_path / "result.json").read_text())
+        assert on_disk["status"] == "failed" and list(figures(on_disk).values()) == list(range(1, n + 1))
+
+
 def test_a_check_runs_in_a_process_of_its_own(tmp_path):
     """Guards against a command line that the file does not understand when it starts itself."""
     assert main(["--device", "cpu", str(tmp_path), "--checks", "device"]) == 0
@@ -259,9 +268,11 @@ def test_the_lines_that_only_a_gpu_runs_do_run(monkeypatch):
     monkeypatch.setattr(check_gpu, "torch", pretended_torch)
     monkeypatch.setattr(check_gpu, "on_gpu", lambda device: True)
     monkeypatch.setattr(check_gpu, "driver_version", lambda: "580")
-    assert figures(result_of("device"))["memory"] == 24
-    decode = figures(result_of("decode 0.5B"))
-    training = figures(result_of("training 0.5B"))
+    results = {name: result_of(name) for name in ("device", "decode 0.5B", "training 0.5B")}
+    assert {result["status"] for result in results.values()} == {"measured"}, results
+    assert figures(results["device"])["memory"] == 24
+    decode = figures(results["decode 0.5B"])
+    training = figures(results["training 0.5B"])
     assert decode["batch 4: peak memory of the sampler"] == training["activation checkpointing on: peak memory"] == 3
     for found in (decode, training):
         with contextlib.suppress(StopIteration):
