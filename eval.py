@@ -989,9 +989,10 @@ class Process:
     """This process among those that torchrun started."""
     rank: int
     world: int  # how many there are
-    device: torch.device
+    device: torch.device = torch.device("cpu")  # see `use_device`
     goes_on: str = "the same command goes on"  # printed after an interrupt
     deadline: float = math.inf  # of time.monotonic(), from --minutes
+    mesh: object = None  # of the ranks, once sft.py has made it
 
 
 def keep_freed_memory():
@@ -1012,24 +1013,20 @@ def distributed():
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     store = None if "MASTER_PORT" in os.environ else dist.HashStore()
 
-    device = torch.device("cpu")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        # gloo too: --cpu_offload keeps shards in host memory.
-        backend = "cpu:gloo,cuda:nccl"
-    elif sys.platform == "linux":
-        keep_freed_memory()
+    # Before CUDA starts: freed segments can be used for other sizes, and pinned memory is not
+    # rounded up to powers of two.
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
 
-    process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     dist.init_process_group(
-        backend,
+        # gloo with CUDA too: --cpu_offload keeps shards in host memory.
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=store,
         rank=process.rank,
         world_size=process.world,
-        # Other ranks wait in a collective while rank 0 curates.
-        timeout=timedelta(hours=2),
+        # Other ranks wait in a collective while rank 0 curates, or for the longest rollout.
+        timeout=timedelta(days=1),
     )
 
     if process.rank > 0:  # only the first rank prints
@@ -1037,7 +1034,42 @@ def distributed():
     try:
         yield process
     finally:
+        process.mesh = None  # it would outlive its group
         dist.destroy_process_group()
+
+
+def choose_device(wanted, local_rank, local_world, n_gpus, may_use_cpu):
+    """"cuda:<local rank>" if this machine has a GPU for each of its ranks, else "cpu"; UserError
+    where that is not what --device wants, or may_use_cpu is False and there are some GPUs."""
+    if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
+        return "cpu"
+    if local_world <= n_gpus:
+        return f"cuda:{local_rank}"
+    if wanted == "auto" and may_use_cpu:
+        return "cpu"
+    raise UserError(f"{local_world} ranks on this machine, but {n_gpus} GPUs: start at most one "
+                    "rank per GPU (--nproc_per_node), or give --device cpu")
+
+
+def use_device(process, wanted, may_use_cpu):
+    """Set the process's device from --device."""
+    n_gpus = torch.cuda.device_count()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", process.world))
+    device = choose_device(
+        wanted, int(os.environ["LOCAL_RANK"]), local_world, n_gpus, may_use_cpu)
+    process.device = torch.device(device)
+
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+        # TF32 is too coarse for the checks of fp32. cuDNN's attention with a mask makes a plan
+        # for each shape, and is wrong for few key heads on B200 (pytorch #193893).
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return
+    if wanted == "auto" and n_gpus:
+        print(f"on the CPU: {local_world} ranks, but {n_gpus} GPUs")
+    if sys.platform == "linux":
+        keep_freed_memory()
 
 
 @contextlib.contextmanager
@@ -1205,6 +1237,8 @@ def add_format_arguments(parser):
     add = parser.add_argument_group("prompts, precision, tool calls").add_argument
     add("--prompt_template", default="plain",
         help="plain, retool, or a file with {question}")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto: a GPU for each rank of this machine, else the CPU")
     add("--dtype", type=choose_dtype, choices=DTYPES, default="fp32", metavar="{fp32,bf16,auto}",
         help="precision of computation; auto: measured; master weights and sums stay fp32")
     add("--max_interpreter_tokens", type=at_least(1), default=128,
@@ -1334,6 +1368,7 @@ async def main(process):
         return
 
     # What may be wrong is found before a model is loaded.
+    use_device(process, args.device, may_use_cpu=False)
     template = load_template(args.prompt_template)
     sets = {}
     for name in args.problems.split(","):

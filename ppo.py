@@ -308,7 +308,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     trainer.score(examples)
     metrics |= score_metrics(chosen)
     if step == 0 or trainer.is_synced_after(step - 1):
-        check_sampler(examples, args.dtype, step)
+        check_sampler(examples, trainer.logit_error, step)
     stopwatch.lap("score")
 
     # Advantages: how much better each token came out than the critic, or the group, expected.
@@ -419,27 +419,35 @@ def sampler_gap(example):
 LOGIT_ERROR = {"fp32": 1e-3, "bf16": 0.1}
 
 
-def tolerance(logprobs, mask, dtype):
+def logit_error(dtype, n_layers):
+    """In bf16 it grows with depth: 0.07 at 3 layers, 0.12 at 12 (random weights)."""
+    if dtype == "bf16":
+        return LOGIT_ERROR[dtype] * max(1.0, n_layers / 3) ** 0.5
+    return LOGIT_ERROR[dtype]
+
+
+def tolerance(logprobs, mask, error):
     """Mean |log-probability difference| per token that is a bug: an error of logits shifts a token
     of probability p by about 1 - p of it, so a certain token says little."""
     uncertain = ((1 - logprobs.exp()) * mask).sum() / mask.sum().clamp(min=1)
-    return LOGIT_ERROR[dtype] * uncertain.clamp(min=0.01)
+    return error * uncertain.clamp(min=0.01)
 
 
-def check_sampler(examples, dtype, step):
+def check_sampler(examples, error, step):
     """AssertionError where the sampler's log-probabilities are not the trainer's, on average
     or in one response."""
     n = torch.tensor([example.sampled.sum() for example in examples])
     gaps = torch.tensor([sampler_gap(example).sum() for example in examples]) / n
-    allowed = torch.stack([tolerance(e.logprobs, e.sampled, dtype) for e in examples])
+    allowed = torch.stack([tolerance(e.logprobs, e.sampled, error) for e in examples])
 
     # The limit of one response leaves room for one token.
     average = gaps.mean().item()
     worst = gaps[(gaps / allowed).argmax()].item()
-    fits_each = gaps < 2 * allowed + 4 * LOGIT_ERROR[dtype] / n
+    fits_each = gaps < 2 * allowed + 4 * error / n
     assert average < allowed.mean() and fits_each.all(), (
         f"step {step}: the sampler's log-probabilities differ from the trainer's by {average} on "
-        f"average, by {worst} in one response: were the weights synced?")
+        f"average, by {worst} in one response: were the weights synced? Where --dtype fp32 passes "
+        "this check, the precision is too low for the model")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -475,10 +483,11 @@ class Trainer:
 
         def sharded(wrapper, path):
             lm = load_model(path, "cpu", weights=weights)  # `shard` moves it to the GPU by layers
-            return sft.shard(wrapper(lm), lm, args)
+            return sft.shard(wrapper(lm), lm, args, process)
 
         # The sampler is a plain model; what learns is sharded.
         self.sampler = load_model(model_path, process.device, args.dtype, weights)
+        self.logit_error = logit_error(args.dtype, self.sampler.config.num_hidden_layers)
         self.actor = sharded(sft.Policy, model_path)
         self.critic = None
         if args.advantage == "gae":
@@ -564,7 +573,7 @@ class Trainer:
                     logprobs, entropy = self.logprobs(
                         self.actor, flat, packing, with_entropy=args.entropy_coef > 0)
                     if number == 0:
-                        check_unchanged(logprobs, flat, args.dtype)
+                        check_unchanged(logprobs, flat, self.logit_error)
 
                     weights = 1.0
                     if args.importance == "token":
@@ -669,6 +678,11 @@ class Trainer:
             for index, name, values in pieces_of_rank:
                 setattr(examples[index], name, values)
 
+        # Without a backward pass FSDP leaves a root gathered, where the KV cache needs room.
+        for module in (self.actor, self.critic, self.reference):
+            if module:
+                module.reshard()
+
     def is_synced_after(self, step):
         """Whether the sampler gets the actor's weights at the end of a step."""
         return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
@@ -687,12 +701,12 @@ class Trainer:
         return state
 
 
-def check_unchanged(logprobs, flat, dtype):
+def check_unchanged(logprobs, flat, error):
     """AssertionError where a forward pass before the update does not repeat `score`."""
     # It would be a bug: another temperature, a mask off by one, dropout.
     mask = flat.loss_mask
     difference = ((logprobs - flat.logprobs) * mask).abs().sum() / mask.sum().clamp(min=1)
-    assert difference < tolerance(flat.logprobs, mask, dtype), (
+    assert difference < tolerance(flat.logprobs, mask, error), (
         f"first minibatch: mean |log ratio| {difference}, should be 0")
 
 
@@ -933,6 +947,8 @@ async def main(process):
     args = parse_arguments()
     process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
 
+    evaluation.use_device(process, args.device, may_use_cpu=not args.model)
+
     # What can be wrong is found before the warm start, which takes minutes.
     run = RunFolder(args, process)
     sft.check_mesh(args.replicas, process.world)
@@ -970,17 +986,17 @@ async def main(process):
     else:
         model_path = str(await sft.warm_start(args, process))
     tokenizer = load_tokenizer(model_path)
+    if args.export:
+        if process.rank == 0:
+            export(checkpoint, model_path, args.dtype, args.export)
+            tokenizer.save_pretrained(args.export)
+        print(f"step {record['step']} of {run.path} exported to {args.export}")
+        return
     trainer = Trainer(args, model_path, process, weights=not checkpoint)
     if checkpoint:
         dcp.load(trainer.state(), checkpoint_id=checkpoint)
         if args.sync_every == 1:
             sft.sync_weights(trainer.actor, trainer.sampler)
-    if args.export:
-        if process.rank == 0:
-            trainer.sampler.save_pretrained(args.export)
-            tokenizer.save_pretrained(args.export)
-        print(f"step {record['step']} of {run.path} exported to {args.export}")
-        return
 
     prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
     for name in sets:
@@ -1063,6 +1079,14 @@ async def main(process):
           f"curves and responses: {run.path}/report.html, in a browser\n"
           "one response live: python rollout.py "
           f"--model {run.path}/checkpoint {shlex.quote(question)}")
+
+
+def export(checkpoint, model_path, dtype, folder):
+    """A checkpoint's actor for plain transformers: read straight into a plain model."""
+    model = load_model(model_path, "cpu", dtype, weights=False)
+    state = {f"actor.lm.{name}": p.detach() for name, p in model.named_parameters()}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    model.save_pretrained(folder)
 
 
 def evaluation_sets(args):

@@ -53,7 +53,6 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -85,6 +84,7 @@ from eval import (
     parse_flags,
     run_script,
     syntax_tree,
+    use_device,
 )
 from rollout import (
     CLOSING,
@@ -325,21 +325,26 @@ class Muon(torch.optim.Optimizer):
             average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
             my_rows.append(p.grad.lerp(average, momentum).to_local().flatten())
 
-        # Every rank gets the others' rows, in one message: one per matrix took 100 ms.
+        # Every rank gets the others' rows, in one message: one per matrix took 100 ms. By way of
+        # the CPU: a CUDA tensor would come back on its sender's device.
         mesh = matrices[0].device_mesh
         shard_dim = mesh.ndim - 1
+        rank = mesh.get_local_rank(shard_dim)
         rows_of_rank = [None] * mesh.size(shard_dim)
         my_sizes = [len(rows) for rows in my_rows]
         dist.all_gather_object(
-            rows_of_rank, (torch.cat(my_rows), my_sizes), mesh.get_group(shard_dim))
+            rows_of_rank, (torch.cat(my_rows).cpu(), my_sizes), mesh.get_group(shard_dim))
         split_rows = [flat.split(sizes) for flat, sizes in rows_of_rank]
 
-        # Every rank makes the same whole update and steps its own rows.
+        # Every rank makes the same whole update and steps its own rows, wherever they lie.
         for i, p in enumerate(matrices):
             direction = torch.cat([rows[i] for rows in split_rows]).view(p.shape)
             scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            update = orthogonalise(direction) * scale
-            p.sub_(lr * distribute_tensor(update, mesh, p.placements, src_data_rank=None))
+            update = orthogonalise(direction.to(mesh.device_type)) * scale
+
+            mine = p.to_local()
+            begin = sum(len(rows[i]) for rows in split_rows[:rank]) // p.shape[1]
+            mine.sub_((lr * update[begin:begin + len(mine)]).to(mine.device))
 
 
 def orthogonalise(x):
@@ -487,7 +492,7 @@ def train_on_traces(traces, held_out, recipe, args, folder, process):
     if process.rank == 0:
         plain = starting_model(recipe.model, config, recipe.sft_seed)
     policy = Policy(starting_model(recipe.model, config, recipe.sft_seed))
-    shard(policy, policy.lm, args)
+    shard(policy, policy.lm, args, process)
     metrics = train(policy, examples, held_out_examples, recipe, process, folder,
                     args.sft_save_every)
     sync_weights(policy, plain)
@@ -838,16 +843,16 @@ def check_mesh(replicas, world):
         raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
 
 
-def shard(module, lm, args):
+def shard(module, lm, args, process):
     """FSDP2 over `module`, which contains `lm`. Master weights, gradients and optimiser states are
     fp32."""
-    world = dist.get_world_size()
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
-        grid = (args.replicas, world // args.replicas)
-        mesh = init_device_mesh(device_type, grid, mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device_type, (world,))
+    # Made once: each mesh has communicators of its own.
+    device_type = process.device.type
+    if process.mesh is None and args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
+        grid = (args.replicas, process.world // args.replicas)
+        process.mesh = init_device_mesh(device_type, grid, mesh_dim_names=("replicate", "shard"))
+    elif process.mesh is None:
+        process.mesh = init_device_mesh(device_type, (process.world,))
 
     lm.eval()
     if args.activation_checkpointing:
@@ -862,20 +867,24 @@ def shard(module, lm, args):
     if args.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device_type == "cuda")
     for unit in [*lm.model.layers, module]:
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(unit, mesh=process.mesh, mp_policy=precision, offload_policy=offload)
     return module
 
 
 @torch.no_grad()
 def sync_weights(policy, plain):
     """Copy the sharded policy's weights into a plain model, in place. All ranks call it; plain may
-    be None on those that want no copy."""
+    be None on those that want no copy, if it is fp32 on the others."""
     policy.reshard()  # after a forward without backward the root's weights are still gathered
     sources = dict(policy.lm.named_parameters())
     targets = dict(plain.named_parameters()) if plain else dict.fromkeys(sources)
     assert targets.keys() == sources.keys()
     for name, source in sources.items():
-        full = source.full_tensor()
+        # To the GPU and to the target's precision before gathering: fewer bytes, by NCCL.
+        part = source.detach().to(source.device_mesh.device_type)
+        if plain:
+            part = part.to(targets[name].dtype)
+        full = part.full_tensor()
         if plain:
             targets[name].copy_(full)
 
@@ -1365,6 +1374,7 @@ async def main(process):
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
 
     process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
+    use_device(process, args.device, may_use_cpu=not args.model)
     check_mesh(args.replicas, process.world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
     folder = await warm_start(args, process, args.traces)

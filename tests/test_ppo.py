@@ -26,7 +26,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 import data
 import eval as evaluation
@@ -446,7 +446,9 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     shutil.copytree(folder / "first", run)
     run_ranks(2, folder / "two_more.log", "--resume", str(run), "--steps", "3", "--replicas", "2")
     assert [row["step"] for row in metrics_of(run) if "step" in row] == [0, 1, 2]
-    result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "Trainer", None)  # of a large model it would not fit on one card
+        result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
     assert result.returncode == 0 and "step 3 of" in result.stdout, result.stderr[-3000:]
     a, b = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "checkpoint", exported))
     ids = torch.tensor([[5, 6, 7, 300, 301]])
@@ -461,32 +463,6 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     shutil.rmtree(run / "checkpoints")
     result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
     assert result.returncode == 1 and "no checkpoint to export" in result.stderr
-
-
-QWEN_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8,
-            "intermediate_size": 27648, "vocab_size": 152064, "tie_word_embeddings": False}
-
-
-def test_the_plan_adds_up_and_refuses_what_cannot_fit(tmp_path, capsys):
-    """Guards against an out-of-memory error after an hour, and against a plan that forgets the critic."""
-    planner = module_in_runs("plan")
-    Qwen2Config(**QWEN_32B, max_position_embeddings=32768).save_pretrained(tmp_path)
-    flags = ["--model", str(tmp_path), "--dtype", "bf16", "--activation_checkpointing", "--preset", "paper",
-             "--n_slots", "8", "--max_response_tokens", "6144"]
-    args = ppo.parse_arguments(flags)
-    found = planner.plan(rollout.load_config(args.model), args, 16)
-    assert found["parameters"] == pytest.approx(32.8, abs=0.1)  # as published
-    assert found["sampler"] == pytest.approx(2 * 32.76e9 / 2**30, rel=0.01)
-    assert found["actor"] == pytest.approx(found["sampler"] * 4 / 16, rel=1e-6)
-    assert found["optimiser"] == pytest.approx(found["actor"] + found["critic"])
-    assert found["KV cache"] == pytest.approx(8 * 8192 * 256 / 2**20)  # 256 KiB per token
-    assert found["total"] == pytest.approx(sum(list(found.values())[1:-1]))
-    with pytest.raises(UserError, match="does not fit: .* the largest part is sampler with 61.0 GiB"):
-        planner.print_plan(args, 16, 141)
-    planner.print_plan(ppo.parse_arguments([*flags, "--cpu_offload"]), 16, 141)
-    assert "fits: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not divide 8 GPUs"):
-        planner.print_plan(ppo.parse_arguments([*flags, "--replicas", "3"]), 8, 141)
 
 
 def save(trainer, folder, step):
@@ -809,10 +785,10 @@ def test_one_response_of_another_policy_stops_the_run(trainer_and_examples):
     first = torch.arange(len(certain)) == rows[0].sampled.argmax()
     rows.append(replace(rows[0], logprobs=certain.masked_fill(first, math.log(0.58)),
                         sampler_logprobs=certain.masked_fill(first, math.log(0.51))))
-    ppo.check_sampler(rows, "bf16", 0)
+    ppo.check_sampler(rows, ppo.logit_error("bf16", 3), 0)
     rows[0].sampler_logprobs -= 0.4
     with pytest.raises(AssertionError, match="in one response"):
-        ppo.check_sampler(rows, "bf16", 0)
+        ppo.check_sampler(rows, ppo.logit_error("bf16", 3), 0)
 
 
 @pytest.mark.parametrize("logprob, off, healthy", [(-1.0, 0.05, True), (-1.0, 0.2, False), (-0.001, 0.01, False)])
@@ -823,7 +799,7 @@ def test_sampler_and_trainer_may_differ_where_rounding_can(trainer_and_examples,
     rows = [replace(e, logprobs=torch.full_like(e.logprobs, logprob),
                     sampler_logprobs=torch.full_like(e.logprobs, logprob - off)) for e in examples]
     with contextlib.nullcontext() if healthy else pytest.raises(AssertionError, match="were the weights synced"):
-        ppo.check_sampler(rows, "bf16", 0)
+        ppo.check_sampler(rows, ppo.logit_error("bf16", 3), 0)
 
 
 def test_an_interrupted_warm_start_goes_on_with_the_same_metrics(runs, tmp_path):
