@@ -428,7 +428,7 @@ def check_greedy(setup, report):
 
         n_equal, n_tokens = equal_before_difference(ours, theirs)
         gap = torch.cat(gaps)
-        allowed = mean_tolerance(trajectories, dtype)
+        allowed = mean_tolerance(trajectories, dtype, config)
         report.figure(f"{dtype}: tokens", n_tokens)
         report.figure(f"{dtype}: equal before the first difference", n_equal / n_tokens)
         report_gap(report, f"{dtype}: engine against generate", gap, allowed)
@@ -436,11 +436,12 @@ def check_greedy(setup, report):
             report.require(ours == theirs, "fp32: greedy tokens are not those of generate")
 
 
-def mean_tolerance(trajectories, dtype):
+def mean_tolerance(trajectories, dtype, config):
     """`ppo.tolerance` of the tokens that these rows sampled."""
     logprobs = torch.cat([torch.tensor(trajectory.logprobs) for trajectory in trajectories])
     mask = torch.cat([torch.tensor(without_calls(trajectory)) for trajectory in trajectories])
-    return ppo.tolerance(logprobs, mask, dtype).item()
+    error = ppo.logit_error(dtype, config.num_hidden_layers)
+    return ppo.tolerance(logprobs, mask, error).item()
 
 
 def report_gap(report, name, gap, allowed):
@@ -483,7 +484,8 @@ def check_trainer(setup, report):
             if dtype == "bf16":
                 logprobs = logprobs.detach()
                 gap = (logprobs - flat.sampler_logprobs).abs()[flat.loss_mask.bool()]
-                allowed = ppo.tolerance(logprobs, flat.loss_mask, dtype).item()
+                error = ppo.logit_error(dtype, config.num_hidden_layers)
+                allowed = ppo.tolerance(logprobs, flat.loss_mask, error).item()
                 report_gap(report, f"{name}: sampler against trainer", gap, allowed)
 
         # Of the same weights and tokens: rounding turns a gradient a little, a wrong kernel turns it away.
@@ -527,7 +529,7 @@ def check_varlen(setup, report):
         by_sdpa = logprobs_of(setup, model, tokenizer, rows, varlen=False)
         by_fp32 = logprobs_of(setup, exact, tokenizer, rows, varlen=False)
         report_gap(report, f"{name}: varlen against SDPA", (by_varlen - by_sdpa).abs(),
-                   mean_tolerance(rows, "bf16"))
+                   mean_tolerance(rows, "bf16", model.config))
         n_other = (by_varlen != by_sdpa).sum().item()
         report.figure(f"{name}: log-probabilities that differ at all", n_other)
         report.require(n_other > 0, f"{name}: both paths computed the same bits: was the path switched?")
@@ -898,10 +900,12 @@ def run_child(args, setup):
     report = Report(check.name, setup.note, float(args.limit), Path(args.result))
     report.deadline = BEGIN + float(args.limit)  # the imports count
     with contextlib.ExitStack() as stack:
-        # What the scripts set up for CUDA is to hold here, too. `check_run` starts a script, which may want the
-        # card for itself.
+        # What the scripts set up for CUDA holds here, too. `check_run` starts a script, which may want the card
+        # for itself.
         if on_gpu(setup.device) and check.function is not check_run:
-            setup.device = stack.enter_context(evaluation.distributed()).device
+            process = stack.enter_context(evaluation.distributed())
+            evaluation.use_device(process, "cuda", may_use_cpu=False)
+            setup.device = process.device
         run_check(check, setup, report)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import eval as evaluation
 import rollout
 from runs import check_gpu
 from runs.check_gpu import (
@@ -184,6 +185,27 @@ def test_a_check_runs_in_a_process_of_its_own(tmp_path):
     assert main(["--device", "cpu", str(tmp_path), "--checks", "device"]) == 0
     [result] = json.loads((tmp_path / "check_gpu.json").read_text())["checks"]
     assert result["status"] == "measured" and figures(result)["torch"] == torch.__version__
+
+
+def test_a_check_on_a_gpu_starts_as_the_scripts_do(tmp_path, monkeypatch):
+    """Guards against figures of a CPU under the name of a GPU, and of settings that no script has."""
+    signature = inspect.signature(evaluation.use_device)
+
+    def use_device(*arguments, **options):
+        given = signature.bind(*arguments, **options).arguments
+        assert given["wanted"] == "cuda" and not given["may_use_cpu"]
+        given["process"].device = torch.device("cuda:5")
+
+    def check(setup, report):
+        report.figure("device", str(setup.device))
+        report.figure("in a group", torch.distributed.is_initialized())
+
+    monkeypatch.setattr(evaluation, "use_device", use_device)
+    monkeypatch.setattr(check_gpu, "CHECKS", [Check("a check", check, 1)])
+    result = tmp_path / "result.json"
+    arguments = ["--device", "cuda", "--child", "a check", "--result", str(result), "--limit", "100"]
+    check_gpu.run_child(check_gpu.parse_arguments(arguments), make_setup("cuda"))
+    assert figures(json.loads(result.read_text())) == {"device": "cuda:5", "in a group": True}
 
 
 def test_a_wrong_decode_step_is_found_by_both_comparisons(monkeypatch):
