@@ -9,6 +9,7 @@ what it is told. Which question is asked where:
     test_data.py      are problems right, endless, and apart? is every layout understood?
     test_ranks.py     which rank gets which device, and is everything right where they differ?
     test_device.py    does everything that meets on a GPU lie there?
+    test_check_gpu.py  does runs/check_gpu.py find what is wrong, survive it, and say what it measured?
     test_words.py     is the task of runs/words.py right?
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
     test_plan.py      is the plan of memory what a large model holds, and do the scripts fit it?
