@@ -980,8 +980,19 @@ def load_model(path, device, dtype="fp32", weights=True):
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
     else:
         model = AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])
-    use_packed_attention(model.to(device), path)
-    return model
+    # Before it is moved: the check makes fp32 copies, for which a GPU may have no room, and its
+    # tolerance is that of full fp32 products, which a GPU may round.
+    use_packed_attention(model, path)
+    return model.to(device)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so. PyTorch's are RuntimeErrors, on the CPU of no class of their
+    own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "allocate memory" in text
 
 
 def logits_in_three_ways(model):
@@ -1020,13 +1031,15 @@ def use_packed_attention(model, name):
 
     # In fp32 a difference is not rounding.
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-    for parameter in dtypes:
-        parameter.data = at_least_fp32(parameter.data)
-
     try:
+        for parameter in dtypes:
+            parameter.data = at_least_fp32(parameter.data)
         plain, packed, cached = logits_in_three_ways(model)
         list(model.model.layers)  # what the trainers shard
-    except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
+    except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError,
+            MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"{name}: not enough memory to check it in fp32") from None
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
 
     plain_last = plain[[11, 28]]  # the last tokens of the two
