@@ -682,9 +682,11 @@ class Packing:
         n_seen = np.ones(max(slots) + 1, dtype=np.int64)
         n_seen[slots] = np.array(past) + 1
         self.longest = int(n_seen.max())
-        is_unseen = np.arange(self.longest) >= n_seen[:, None]
-        bias = torch.from_numpy(np.where(is_unseen, -np.inf, 0.0))
-        bias = bias.to(device=self.cache.k.device, dtype=self.cache.k.dtype)
+        device = self.cache.k.device
+        n_seen = torch.from_numpy(n_seen).to(device)
+        is_unseen = torch.arange(self.longest, device=device) >= n_seen[:, None]
+        bias = torch.zeros(is_unseen.shape, dtype=self.cache.k.dtype, device=device)
+        bias.masked_fill_(is_unseen, -math.inf)
         self.bias = bias[:, None, None]  # (slots in view, 1, 1, longest)
 
     def plan_groups(self, slots, positions):
@@ -702,13 +704,32 @@ class Packing:
             new = np.array(self.lengths)[rows, None]  # (n, 1)
             offsets = np.minimum(np.arange(new.max()), new - 1)
             indices = begins[rows, None] + offsets
-            # A token sees keys up to its own position.
-            own_position = positions[indices]
-            keys = np.arange(own_position.max() + 1)
-            mask = keys <= own_position[:, None, :, None]
-            arrays = np.array(slots)[rows], indices, mask
+            n_keys = int(positions[indices].max()) + 1
+
             device = self.cache.k.device
-            self.groups.append([torch.from_numpy(array).to(device) for array in arrays])
+            slots_of_group = torch.from_numpy(np.array(slots)[rows]).to(device)
+            indices = torch.from_numpy(indices).to(device)
+            # A token sees keys up to its own position.
+            own_position = self.position_ids[indices]
+            keys = torch.arange(n_keys, device=device)
+            mask = keys <= own_position[:, None, :, None]
+            self.groups.append((slots_of_group, indices, mask))
+
+
+def repeats_heads(device):
+    """Whether SDPA gets a key head once per query head. On CUDA the memory-efficient kernel, which
+    takes masks and fp32, refuses fewer: the scores of all tokens would then lie in memory."""
+    return device.type == "cuda"
+
+
+def sdpa(query, key, value, **options):
+    """scaled_dot_product_attention of query (n, H, T, D), key and value (n, K, S, D)."""
+    if repeats_heads(query.device):
+        queries_per_key = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(queries_per_key, 1)
+        value = value.repeat_interleave(queries_per_key, 1)
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=is_grouped, **options)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None,
@@ -742,11 +763,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     # Prompts and interpreter text.
     for slots, indices, mask in packing.groups:
         n_keys = mask.shape[-1]
-        attended = F.scaled_dot_product_attention(
+        attended = sdpa(
             q[:, indices].transpose(0, 1),  # (n, H, new, D)
             k_cache[slots, :, :n_keys],  # (n, K, keys, D)
             v_cache[slots, :, :n_keys],
-            attn_mask=mask, scale=scaling, enable_gqa=q.shape[0] != k.shape[0])
+            attn_mask=mask, scale=scaling)
         out[indices] = attended.transpose(1, 2)
     return out[None], None
 
@@ -759,8 +780,7 @@ def whole_sequences(q, k, v, packing, scale):
     values = v[None].split(packing.lengths, 2)
     out = []
     for query, key, value in zip(queries, keys, values):
-        out.append(F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=q.shape[0] != k.shape[0]))
+        out.append(sdpa(query, key, value, is_causal=True, scale=scale))
     return torch.cat(out, 2).transpose(1, 2)
 
 
