@@ -377,6 +377,10 @@ class Engine:
         numbers = 2 * math.prod(KVCache.shape(model.config, 1, longest))  # keys and values
         slot_bytes = numbers * weight.element_size()
         budget = free_bytes(weight.device)
+        if weight.is_cuda:
+            n_tokens = PREFILL_TOKENS + longest - settings.max_response_tokens
+            n_rows = min(settings.n_slots, len(rows))
+            budget -= tick_bytes(model.config, n_tokens, n_rows, weight.dtype, settings.top_p)
         if settings.kv_gib:
             budget = min(budget, settings.kv_gib * 2**30)
         if budget < slot_bytes:
@@ -829,8 +833,23 @@ def one_token_each(q, k_cache, v_cache, packing, scale):
 AttentionInterface.register("retool", packed_attention)
 
 
+def tick_bytes(config, n_tokens, n_rows, dtype, top_p=1.0):
+    """Bytes that a tick needs beside weights and cache, for n_tokens fed and n_rows sampled:
+
+    tokens * (10 hidden + 3 intermediate + 2 D (H + 2 K)) * bytes of a number
+    + rows * V * (40, or with top_p 120)
+    """
+    n_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    per_token = 10 * config.hidden_size + 3 * intermediate + 2 * head_dim(config) * n_heads
+    # A logit in the model's dtype and in fp32, its log-probability, and float64 for the CDF; the
+    # nucleus is found by sorting.
+    per_logit = 40 if top_p == 1.0 else 120
+    return n_tokens * per_token * dtype.itemsize + n_rows * config.vocab_size * per_logit
+
+
 def free_bytes(device):
-    """Nine tenths of a device's free memory; infinite if unknown."""
+    """Nine tenths of a device's free memory, on a CPU this rank's share; infinite if unknown."""
     if device.type == "cuda":
         # What PyTorch has reserved is in pieces.
         torch.cuda.empty_cache()
@@ -838,7 +857,8 @@ def free_bytes(device):
     meminfo = Path("/proc/meminfo")  # Linux
     if meminfo.exists():
         kib = re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]
-        return 0.9 * 1024 * int(kib)
+        n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+        return 0.9 * 1024 * int(kib) / n_ranks
     return math.inf
 
 
@@ -909,7 +929,11 @@ def choose_dtype(name):
     """The name; for "auto" bf16 if that is clearly faster here: many CPUs only emulate it."""
     if name != "auto":
         return name
-    ones = torch.ones(256, 512, device="cuda" if torch.cuda.is_available() else "cpu")
+    # Not timed: the start of a kernel hides how fast it is.
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+    ones = torch.ones(256, 512)
     seconds = []
     for dtype in DTYPES.values():
         timer = Timer(
