@@ -29,6 +29,7 @@ import argparse
 import asyncio
 import functools
 import heapq
+import inspect
 import itertools
 import math
 import os
@@ -47,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -374,7 +376,8 @@ class Engine:
 
         # As many slots as fit. Each holds the longest row: once admitted, a row can finish.
         weight = next(model.parameters())
-        numbers = 2 * math.prod(KVCache.shape(model.config, 1, longest))  # keys and values
+        slot_tokens = padded_to_page(longest, weight.device, weight.dtype)
+        numbers = 2 * math.prod(KVCache.shape(model.config, 1, slot_tokens))  # keys and values
         slot_bytes = numbers * weight.element_size()
         budget = free_bytes(weight.device)
         if weight.is_cuda:
@@ -387,7 +390,7 @@ class Engine:
             raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
                             f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
         n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
-        self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
+        self.cache = KVCache(model.config, n_slots, slot_tokens, weight.dtype, weight.device)
         # A heap: low slots keep the decode view short.
         self.free = list(range(n_slots))
 
@@ -398,8 +401,8 @@ class Engine:
                 await asyncio.sleep(0)
                 await self.wait_for_tools()
                 leaders, followers = self.admit()
-                # Queued rows would fill the gaps.
-                if not self.queue:
+                # Queued rows would fill the gaps, and the kernel of a GPU reads no view.
+                if not self.queue and not self.cache.uses_varlen:
                     self.compact()
 
                 # Packing wants the shorter ones first.
@@ -640,6 +643,22 @@ def head_dim(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+# Positions in a page of the kernel's are a multiple of these. A page is a slot.
+PAGE_TOKENS = 256
+
+
+def uses_varlen(device, dtype):
+    """Whether attention is `varlen_attn`, a kernel for CUDA in half precision; else it is SDPA."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def padded_to_page(max_tokens, device, dtype):
+    """Positions of a slot."""
+    if uses_varlen(device, dtype):
+        return math.ceil(max_tokens / PAGE_TOKENS) * PAGE_TOKENS
+    return max_tokens
+
+
 class KVCache:
     """Slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
 
@@ -649,15 +668,20 @@ class KVCache:
         return config.num_hidden_layers, n_slots, n_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
-        shape = self.shape(config, n_slots, max_tokens)
+        self.uses_varlen = uses_varlen(device, dtype)
+        shape = self.shape(config, n_slots, padded_to_page(max_tokens, device, dtype))
         self.kv = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.k, self.v = self.kv
         self.lengths = [0] * n_slots
 
 
+def int32(values, device):
+    return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
+
+
 class Packing:
     """A flat stream of N sequences with so many new tokens (lengths). With a cache, slots[i]
-    holds the past of sequence i, and lengths ascend."""
+    holds the past of sequence i; for SDPA lengths ascend."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths = lengths
@@ -672,12 +696,27 @@ class Packing:
         if cache is None:
             return
 
-        assert lengths == sorted(lengths), "shorter rows must come first"
         self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
+        if cache.uses_varlen:
+            self.plan_varlen(slots, past)
+            return
+
+        assert lengths == sorted(lengths), "shorter rows must come first"
         self.n_decode = lengths.count(1)
         if self.n_decode:
             self.plan_decoding(slots[:self.n_decode], past[:self.n_decode])
         self.plan_groups(slots, positions)
+
+    def plan_varlen(self, slots, past):
+        """What `varlen_attn` asks for, in int32."""
+        device = self.cache.k.device
+        n_seen = np.add(past, self.lengths)
+        self.begins = int32([0, *np.cumsum(self.lengths)], device)  # (N + 1,), of queries
+        self.key_begins = int32([0, *np.cumsum(n_seen)], device)  # (N + 1,)
+        self.n_seen = int32(n_seen, device)  # (N,)
+        self.block_table = int32(slots, device)[:, None]  # (N, 1)
+        self.longest_new = max(self.lengths)
+        self.longest = int(n_seen.max())
 
     def plan_decoding(self, slots, past):
         """The bias for rows with one new token."""
@@ -751,8 +790,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 
     # Training: sequences without a past.
     if packing.cache is None:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return whole_sequences_flash(q, k, v, packing, scaling), None
+        if uses_varlen(q.device, q.dtype):
+            return whole_sequences_varlen(q, k, v, packing, scaling), None
         return whole_sequences(q, k, v, packing, scaling), None
 
     # Sampling: new keys and values go into the cache.
@@ -760,20 +799,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     v_cache = packing.cache.v[module.layer_idx]
     k_cache[packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
     v_cache[packing.slot_of_token, :, packing.position_ids] = v.transpose(0, 1)
-
-    out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
-    if packing.n_decode:
-        out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scaling)
-    # Prompts and interpreter text.
-    for slots, indices, mask in packing.groups:
-        n_keys = mask.shape[-1]
-        attended = sdpa(
-            q[:, indices].transpose(0, 1),  # (n, H, new, D)
-            k_cache[slots, :, :n_keys],  # (n, K, keys, D)
-            v_cache[slots, :, :n_keys],
-            attn_mask=mask, scale=scaling)
-        out[indices] = attended.transpose(1, 2)
-    return out[None], None
+    if packing.cache.uses_varlen:
+        return cached_sequences_varlen(q, k_cache, v_cache, packing, scaling), None
+    return cached_sequences(q, k_cache, v_cache, packing, scaling), None
 
 
 def whole_sequences(q, k, v, packing, scale):
@@ -788,8 +816,8 @@ def whole_sequences(q, k, v, packing, scale):
     return torch.cat(out, 2).transpose(1, 2)
 
 
-def whole_sequences_flash(q, k, v, packing, scale):
-    """The same on CUDA, by flash-attn or what PyTorch bundles of it: never run."""
+def whole_sequences_varlen(q, k, v, packing, scale):
+    """The same by one kernel: flash-attn's, or what PyTorch bundles of it. Never run on a GPU."""
     bounds = F.pad(packing.last + 1, (1, 0)).int()  # (N + 1,)
     longest = max(packing.lengths)
     q = q.transpose(0, 1)  # (T, H, D)
@@ -800,15 +828,51 @@ def whole_sequences_flash(q, k, v, packing, scale):
             q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
             max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=True)[None]
 
-    # Its enable_gqa came with PyTorch 2.12.
-    from torch.nn.attention.varlen import varlen_attn
-    n_repeats = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(n_repeats, 1)
-    v = v.repeat_interleave(n_repeats, 1)
     # The window is all keys before and none after.
     return varlen_attn(
         q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest,
-        scale=scale, window_size=(-1, 0))[None]
+        scale=scale, window_size=(-1, 0), enable_gqa=True)[None]
+
+
+def cached_sequences(q, k_cache, v_cache, packing, scale):
+    """New tokens after their past in the cache: q (H, T, D), k_cache and v_cache
+    (n_slots, K, S, D) -> (1, T, H, D)."""
+    out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
+    if packing.n_decode:
+        out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scale)
+    # Prompts and interpreter text.
+    for slots, indices, mask in packing.groups:
+        n_keys = mask.shape[-1]
+        attended = sdpa(
+            q[:, indices].transpose(0, 1),  # (n, H, new, D)
+            k_cache[slots, :, :n_keys],  # (n, K, keys, D)
+            v_cache[slots, :, :n_keys],
+            attn_mask=mask, scale=scale)
+        out[indices] = attended.transpose(1, 2)
+    return out[None]
+
+
+def cached_sequences_varlen(q, k_cache, v_cache, packing, scale):
+    """The same by one call of a kernel, whatever a row feeds. Never run on a GPU."""
+    # Causal, aligned at the last key. If each row feeds one token, no key comes after it, and only
+    # a full window lets the kernel read a key once for all its query heads.
+    window = (-1, 0) if packing.longest_new > 1 else (-1, -1)
+    return varlen_attn(
+        q.transpose(0, 1),  # (T, H, D)
+        k_cache.transpose(1, 2),  # (pages, positions, K, D): a page is a slot
+        v_cache.transpose(1, 2),
+        cu_seq_q=packing.begins,
+        cu_seq_k=packing.key_begins,
+        max_q=packing.longest_new,
+        max_k=packing.longest,
+        scale=scale,
+        window_size=window,
+        enable_gqa=True,
+        seqused_k=packing.n_seen,
+        block_table=packing.block_table,
+        # CRUCIAL: other numbers of splits compute wrong rows where keys lie in pages (PyTorch's
+        # issue 194167). With one, a row does not depend on its company either.
+        num_splits=1)[None]
 
 
 def one_token_each(q, k_cache, v_cache, packing, scale):
@@ -1019,6 +1083,8 @@ def load_config(path, tokenizer=()):
 
 def load_model(path, device, dtype="fp32", weights=True):
     """A causal LM with `packed_attention`; weights=False: random, to be overwritten."""
+    if uses_varlen(torch.device(device), DTYPES[dtype]):
+        need_varlen(load_config(path), device)
     # Trap: a later `.to(torch.bfloat16)` would round RoPE's frequencies.
     if weights:
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
@@ -1028,6 +1094,21 @@ def load_model(path, device, dtype="fp32", weights=True):
     # tolerance is that of full fp32 products, which a GPU may round.
     use_packed_attention(model, path)
     return model.to(device)
+
+
+def need_varlen(config, device):
+    """UserError if this GPU, this PyTorch or these heads have no kernel for half precision."""
+    instead = "use --dtype fp32"
+    wanted = {"enable_gqa", "seqused_k", "block_table", "num_splits"}
+    missing = wanted - set(inspect.signature(varlen_attn).parameters)
+    if missing:
+        raise UserError(f"bf16 on a GPU needs a newer PyTorch: varlen_attn of {torch.__version__} "
+                        f"has no {', '.join(sorted(missing))}; or {instead}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise UserError(f"bf16 needs a GPU of compute capability 8.0 or more: {instead}")
+    if head_dim(config) % 8 or head_dim(config) > 256:
+        raise UserError(f"bf16 on a GPU needs a head dim that 8 divides, at most 256, "
+                        f"not {head_dim(config)}: {instead}")
 
 
 def is_out_of_memory(error):
