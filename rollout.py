@@ -29,6 +29,7 @@ import argparse
 import asyncio
 import functools
 import heapq
+import inspect
 import itertools
 import math
 import os
@@ -47,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -374,16 +376,21 @@ class Engine:
 
         # As many slots as fit. Each holds the longest row: once admitted, a row can finish.
         weight = next(model.parameters())
-        numbers = 2 * math.prod(KVCache.shape(model.config, 1, longest))  # keys and values
+        slot_tokens = padded_to_page(longest, weight.device, weight.dtype)
+        numbers = 2 * math.prod(KVCache.shape(model.config, 1, slot_tokens))  # keys and values
         slot_bytes = numbers * weight.element_size()
         budget = free_bytes(weight.device)
+        if weight.is_cuda:
+            n_tokens = PREFILL_TOKENS + longest - settings.max_response_tokens
+            n_rows = min(settings.n_slots, len(rows))
+            budget -= tick_bytes(model.config, n_tokens, n_rows, weight.dtype, settings.top_p)
         if settings.kv_gib:
             budget = min(budget, settings.kv_gib * 2**30)
         if budget < slot_bytes:
             raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
                             f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
         n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
-        self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
+        self.cache = KVCache(model.config, n_slots, slot_tokens, weight.dtype, weight.device)
         # A heap: low slots keep the decode view short.
         self.free = list(range(n_slots))
 
@@ -394,8 +401,8 @@ class Engine:
                 await asyncio.sleep(0)
                 await self.wait_for_tools()
                 leaders, followers = self.admit()
-                # Queued rows would fill the gaps.
-                if not self.queue:
+                # Queued rows would fill the gaps, and the kernel of a GPU reads no view.
+                if not self.queue and not self.cache.uses_varlen:
                     self.compact()
 
                 # Packing wants the shorter ones first.
@@ -636,6 +643,22 @@ def head_dim(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+# Positions in a page of the kernel's are a multiple of these. A page is a slot.
+PAGE_TOKENS = 256
+
+
+def uses_varlen(device, dtype):
+    """Whether attention is `varlen_attn`, a kernel for CUDA in half precision; else it is SDPA."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def padded_to_page(max_tokens, device, dtype):
+    """Positions of a slot."""
+    if uses_varlen(device, dtype):
+        return math.ceil(max_tokens / PAGE_TOKENS) * PAGE_TOKENS
+    return max_tokens
+
+
 class KVCache:
     """Slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
 
@@ -645,15 +668,20 @@ class KVCache:
         return config.num_hidden_layers, n_slots, n_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
-        shape = self.shape(config, n_slots, max_tokens)
+        self.uses_varlen = uses_varlen(device, dtype)
+        shape = self.shape(config, n_slots, padded_to_page(max_tokens, device, dtype))
         self.kv = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.k, self.v = self.kv
         self.lengths = [0] * n_slots
 
 
+def int32(values, device):
+    return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
+
+
 class Packing:
     """A flat stream of N sequences with so many new tokens (lengths). With a cache, slots[i]
-    holds the past of sequence i, and lengths ascend."""
+    holds the past of sequence i; for SDPA lengths ascend."""
 
     def __init__(self, lengths, device, cache=None, slots=None):
         self.lengths = lengths
@@ -668,12 +696,27 @@ class Packing:
         if cache is None:
             return
 
-        assert lengths == sorted(lengths), "shorter rows must come first"
         self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
+        if cache.uses_varlen:
+            self.plan_varlen(slots, past)
+            return
+
+        assert lengths == sorted(lengths), "shorter rows must come first"
         self.n_decode = lengths.count(1)
         if self.n_decode:
             self.plan_decoding(slots[:self.n_decode], past[:self.n_decode])
         self.plan_groups(slots, positions)
+
+    def plan_varlen(self, slots, past):
+        """What `varlen_attn` asks for, in int32."""
+        device = self.cache.k.device
+        n_seen = np.add(past, self.lengths)
+        self.begins = int32([0, *np.cumsum(self.lengths)], device)  # (N + 1,), of queries
+        self.key_begins = int32([0, *np.cumsum(n_seen)], device)  # (N + 1,)
+        self.n_seen = int32(n_seen, device)  # (N,)
+        self.block_table = int32(slots, device)[:, None]  # (N, 1)
+        self.longest_new = max(self.lengths)
+        self.longest = int(n_seen.max())
 
     def plan_decoding(self, slots, past):
         """The bias for rows with one new token."""
@@ -682,9 +725,11 @@ class Packing:
         n_seen = np.ones(max(slots) + 1, dtype=np.int64)
         n_seen[slots] = np.array(past) + 1
         self.longest = int(n_seen.max())
-        is_unseen = np.arange(self.longest) >= n_seen[:, None]
-        bias = torch.from_numpy(np.where(is_unseen, -np.inf, 0.0))
-        bias = bias.to(device=self.cache.k.device, dtype=self.cache.k.dtype)
+        device = self.cache.k.device
+        n_seen = torch.from_numpy(n_seen).to(device)
+        is_unseen = torch.arange(self.longest, device=device) >= n_seen[:, None]
+        bias = torch.zeros(is_unseen.shape, dtype=self.cache.k.dtype, device=device)
+        bias.masked_fill_(is_unseen, -math.inf)
         self.bias = bias[:, None, None]  # (slots in view, 1, 1, longest)
 
     def plan_groups(self, slots, positions):
@@ -702,13 +747,32 @@ class Packing:
             new = np.array(self.lengths)[rows, None]  # (n, 1)
             offsets = np.minimum(np.arange(new.max()), new - 1)
             indices = begins[rows, None] + offsets
-            # A token sees keys up to its own position.
-            own_position = positions[indices]
-            keys = np.arange(own_position.max() + 1)
-            mask = keys <= own_position[:, None, :, None]
-            arrays = np.array(slots)[rows], indices, mask
+            n_keys = int(positions[indices].max()) + 1
+
             device = self.cache.k.device
-            self.groups.append([torch.from_numpy(array).to(device) for array in arrays])
+            slots_of_group = torch.from_numpy(np.array(slots)[rows]).to(device)
+            indices = torch.from_numpy(indices).to(device)
+            # A token sees keys up to its own position.
+            own_position = self.position_ids[indices]
+            keys = torch.arange(n_keys, device=device)
+            mask = keys <= own_position[:, None, :, None]
+            self.groups.append((slots_of_group, indices, mask))
+
+
+def repeats_heads(device):
+    """Whether SDPA gets a key head once per query head. On CUDA the memory-efficient kernel, which
+    takes masks and fp32, refuses fewer: the scores of all tokens would then lie in memory."""
+    return device.type == "cuda"
+
+
+def sdpa(query, key, value, **options):
+    """scaled_dot_product_attention of query (n, H, T, D), key and value (n, K, S, D)."""
+    if repeats_heads(query.device):
+        queries_per_key = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(queries_per_key, 1)
+        value = value.repeat_interleave(queries_per_key, 1)
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=is_grouped, **options)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None,
@@ -726,8 +790,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 
     # Training: sequences without a past.
     if packing.cache is None:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return whole_sequences_flash(q, k, v, packing, scaling), None
+        if uses_varlen(q.device, q.dtype):
+            return whole_sequences_varlen(q, k, v, packing, scaling), None
         return whole_sequences(q, k, v, packing, scaling), None
 
     # Sampling: new keys and values go into the cache.
@@ -735,20 +799,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     v_cache = packing.cache.v[module.layer_idx]
     k_cache[packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
     v_cache[packing.slot_of_token, :, packing.position_ids] = v.transpose(0, 1)
-
-    out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
-    if packing.n_decode:
-        out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scaling)
-    # Prompts and interpreter text.
-    for slots, indices, mask in packing.groups:
-        n_keys = mask.shape[-1]
-        attended = F.scaled_dot_product_attention(
-            q[:, indices].transpose(0, 1),  # (n, H, new, D)
-            k_cache[slots, :, :n_keys],  # (n, K, keys, D)
-            v_cache[slots, :, :n_keys],
-            attn_mask=mask, scale=scaling, enable_gqa=q.shape[0] != k.shape[0])
-        out[indices] = attended.transpose(1, 2)
-    return out[None], None
+    if packing.cache.uses_varlen:
+        return cached_sequences_varlen(q, k_cache, v_cache, packing, scaling), None
+    return cached_sequences(q, k_cache, v_cache, packing, scaling), None
 
 
 def whole_sequences(q, k, v, packing, scale):
@@ -759,13 +812,12 @@ def whole_sequences(q, k, v, packing, scale):
     values = v[None].split(packing.lengths, 2)
     out = []
     for query, key, value in zip(queries, keys, values):
-        out.append(F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=q.shape[0] != k.shape[0]))
+        out.append(sdpa(query, key, value, is_causal=True, scale=scale))
     return torch.cat(out, 2).transpose(1, 2)
 
 
-def whole_sequences_flash(q, k, v, packing, scale):
-    """The same on CUDA, by flash-attn or what PyTorch bundles of it: never run."""
+def whole_sequences_varlen(q, k, v, packing, scale):
+    """The same by one kernel: flash-attn's, or what PyTorch bundles of it. Never run on a GPU."""
     bounds = F.pad(packing.last + 1, (1, 0)).int()  # (N + 1,)
     longest = max(packing.lengths)
     q = q.transpose(0, 1)  # (T, H, D)
@@ -776,15 +828,51 @@ def whole_sequences_flash(q, k, v, packing, scale):
             q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
             max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=True)[None]
 
-    # Its enable_gqa came with PyTorch 2.12.
-    from torch.nn.attention.varlen import varlen_attn
-    n_repeats = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(n_repeats, 1)
-    v = v.repeat_interleave(n_repeats, 1)
     # The window is all keys before and none after.
     return varlen_attn(
         q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest,
-        scale=scale, window_size=(-1, 0))[None]
+        scale=scale, window_size=(-1, 0), enable_gqa=True)[None]
+
+
+def cached_sequences(q, k_cache, v_cache, packing, scale):
+    """New tokens after their past in the cache: q (H, T, D), k_cache and v_cache
+    (n_slots, K, S, D) -> (1, T, H, D)."""
+    out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
+    if packing.n_decode:
+        out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scale)
+    # Prompts and interpreter text.
+    for slots, indices, mask in packing.groups:
+        n_keys = mask.shape[-1]
+        attended = sdpa(
+            q[:, indices].transpose(0, 1),  # (n, H, new, D)
+            k_cache[slots, :, :n_keys],  # (n, K, keys, D)
+            v_cache[slots, :, :n_keys],
+            attn_mask=mask, scale=scale)
+        out[indices] = attended.transpose(1, 2)
+    return out[None]
+
+
+def cached_sequences_varlen(q, k_cache, v_cache, packing, scale):
+    """The same by one call of a kernel, whatever a row feeds. Never run on a GPU."""
+    # Causal, aligned at the last key. If each row feeds one token, no key comes after it, and only
+    # a full window lets the kernel read a key once for all its query heads.
+    window = (-1, 0) if packing.longest_new > 1 else (-1, -1)
+    return varlen_attn(
+        q.transpose(0, 1),  # (T, H, D)
+        k_cache.transpose(1, 2),  # (pages, positions, K, D): a page is a slot
+        v_cache.transpose(1, 2),
+        cu_seq_q=packing.begins,
+        cu_seq_k=packing.key_begins,
+        max_q=packing.longest_new,
+        max_k=packing.longest,
+        scale=scale,
+        window_size=window,
+        enable_gqa=True,
+        seqused_k=packing.n_seen,
+        block_table=packing.block_table,
+        # CRUCIAL: other numbers of splits compute wrong rows where keys lie in pages (PyTorch's
+        # issue 194167). With one, a row does not depend on its company either.
+        num_splits=1)[None]
 
 
 def one_token_each(q, k_cache, v_cache, packing, scale):
@@ -809,8 +897,23 @@ def one_token_each(q, k_cache, v_cache, packing, scale):
 AttentionInterface.register("retool", packed_attention)
 
 
+def tick_bytes(config, n_tokens, n_rows, dtype, top_p=1.0):
+    """Bytes that a tick needs beside weights and cache, for n_tokens fed and n_rows sampled:
+
+    tokens * (10 hidden + 3 intermediate + 2 D (H + 2 K)) * bytes of a number
+    + rows * V * (40, or with top_p 120)
+    """
+    n_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    per_token = 10 * config.hidden_size + 3 * intermediate + 2 * head_dim(config) * n_heads
+    # A logit in the model's dtype and in fp32, its log-probability, and float64 for the CDF; the
+    # nucleus is found by sorting.
+    per_logit = 40 if top_p == 1.0 else 120
+    return n_tokens * per_token * dtype.itemsize + n_rows * config.vocab_size * per_logit
+
+
 def free_bytes(device):
-    """Nine tenths of a device's free memory; infinite if unknown."""
+    """Nine tenths of a device's free memory, on a CPU this rank's share; infinite if unknown."""
     if device.type == "cuda":
         # What PyTorch has reserved is in pieces.
         torch.cuda.empty_cache()
@@ -818,7 +921,8 @@ def free_bytes(device):
     meminfo = Path("/proc/meminfo")  # Linux
     if meminfo.exists():
         kib = re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]
-        return 0.9 * 1024 * int(kib)
+        n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+        return 0.9 * 1024 * int(kib) / n_ranks
     return math.inf
 
 
@@ -889,7 +993,11 @@ def choose_dtype(name):
     """The name; for "auto" bf16 if that is clearly faster here: many CPUs only emulate it."""
     if name != "auto":
         return name
-    ones = torch.ones(256, 512, device="cuda" if torch.cuda.is_available() else "cpu")
+    # Not timed: the start of a kernel hides how fast it is.
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+    ones = torch.ones(256, 512)
     seconds = []
     for dtype in DTYPES.values():
         timer = Timer(
@@ -975,13 +1083,41 @@ def load_config(path, tokenizer=()):
 
 def load_model(path, device, dtype="fp32", weights=True):
     """A causal LM with `packed_attention`; weights=False: random, to be overwritten."""
+    if uses_varlen(torch.device(device), DTYPES[dtype]):
+        need_varlen(load_config(path), device)
     # Trap: a later `.to(torch.bfloat16)` would round RoPE's frequencies.
     if weights:
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
     else:
         model = AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])
-    use_packed_attention(model.to(device), path)
-    return model
+    # Before it is moved: the check makes fp32 copies, for which a GPU may have no room, and its
+    # tolerance is that of full fp32 products, which a GPU may round.
+    use_packed_attention(model, path)
+    return model.to(device)
+
+
+def need_varlen(config, device):
+    """UserError if this GPU, this PyTorch or these heads have no kernel for half precision."""
+    instead = "use --dtype fp32"
+    wanted = {"enable_gqa", "seqused_k", "block_table", "num_splits"}
+    missing = wanted - set(inspect.signature(varlen_attn).parameters)
+    if missing:
+        raise UserError(f"bf16 on a GPU needs a newer PyTorch: varlen_attn of {torch.__version__} "
+                        f"has no {', '.join(sorted(missing))}; or {instead}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise UserError(f"bf16 needs a GPU of compute capability 8.0 or more: {instead}")
+    if head_dim(config) % 8 or head_dim(config) > 256:
+        raise UserError(f"bf16 on a GPU needs a head dim that 8 divides, at most 256, "
+                        f"not {head_dim(config)}: {instead}")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so. PyTorch's are RuntimeErrors, on the CPU of no class of their
+    own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "allocate memory" in text
 
 
 def logits_in_three_ways(model):
@@ -1020,13 +1156,15 @@ def use_packed_attention(model, name):
 
     # In fp32 a difference is not rounding.
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-    for parameter in dtypes:
-        parameter.data = at_least_fp32(parameter.data)
-
     try:
+        for parameter in dtypes:
+            parameter.data = at_least_fp32(parameter.data)
         plain, packed, cached = logits_in_three_ways(model)
         list(model.model.layers)  # what the trainers shard
-    except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
+    except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError,
+            MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"{name}: not enough memory to check it in fp32") from None
         raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from None
 
     plain_last = plain[[11, 28]]  # the last tokens of the two

@@ -102,6 +102,20 @@ def test_the_check_leaves_a_bf16_model_as_it_was(tokenizer):
     assert torch.equal(before.model.rotary_emb.inv_freq, after.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), MemoryError()])
+def test_a_lack_of_memory_is_not_called_an_unsupported_architecture(error):
+    """Guards against a user who looks for another model, where a smaller one or another machine would do."""
+    model = tiny("qwen2", {}, 128)
+
+    def fail(*args, **kwargs):
+        raise error
+    model.model.layers[1].mlp.forward = fail
+    with pytest.raises(UserError, match="^tiny: not enough memory"):
+        use_packed_attention(model, "tiny")
+
+
 def saved(tmp_path, tokenizer, **generation):
     model = tiny("llama", {"eos_token_id": tokenizer.eos_token_id}, len(tokenizer))
     for name, value in generation.items():
@@ -109,6 +123,13 @@ def saved(tmp_path, tokenizer, **generation):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return str(tmp_path)
+
+
+def test_a_model_is_checked_before_it_is_moved(tokenizer, tmp_path):
+    """Guards against fp32 copies of all weights on a GPU that has room for those in bf16 alone. A "meta" device
+    computes nothing: a check there could not pass."""
+    moved = load_model(saved(tmp_path, tokenizer), "meta", "bf16")
+    assert {(p.device.type, p.dtype) for p in moved.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer, tmp_path):

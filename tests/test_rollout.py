@@ -14,6 +14,7 @@ import pytest
 import torch
 from bench_rollout import watched
 from conftest import CONFIGS, StubSandbox, decode, run, scripted
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 import rollout
@@ -814,6 +815,55 @@ def test_dtype_auto_is_bf16_only_where_rank_0_measures_that_it_is_clearly_faster
     monkeypatch.setattr(rollout.dist, "broadcast_object_list", lambda found: found.__setitem__(slice(2), [fp32, bf16]))
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
     assert rollout.choose_dtype.__wrapped__("auto") == chosen
+
+
+@pytest.mark.parametrize("supported, chosen", [(True, "bf16"), (False, "fp32")])
+def test_dtype_auto_asks_a_gpu_what_it_supports(monkeypatch, supported, chosen):
+    """Guards against fp32 on every GPU: the start of a small kernel takes longer than its products."""
+    def timer(*args, **options):
+        raise AssertionError("a GPU is not timed")
+
+    def is_bf16_supported(including_emulation=True):
+        return supported or including_emulation
+    monkeypatch.setattr(rollout, "Timer", timer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert rollout.choose_dtype.__wrapped__("auto") == chosen
+
+
+def test_ranks_share_the_memory_of_a_cpu(monkeypatch):
+    """Guards against ranks that each take nine tenths of the same memory."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = rollout.free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert rollout.free_bytes(torch.device("cpu")) == pytest.approx(alone / 8, rel=0.2)
+
+
+def test_the_cache_of_a_gpu_leaves_room_for_a_tick(tokenizer, monkeypatch):
+    """Guards against a cache that takes what the first long prompts and sampling need."""
+    # A model of 7 billion parameters: about 3 GiB for a prefill, and for 128 rows of 152k logits about 1.
+    config = CONFIGS["qwen2"](hidden_size=3584, intermediate_size=18944, vocab_size=152064)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 28, 4, 128
+    needed = rollout.tick_bytes(config, 16384, 128, torch.bfloat16) / 2**30
+    assert 3.5 < needed < 4.5
+    with_top_p = rollout.tick_bytes(config, 16384, 128, torch.bfloat16, top_p=0.9) / 2**30
+    assert with_top_p == pytest.approx(needed + 80 * 128 * 152064 / 2**30)
+
+    # Tensors of this mode have shapes and devices, and no numbers.
+    with FakeTensorMode():
+        config = CONFIGS["qwen2"](hidden_size=64, num_hidden_layers=2, vocab_size=len(tokenizer), intermediate_size=96)
+        weight = torch.empty(1, device="cuda")
+        model = SimpleNamespace(config=config, parameters=lambda: iter([weight]), generation_config=None)
+        rows = [rollout.Row(Trajectory(0, i, [5] * 30), 0, [5] * 30) for i in range(9)]
+        settings = rollout.Sampling(max_response_tokens=70)
+        slot = 2 * 2 * 2 * 16 * 100 * 4  # keys and values; L, K, D, S; fp32
+        tick = rollout.tick_bytes(config, 16384 + 30, 9, torch.float32)
+        monkeypatch.setattr(rollout, "free_bytes", lambda device: tick + 3.5 * slot)
+        engine = rollout.Engine(model, tokenizer, None, settings, rows, 100)
+        assert engine.cache.k.is_cuda and len(engine.cache.lengths) == 3
+        monkeypatch.setattr(rollout, "free_bytes", lambda device: tick + 0.5 * slot)
+        with pytest.raises(UserError, match="one row of 100 tokens needs .* of KV cache"):
+            rollout.Engine(model, tokenizer, None, settings, rows, 100)
 
 
 # ------------------------------------------------------------------------------------------------------------
