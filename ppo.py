@@ -641,6 +641,7 @@ class Trainer:
 
     def minibatches(self, examples, step):
         """The examples, in an order of seed and step, in args.minibatches lists."""
+        # A generator of its own: the same order on all ranks, and after a resume.
         generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
         order = torch.randperm(len(examples), generator=generator).tolist()
         shuffled = [examples[i] for i in order]
@@ -672,6 +673,7 @@ class Trainer:
                     # clone: a view would be pickled with the whole micro-batch behind it
                     pieces.append((index, name, values.clone()))
 
+        # Every rank sets the columns of all examples.
         gathered = [None] * self.process.world
         dist.all_gather_object(gathered, pieces)
         for pieces_of_rank in gathered:
@@ -1014,6 +1016,7 @@ async def main(process):
     begin -= record["seconds"]  # of the runs that this one continues
 
     async def evaluate_all(when):
+        # Two responses of the first set are shown.
         examples = ""
         for name, rows in sets.items():
             label = f"{name} {when}"

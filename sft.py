@@ -693,6 +693,7 @@ def load_traces(source):
             "failed_calls": [],
             "family": Path(source).stem,
             "response": problem.pop("solution")}
+        # What the row itself says comes last, and wins.
         traces.append(trace | problem | row)
     return traces
 
@@ -700,6 +701,7 @@ def load_traces(source):
 def take_apart(response):
     """The model's texts (each but the last ends with a call), of each call its tool and the text
     between its tags, and the interpreter text after each."""
+    # They alternate, and the model's come first.
     segments = [text for _, text in split_segments(response)]
     texts = segments[::2]
     outputs = segments[1::2]
@@ -1096,8 +1098,8 @@ NOTICED = re.compile(
 
 
 def is_used(output, later):
-    """Whether the text after a snippet takes up a number that it printed, perhaps rounded. If it
-    printed none ("True", taken up as "it is prime"): whether it printed anything."""
+    """Whether the text after a snippet takes up a number that it printed, perhaps rounded."""
+    # "True" may be taken up as "it is prime": without numbers any output counts.
     printed = numbers(output)
     if not printed:
         return not output.startswith("[no output")
