@@ -206,6 +206,8 @@ def watched():
         seen.update(calls=1, tokens_fed=sum(map(len, tokens)), kv_tokens=sum(cache.lengths),
                     slots_used=sum(map(bool, cache.lengths)))
         seen["slots"], seen["slot_tokens"] = len(cache.lengths), cache.k.shape[3]
+        if cache.is_paged:  # on average
+            seen["slot_tokens"] = cache.k.shape[1] * cache.k.shape[2] // len(cache.lengths)
         return logits
     rollout.forward_step = watch
     try:

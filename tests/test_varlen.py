@@ -15,7 +15,7 @@ from conftest import StubSandbox, run, scripted
 
 import rollout
 from rollout import KVCache, Packing, PagedCache, encode_text
-from sandbox import UserError
+from sandbox import SandboxResult, UserError
 from sft import Policy, collate, make_example
 
 
@@ -282,9 +282,12 @@ def test_preempted_rows_end_as_if_memory_were_endless(
         return ids + [None] * rng.randint(9, 90) + [tokenizer.eos_token_id]
 
     def sandbox():
-        return StubSandbox("some output 12\n" * 2, delay=lambda code: 0.002)
+        def answer(code):
+            return SandboxResult("sandbox_error" if "2" in code else "ok", "some output 12\n" * 2)
+        return StubSandbox(answer, delay=lambda code: 0.002)
     expected = run(model, tokenizer, prompts, sandbox(), logits_processor=scripted(script), **options)
-    assert seen[-1].cache.k.shape[1] == 8 * 13 and {t.finish_reason for t in expected} == {"eos", "length"}
+    assert seen[-1].cache.k.shape[1] == 8 * 13
+    assert {t.finish_reason for t in expected} == {"eos", "length", "sandbox_error"}
 
     preempted = Counter()
     preempt = rollout.Engine.preempt
@@ -302,7 +305,7 @@ def test_preempted_rows_end_as_if_memory_were_endless(
     cache = seen[-1].cache
     assert cache.k.shape[1] == pages == len(cache.free_pages) and not any(cache.tables) and not any(cache.lengths)
     assert max(in_flight) > pages // 13, "no more rows than slots would hold"
-    assert preempted["runs"] > 10 and (preempted["waits"] or not rejoin_ticks)
+    assert preempted["runs"] > 4 and (preempted["waits"] or not rejoin_ticks)
     assert twin.calls["paged", True] > 20
 
     monkeypatch.setattr(rollout, "free_bytes", lambda device: pages_of_a_row(model, 200) - 1)
