@@ -313,6 +313,36 @@ def test_preempted_rows_end_as_if_memory_were_endless(
         run(model, tokenizer, prompts, sandbox(), **options)
 
 
+@pytest.mark.parametrize("status", ["ok", "sandbox_error"])
+def test_a_row_that_is_preempted_while_its_snippet_runs_gets_the_result(
+        make_models, tokenizer, as_on_a_gpu, monkeypatch, status):
+    """Guards against a result that is lost or awaited for ever, and against a row without pages that gives back
+    those of another."""
+    monkeypatch.setattr(rollout, "PAGE_TOKENS", 16)
+    as_on_a_gpu(only_half=False, page=16)
+    model = in_fp32(make_models("qwen2")[0])
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: pages_of_a_row(model, 20 + 170) + 1)
+    eos, call = tokenizer.eos_token_id, encode_text(tokenizer, "<code>\nprint(1)\n</code>")
+    scripts = {(0, 0): [5] * 160 + [eos], (1, 0): call + [6] * 5 + [eos], (2, 0): [7] * 150 + [eos]}
+    preempted, engines = [], []
+    preempt = rollout.Engine.preempt
+
+    def noted(engine, row):
+        preempted.append((row.trajectory.prompt_index, row in engine.paused))
+        preempt(engine, row)
+    monkeypatch.setattr(rollout.Engine, "preempt", noted)
+    done = run(model, tokenizer, [[5] * 20, [6] * 20, [7] * 20], StubSandbox(lambda code: SandboxResult(status, "12\n")),
+               n_slots=2, rejoin_ticks=165, max_response_tokens=170, logits_processor=scripted(scripts),
+               on_tick=lambda engine, admitted: engines.append(engine))
+    assert preempted[0] == (1, True)
+    assert [t.finish_reason for t in done] == ["eos", "eos" if status == "ok" else status, "eos"]
+    assert [[i for i, m in zip(t.response_ids, t.loss_mask) if m] for t in done] == [
+        scripts[0, 0], scripts[1, 0] if status == "ok" else call, scripts[2, 0]]
+    assert done[1].tool_calls[0].output == "12\n" and len(done[1].tool_calls) == 1
+    cache = engines[-1].cache
+    assert sorted(cache.free_pages) == list(range(12)) and sorted(engines[-1].free) == [0, 1]
+
+
 def test_the_gain_of_pages_is_that_of_its_definition():
     """Guards against a figure in a docstring that counts prompts or whole responses only."""
     # A prompt of 3 tokens holds, while it gets 4 more, 1, 2, 2, 2 pages of 4; the longest row has 4.
