@@ -1034,7 +1034,7 @@ def cached_sequences_varlen(q, packing, layer, scale):
         seqused_k=packing.n_seen,
         block_table=packing.block_table,
         # CRUCIAL: other numbers of splits compute wrong rows where keys lie in pages (PyTorch's
-        # issue 194167). With one, a row does not depend on its company either.
+        # issue 194167), and depend on the longest row.
         num_splits=1)[None]
 
 
