@@ -9,6 +9,9 @@ One tick of the engine:
     3. One token is sampled per row. A row that completes `</code>` pauses, and keeps its slot,
        while the sandbox runs the snippet.
 
+On CUDA in half precision attention is one call of a kernel per layer, over pages (`PagedCache`);
+elsewhere it is SDPA, over slots (`KVCache`).
+
 Sampled tokens are never decoded and encoded again. Their `loss_mask` (1 = sampled, 0 = forced
 interpreter text) travels unchanged to loss, GAE and metrics.
 
@@ -315,11 +318,16 @@ class Row:
     trajectory: Trajectory
     key: int  # names the prompt to the noise
     pending: list  # tokens to feed
-    slot: int = -1
+    slot: int = -1  # none
     text: str = ""  # since the last call
     overrun: str = ""  # of the last token beyond </code>
     task: object = None  # the running snippet
     due: int = 0  # tick at which the row rejoins
+
+    @property
+    def order(self):
+        """A row of lower order is older."""
+        return self.trajectory.prompt_index, self.trajectory.sample_index
 
 
 async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_keys=None,
@@ -356,7 +364,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
 
 class Engine:
     """The tick loop of one `generate`. A row is in the `queue`, `active` (fed next), `paused`
-    (its snippet runs), or finished (its slot is free)."""
+    (its snippet runs), or finished (its slot is free). A preempted row has lost its slot: it is in
+    the queue again, or still paused."""
 
     def __init__(self, model, tokenizer, sandbox, settings, rows, longest):
         self.model = model
@@ -374,23 +383,34 @@ class Engine:
         # Prompt index -> (logits after it, keys and values), for other samples.
         self.shared = {}
 
-        # As many slots as fit. Each holds the longest row: once admitted, a row can finish.
         weight = next(model.parameters())
-        slot_tokens = padded_to_page(longest, weight.device, weight.dtype)
-        numbers = 2 * math.prod(KVCache.shape(model.config, 1, slot_tokens))  # keys and values
-        slot_bytes = numbers * weight.element_size()
+        is_paged = uses_varlen(weight.device, weight.dtype)
+        row_tokens = n_pages(longest) * PAGE_TOKENS if is_paged else longest
+        numbers = 2 * math.prod(KVCache.shape(model.config, 1, row_tokens))  # keys and values
+        row_bytes = numbers * weight.element_size()
+        n_rows = min(settings.n_slots, len(rows))
+
         budget = free_bytes(weight.device)
         if weight.is_cuda:
-            n_tokens = PREFILL_TOKENS + longest - settings.max_response_tokens
-            n_rows = min(settings.n_slots, len(rows))
+            longest_prompt = longest - settings.max_response_tokens
+            n_tokens = max(longest, PREFILL_TOKENS + longest_prompt)
             budget -= tick_bytes(model.config, n_tokens, n_rows, weight.dtype, settings.top_p)
         if settings.kv_gib:
             budget = min(budget, settings.kv_gib * 2**30)
-        if budget < slot_bytes:
-            raise UserError(f"one row of {longest} tokens needs {slot_bytes / 2**30:.2g} GiB of KV "
+        if budget < row_bytes:
+            raise UserError(f"one row of {longest} tokens needs {row_bytes / 2**30:.2g} GiB of KV "
                             f"cache, there are {budget / 2**30:.2g} (--kv_gib, or free)")
-        n_slots = int(min(settings.n_slots, len(rows), budget / slot_bytes))
-        self.cache = KVCache(model.config, n_slots, slot_tokens, weight.dtype, weight.device)
+
+        # In slots of the longest row, each row can finish; in pages at least the oldest can.
+        rows_that_fit = min(n_rows, budget / row_bytes)
+        if is_paged:
+            n_slots = n_rows
+            total_pages = int(rows_that_fit * n_pages(longest))
+            self.cache = PagedCache(
+                model.config, n_slots, total_pages, weight.dtype, weight.device)
+        else:
+            n_slots = int(rows_that_fit)
+            self.cache = KVCache(model.config, n_slots, longest, weight.dtype, weight.device)
         # A heap: low slots keep the decode view short.
         self.free = list(range(n_slots))
 
@@ -400,9 +420,10 @@ class Engine:
                 # Let the sandbox's own callbacks run.
                 await asyncio.sleep(0)
                 await self.wait_for_tools()
+                self.make_room()
                 leaders, followers = self.admit()
-                # Queued rows would fill the gaps, and the kernel of a GPU reads no view.
-                if not self.queue and not self.cache.uses_varlen:
+                # Queued rows would fill the gaps.
+                if not self.queue and not self.cache.is_paged:
                     self.compact()
 
                 # Packing wants the shorter ones first.
@@ -420,7 +441,7 @@ class Engine:
     async def wait_for_tools(self):
         """Bring back the paused rows whose turn it is."""
         begin = time.perf_counter()
-        is_idle = not self.active and not (self.queue and self.free)
+        is_idle = not self.active and not self.can_admit()
         if self.settings.rejoin_ticks:
             # Reproducible: a row returns so many ticks after its call.
             if is_idle:
@@ -441,16 +462,61 @@ class Engine:
             self.rejoin(row)
             self.tell(row)
 
+    def make_room(self):
+        """Reserve room for what active rows feed next. Where there is none, the youngest row in
+        flight is preempted. The oldest never is: it ends, however small the cache."""
+        for row in sorted(self.active, key=lambda row: row.order):
+            while row.slot >= 0 and not self.cache.reserve(row.slot, len(row.pending)):
+                in_flight = [other for other in self.active + self.paused if other.slot >= 0]
+                self.preempt(max(in_flight, key=lambda other: other.order))
+
+    def preempt(self, row):
+        """Take a row's slot. It is computed again from its tokens; a paused one waits for its call
+        before that."""
+        self.release(row)
+        if row in self.active:
+            self.active.remove(row)
+            self.requeue(row)
+
+    def requeue(self, row):
+        """A preempted row is next to be admitted."""
+        row.pending = row.trajectory.prompt_ids + row.trajectory.response_ids
+        self.queue.appendleft(row)
+
+    def release(self, row):
+        """Give a row's slot back, if it has one."""
+        if row.slot >= 0:
+            self.cache.release(row.slot)
+            heapq.heappush(self.free, row.slot)
+            row.slot = -1
+
+    def can_admit(self):
+        """Whether there is a next row, a slot, and room for what the row feeds first."""
+        if not self.queue or not self.free:
+            return False
+        return self.cache.has_room(len(self.queue[0].pending))
+
     def admit(self):
-        """Fill free slots: (leaders, which compute their prompt; followers, which copy it)."""
+        """Fill free slots: (leaders, which compute their prompt; followers, which copy it). Rows
+        that were preempted become active, and compute all their tokens."""
         leaders = []
         followers = []
         computed = set(self.shared)
         n_tokens = 0
-        while self.queue and self.free and n_tokens < PREFILL_TOKENS:
-            row = self.queue.popleft()
+        while self.can_admit() and n_tokens < PREFILL_TOKENS:
+            row = self.queue[0]
+            # It may be long: not after others that make it too much for a tick.
+            was_preempted = bool(row.trajectory.response_ids)
+            if was_preempted and n_tokens and n_tokens + len(row.pending) > PREFILL_TOKENS:
+                break
+
+            self.queue.popleft()
             row.slot = heapq.heappop(self.free)
-            if row.trajectory.prompt_index in computed:
+            self.cache.reserve(row.slot, len(row.pending))
+            if was_preempted:
+                self.active.append(row)
+                n_tokens += len(row.pending)
+            elif row.trajectory.prompt_index in computed:
                 followers.append(row)
             else:
                 leaders.append(row)
@@ -507,10 +573,13 @@ class Engine:
 
         # Later ticks may need the next row's prompt: a copy, as slots are refilled.
         next_prompt = self.queue[0].trajectory.prompt_index if self.queue else None
+        wanted = {row.trajectory.prompt_index for row in followers} | {next_prompt}
         for row in leaders:
             prompt_index = row.trajectory.prompt_index
+            if prompt_index not in wanted:
+                continue
             prompt_logits = logits[0][rows.index(row)]  # (V,)
-            prompt_kv = cache.kv[:, :, row.slot, :, :len(row.pending)]  # (2, L, K, prompt, D)
+            prompt_kv = cache.read(row.slot, len(row.pending))
             if prompt_index == next_prompt:
                 prompt_logits = prompt_logits.clone()
                 prompt_kv = prompt_kv.clone()
@@ -518,9 +587,8 @@ class Engine:
 
         for row in followers:
             prompt_logits, prompt_kv = self.shared[row.trajectory.prompt_index]
-            length = prompt_kv.shape[3]
-            cache.kv[:, :, row.slot, :, :length] = prompt_kv
-            cache.lengths[row.slot] = length
+            cache.fill(row.slot, prompt_kv)
+            cache.lengths[row.slot] = len(row.pending)
             logits.append(prompt_logits[None])
 
         kept = self.shared.get(next_prompt)
@@ -615,14 +683,16 @@ class Engine:
             self.finish(row, "length")
             return
 
-        row.pending = row.pending + block
         row.text = ""
+        if row.slot < 0:
+            self.requeue(row)
+            return
+        row.pending = row.pending + block
         self.active.append(row)
 
     def finish(self, row, reason):
         row.trajectory.finish_reason = reason
-        self.cache.lengths[row.slot] = 0
-        heapq.heappush(self.free, row.slot)
+        self.release(row)
         if self.settings.progress:
             self.settings.progress(1)
 
@@ -643,24 +713,14 @@ def head_dim(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-# Positions in a page of the kernel's are a multiple of these. A page is a slot.
-PAGE_TOKENS = 256
-
-
 def uses_varlen(device, dtype):
     """Whether attention is `varlen_attn`, a kernel for CUDA in half precision; else it is SDPA."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
-def padded_to_page(max_tokens, device, dtype):
-    """Positions of a slot."""
-    if uses_varlen(device, dtype):
-        return math.ceil(max_tokens / PAGE_TOKENS) * PAGE_TOKENS
-    return max_tokens
-
-
 class KVCache:
-    """Slots: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
+    """Slots, for SDPA: k and v are (L, n_slots, K, S, D); `lengths[slot]` tokens are filled."""
+    is_paged = False
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
@@ -668,11 +728,105 @@ class KVCache:
         return config.num_hidden_layers, n_slots, n_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
-        self.uses_varlen = uses_varlen(device, dtype)
-        shape = self.shape(config, n_slots, padded_to_page(max_tokens, device, dtype))
+        shape = self.shape(config, n_slots, max_tokens)
         self.kv = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.k, self.v = self.kv
         self.lengths = [0] * n_slots
+
+    def has_room(self, n_tokens):
+        """Whether an empty slot takes so many tokens: it holds the longest row."""
+        return True
+
+    def reserve(self, slot, n_new):
+        return True
+
+    def release(self, slot):
+        self.lengths[slot] = 0
+
+    def append(self, layer, k, v, packing):
+        """Keys and values of new tokens, (K, T, D)."""
+        self.k[layer][packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
+        self.v[layer][packing.slot_of_token, :, packing.position_ids] = v.transpose(0, 1)
+
+    def read(self, slot, n_tokens):
+        """Keys and values of a slot's first tokens, for `fill`: a view."""
+        return self.kv[:, :, slot, :, :n_tokens]  # (2, L, K, tokens, D)
+
+    def fill(self, slot, kv):
+        self.kv[:, :, slot, :, :kv.shape[3]] = kv
+
+
+# The kernel reads pages whose number of tokens is a multiple of 256.
+PAGE_TOKENS = 256
+
+
+def n_pages(n_tokens):
+    return math.ceil(n_tokens / PAGE_TOKENS)
+
+
+class PagedCache:
+    """Pages, for `varlen_attn`: k and v are (L, pages, PAGE_TOKENS, K, D). The tokens of a slot lie
+    in the pages of tables[slot], in order; `lengths[slot]` are filled.
+
+    A slot of `KVCache` takes the memory of the longest row; here a row takes that of its own pages,
+    and a full cache preempts the youngest row. So there fit this many times as many rows, the mean
+    taken over all tokens of all rows:
+
+        pages(longest prompt + max_response_tokens) / mean of pages(prompt + tokens so far)
+
+    This is 2.0 for the embedded run, whose rows are shorter than a page, and 4.8 for texts 64 times
+    as long (computed by tests/bench_rollout.py --gain).
+    """
+    is_paged = True
+
+    def __init__(self, config, n_slots, total_pages, dtype, device):
+        n_layers, _, n_heads, _, dim = KVCache.shape(config, 1, 1)
+        shape = (n_layers, total_pages, PAGE_TOKENS, n_heads, dim)
+        self.kv = torch.zeros(2, *shape, dtype=dtype, device=device)
+        self.k, self.v = self.kv
+        self.lengths = [0] * n_slots
+        self.tables = [[] for _ in range(n_slots)]
+        self.free_pages = list(range(total_pages))
+
+    def has_room(self, n_tokens):
+        """Whether an empty slot takes so many tokens."""
+        return n_pages(n_tokens) <= len(self.free_pages)
+
+    def reserve(self, slot, n_new):
+        """Take the pages that n_new more tokens need; False, and none, if too few are free."""
+        table = self.tables[slot]
+        n_missing = n_pages(self.lengths[slot] + n_new) - len(table)
+        if n_missing > len(self.free_pages):
+            return False
+        for _ in range(n_missing):
+            table.append(self.free_pages.pop())
+        return True
+
+    def release(self, slot):
+        self.free_pages += self.tables[slot]
+        self.tables[slot] = []
+        self.lengths[slot] = 0
+
+    def append(self, layer, k, v, packing):
+        """Keys and values of new tokens, (K, T, D)."""
+        self.k[layer][packing.page_of_token, packing.offset_of_token] = k.transpose(0, 1)
+        self.v[layer][packing.page_of_token, packing.offset_of_token] = v.transpose(0, 1)
+
+    def read(self, slot, n_tokens):
+        """Keys and values of a slot's first tokens, for `fill`: a copy."""
+        pages, offsets = self.places(slot, n_tokens)
+        return self.kv[:, :, pages, offsets]  # (2, L, tokens, K, D)
+
+    def fill(self, slot, kv):
+        pages, offsets = self.places(slot, kv.shape[2])
+        self.kv[:, :, pages, offsets] = kv
+
+    def places(self, slot, n_tokens):
+        """Where a slot's first tokens lie: (pages, offsets in them), both (tokens,)."""
+        device = self.kv.device
+        positions = torch.arange(n_tokens, device=device)
+        table = torch.tensor(self.tables[slot], device=device)
+        return table[positions // PAGE_TOKENS], positions % PAGE_TOKENS
 
 
 def int32(values, device):
@@ -696,27 +850,38 @@ class Packing:
         if cache is None:
             return
 
-        self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
-        if cache.uses_varlen:
-            self.plan_varlen(slots, past)
+        if cache.is_paged:
+            self.plan_varlen(slots, past, positions)
             return
 
         assert lengths == sorted(lengths), "shorter rows must come first"
+        self.slot_of_token = torch.from_numpy(np.repeat(slots, lengths)).to(device)  # (T,)
         self.n_decode = lengths.count(1)
         if self.n_decode:
             self.plan_decoding(slots[:self.n_decode], past[:self.n_decode])
         self.plan_groups(slots, positions)
 
-    def plan_varlen(self, slots, past):
-        """What `varlen_attn` asks for, in int32."""
-        device = self.cache.k.device
+    def plan_varlen(self, slots, past, positions):
+        """Where new tokens go, and what `varlen_attn` asks for, in int32."""
+        n_rows = len(slots)
         n_seen = np.add(past, self.lengths)
+        self.longest_new = max(self.lengths)
+        self.longest = int(n_seen.max())
+        table = np.zeros((n_rows, n_pages(self.longest)), dtype=np.int64)
+        for row, slot in enumerate(slots):
+            pages = self.cache.tables[slot]
+            table[row, :len(pages)] = pages
+
+        device = self.cache.k.device
+        row_of_token = np.repeat(np.arange(n_rows), self.lengths)
+        page_of_token = table[row_of_token, positions // PAGE_TOKENS]
+        self.page_of_token = torch.from_numpy(page_of_token).to(device)  # (T,)
+        self.offset_of_token = self.position_ids % PAGE_TOKENS  # (T,)
+
         self.begins = int32([0, *np.cumsum(self.lengths)], device)  # (N + 1,), of queries
         self.key_begins = int32([0, *np.cumsum(n_seen)], device)  # (N + 1,)
         self.n_seen = int32(n_seen, device)  # (N,)
-        self.block_table = int32(slots, device)[:, None]  # (N, 1)
-        self.longest_new = max(self.lengths)
-        self.longest = int(n_seen.max())
+        self.block_table = int32(table, device)  # (N, pages of the longest)
 
     def plan_decoding(self, slots, past):
         """The bias for rows with one new token."""
@@ -795,13 +960,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         return whole_sequences(q, k, v, packing, scaling), None
 
     # Sampling: new keys and values go into the cache.
-    k_cache = packing.cache.k[module.layer_idx]  # (n_slots, K, S, D)
-    v_cache = packing.cache.v[module.layer_idx]
-    k_cache[packing.slot_of_token, :, packing.position_ids] = k.transpose(0, 1)
-    v_cache[packing.slot_of_token, :, packing.position_ids] = v.transpose(0, 1)
-    if packing.cache.uses_varlen:
-        return cached_sequences_varlen(q, k_cache, v_cache, packing, scaling), None
-    return cached_sequences(q, k_cache, v_cache, packing, scaling), None
+    packing.cache.append(module.layer_idx, k, v, packing)
+    if packing.cache.is_paged:
+        return cached_sequences_varlen(q, packing, module.layer_idx, scaling), None
+    return cached_sequences(q, packing, module.layer_idx, scaling), None
 
 
 def whole_sequences(q, k, v, packing, scale):
@@ -834,9 +996,10 @@ def whole_sequences_varlen(q, k, v, packing, scale):
         scale=scale, window_size=(-1, 0), enable_gqa=True)[None]
 
 
-def cached_sequences(q, k_cache, v_cache, packing, scale):
-    """New tokens after their past in the cache: q (H, T, D), k_cache and v_cache
-    (n_slots, K, S, D) -> (1, T, H, D)."""
+def cached_sequences(q, packing, layer, scale):
+    """New tokens and their past in a KVCache: q (H, T, D) -> (1, T, H, D)."""
+    k_cache = packing.cache.k[layer]  # (n_slots, K, S, D)
+    v_cache = packing.cache.v[layer]
     out = torch.empty_like(q.transpose(0, 1))  # (T, H, D)
     if packing.n_decode:
         out[:packing.n_decode] = one_token_each(q, k_cache, v_cache, packing, scale)
@@ -852,15 +1015,15 @@ def cached_sequences(q, k_cache, v_cache, packing, scale):
     return out[None]
 
 
-def cached_sequences_varlen(q, k_cache, v_cache, packing, scale):
-    """The same by one call of a kernel, whatever a row feeds. Never run on a GPU."""
+def cached_sequences_varlen(q, packing, layer, scale):
+    """The same in a PagedCache, one call of a kernel whatever rows feed. Never run on a GPU."""
     # Causal, aligned at the last key. If each row feeds one token, no key comes after it, and only
     # a full window lets the kernel read a key once for all its query heads.
     window = (-1, 0) if packing.longest_new > 1 else (-1, -1)
     return varlen_attn(
         q.transpose(0, 1),  # (T, H, D)
-        k_cache.transpose(1, 2),  # (pages, positions, K, D): a page is a slot
-        v_cache.transpose(1, 2),
+        packing.cache.k[layer],  # (pages, PAGE_TOKENS, K, D)
+        packing.cache.v[layer],
         cu_seq_q=packing.begins,
         cu_seq_k=packing.key_begins,
         max_q=packing.longest_new,
@@ -871,7 +1034,7 @@ def cached_sequences_varlen(q, k_cache, v_cache, packing, scale):
         seqused_k=packing.n_seen,
         block_table=packing.block_table,
         # CRUCIAL: other numbers of splits compute wrong rows where keys lie in pages (PyTorch's
-        # issue 194167). With one, a row does not depend on its company either.
+        # issue 194167), and depend on the longest row.
         num_splits=1)[None]
 
 
@@ -900,12 +1063,14 @@ AttentionInterface.register("retool", packed_attention)
 def tick_bytes(config, n_tokens, n_rows, dtype, top_p=1.0):
     """Bytes that a tick needs beside weights and cache, for n_tokens fed and n_rows sampled:
 
-    tokens * (10 hidden + 3 intermediate + 2 D (H + 2 K)) * bytes of a number
+    tokens * (10 hidden + 3 intermediate + 2 D (H + 2 K) + 2 L K D) * bytes of a number
     + rows * V * (40, or with top_p 120)
     """
+    # Activations of one layer, and a copy of keys and values for other samples of a prompt.
     n_heads = config.num_attention_heads + 2 * config.num_key_value_heads
     intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
     per_token = 10 * config.hidden_size + 3 * intermediate + 2 * head_dim(config) * n_heads
+    per_token += 2 * math.prod(KVCache.shape(config, 1, 1))
     # A logit in the model's dtype and in fp32, its log-probability, and float64 for the CDF; the
     # nucleus is found by sorting.
     per_logit = 40 if top_p == 1.0 else 120
@@ -1083,8 +1248,6 @@ def load_config(path, tokenizer=()):
 
 def load_model(path, device, dtype="fp32", weights=True):
     """A causal LM with `packed_attention`; weights=False: random, to be overwritten."""
-    if uses_varlen(torch.device(device), DTYPES[dtype]):
-        need_varlen(load_config(path), device)
     # Trap: a later `.to(torch.bfloat16)` would round RoPE's frequencies.
     if weights:
         model = from_checkpoint(AutoModelForCausalLM, path, dtype=DTYPES[dtype])
@@ -1093,6 +1256,8 @@ def load_model(path, device, dtype="fp32", weights=True):
     # Before it is moved: the check makes fp32 copies, for which a GPU may have no room, and its
     # tolerance is that of full fp32 products, which a GPU may round.
     use_packed_attention(model, path)
+    if uses_varlen(torch.device(device), DTYPES[dtype]):
+        need_varlen(model.config, device)
     return model.to(device)
 
 

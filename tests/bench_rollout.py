@@ -6,6 +6,7 @@
     python tests/bench_rollout.py --delays --model DIR   # what a distant sandbox would cost a trained checkpoint
     python tests/bench_rollout.py --plain        # text without tools against plain `generate`; operations per tick
     python tests/bench_rollout.py --pages        # attention over a paged cache against slots
+    python tests/bench_rollout.py --gain RUN/rollouts.jsonl --model RUN/checkpoint   # how many more rows fit in pages
 """
 import argparse
 import asyncio
@@ -205,6 +206,8 @@ def watched():
         seen.update(calls=1, tokens_fed=sum(map(len, tokens)), kv_tokens=sum(cache.lengths),
                     slots_used=sum(map(bool, cache.lengths)))
         seen["slots"], seen["slot_tokens"] = len(cache.lengths), cache.k.shape[3]
+        if cache.is_paged:  # on average
+            seen["slot_tokens"] = cache.k.shape[1] * cache.k.shape[2] // len(cache.lengths)
         return logits
     rollout.forward_step = watch
     try:
@@ -310,6 +313,34 @@ def pages(config, rows=128, size=32, repeats=30):
         print(f"{rows} rows of {length} tokens: pages take {ratio:.1f} times as long as slots", flush=True)
 
 
+def gain_of_pages(lengths, longest, page=rollout.PAGE_TOKENS):
+    """How many times as many rows a cache of pages holds as one of slots of the longest row, in pages too.
+
+    lengths: (prompt, response) of rows, in tokens. Rows are in flight as long as they are long, and hold the pages
+    of what they have: pages(longest) / mean over all tokens of pages(prompt + tokens so far).
+    """
+    held, n_tokens = 0, 0
+    for prompt, response in lengths:
+        for so_far in range(1, response + 1):
+            held += math.ceil((prompt + so_far) / page)
+        n_tokens += response
+    return math.ceil(longest / page) * n_tokens / held
+
+
+def print_gain(path, tokenizer):
+    """Of a run's rollouts: as they are, and for prompts and responses of 64 times the length."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    lengths = [(len(tokenizer.encode(row["prompt"], add_special_tokens=False)), len(row["tokens"])) for row in rows]
+    arguments = json.loads((Path(path).parent / "arguments.json").read_text())["arguments"]
+    for factor in (1, 64):
+        scaled = [(factor * prompt, factor * response) for prompt, response in lengths]
+        longest_prompt = max(prompt for prompt, _ in scaled)
+        limit = factor * arguments["max_response_tokens"]
+        print(f"{len(scaled)} rows, prompts of {np.mean(scaled, 0)[0]:.0f} tokens and at most {longest_prompt}, "
+              f"responses of {np.mean(scaled, 0)[1]:.0f} and at most {limit}: pages hold "
+              f"{gain_of_pages(scaled, longest_prompt + limit):.1f} times as many rows as slots")
+
+
 def copy_bandwidth(device):
     """Bytes per second that the device reads and writes when it copies a large tensor; the best of five."""
     source = torch.zeros((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
@@ -413,6 +444,7 @@ def main():
                         help="instead: rollouts whose snippets sleep, against instant ones, real sandbox")
     parser.add_argument("--delays", action="store_true", help="instead: rollouts of --model with delayed calls")
     parser.add_argument("--pages", action="store_true", help="instead: a paged cache against slots")
+    parser.add_argument("--gain", metavar="FILE", help="instead: how many more rows fit in pages, for a run's lengths")
     parser.add_argument("--plain", action="store_true", help="instead: text without tools against `generate`")
     args = parser.parse_args()
     if args.dtype != "fp32" and not args.model:
@@ -427,6 +459,9 @@ def main():
     except UserError as error:
         sys.exit(f"error: {error}")
     ours.eval()
+    if args.gain:
+        print_gain(args.gain, tokenizer)
+        return
     if args.pages:
         pages(config)
         return

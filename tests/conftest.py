@@ -4,6 +4,7 @@ what it is told. Which question is asked where:
     test_rooms.py     do imports go one way, and are there six rooms?
     test_sandbox.py   what can a snippet do, and what not?
     test_rollout.py   are the tokens right, whatever the batch? is text cut and masked where it should be?
+    test_varlen.py    is attention as a GPU computes it that of the CPU? do rows survive that they are preempted?
     test_models.py    which architectures are computed right, and are the others refused in one line?
     test_train.py     are log-probabilities, loss and gradient those of the plain model, however packed?
     test_data.py      are problems right, endless, and apart? is every layout understood?

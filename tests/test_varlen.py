@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_rollout import gain_of_pages
 from conftest import StubSandbox, run, scripted
 
 import rollout
-from rollout import KVCache, Packing, encode_text
-from sandbox import UserError
+from rollout import KVCache, Packing, PagedCache, encode_text
+from sandbox import SandboxResult, UserError
 from sft import Policy, collate, make_example
 
 
@@ -67,10 +68,12 @@ def loss_and_gradient(model, dtype=torch.float32):
 
 class VarlenTwin:
     """varlen_attn of PyTorch 2.13, slowly, with its documented meaning. It asserts what the kernel demands.
-    only_half=False takes fp32 too, so that results can be compared closely. `calls` counts what was asked."""
+    only_half=False takes fp32 too, so that results can be compared closely; page: what divides the tokens of a
+    page, smaller than the kernel's so that short rows have many. `calls` counts what was asked."""
 
-    def __init__(self, only_half=True):
+    def __init__(self, only_half=True, page=256):
         self.only_half = only_half
+        self.page = page
         self.calls = Counter()
 
     def __call__(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
@@ -98,7 +101,7 @@ class VarlenTwin:
 
         if is_paged:
             assert torch.is_inference_mode_enabled() or not query.requires_grad, "the kernel has no backward here"
-            assert key.dim() == 4 and key.shape[1] % 256 == 0
+            assert key.dim() == 4 and key.shape[1] % self.page == 0
             assert seqused_k.tolist() == n_seen and block_table.shape[0] == n_rows and block_table.dim() == 2
             assert 0 <= block_table.min() and block_table.max() < len(key)
             assert max_k <= block_table.shape[1] * key.shape[1]
@@ -223,9 +226,11 @@ def test_masks_are_made_where_they_are_used(model, monkeypatch):
 def test_one_kernel_call_gives_the_rollouts_of_sdpa(make_models, tokenizer, as_on_a_gpu, architecture):
     """Guards against arguments that the kernel refuses or reads wrongly: lengths, pages, windows, splits. Prompts
     are ragged, slots are refilled, rows pause and resume, some reach their limit."""
-    model = in_fp32(make_models(architecture)[0])
+    model = in_fp32(make_models(architecture, positions=400)[0])
     prompts = ragged_prompts(7)
     prompts[3] = prompts[3][:1]
+    prompts[5] = ragged_prompts(1, longest=10)[0] * 50
+    prompts[5] = prompts[5][:240]  # its rows grow into a second page
     options = dict(n_samples=3, n_slots=6, rejoin_ticks=2, max_response_tokens=90, max_calls=1,
                    logits_processor=scripted(script_with_calls(tokenizer)))
     expected = run(model, tokenizer, prompts, StubSandbox("some output 12\n" * 2), **options)
@@ -236,6 +241,113 @@ def test_one_kernel_call_gives_the_rollouts_of_sdpa(make_models, tokenizer, as_o
     with_twin = run(model, tokenizer, prompts, StubSandbox("some output 12\n" * 2), **options)
     assert_same(with_twin, expected, 1e-6)
     assert twin.calls["paged", True] > 20 and twin.calls["paged", False] > 20 and len(twin.calls) == 2
+
+
+def pages_of_a_row(model, n_tokens):
+    """Bytes of the pages that hold so many tokens, in fp32."""
+    return rollout.n_pages(n_tokens) * 2 * math.prod(KVCache.shape(model.config, 1, rollout.PAGE_TOKENS)) * 4
+
+
+@pytest.mark.parametrize("rejoin_ticks", [9, 0])
+@pytest.mark.parametrize("pages", [13, 15, 30])
+def test_preempted_rows_end_as_if_memory_were_endless(
+        make_models, tokenizer, as_on_a_gpu, monkeypatch, pages, rejoin_ticks):
+    """Guards against tokens, log-probabilities or a call's result lost when a row gives its pages up, against pages
+    that are never given back, and against rows that take one another's pages for ever. The longest row has 13."""
+    monkeypatch.setattr(rollout, "PAGE_TOKENS", 16)
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 100)
+    twin = as_on_a_gpu(only_half=False, page=16)
+    model = in_fp32(make_models("qwen2")[0])
+    prompts = ragged_prompts(5)
+    limit = 200 - max(map(len, prompts))
+    seen, in_flight = [], []
+
+    def on_tick(engine, admitted):
+        cache = engine.cache
+        held = [page for table in cache.tables for page in table]
+        assert sorted(held + cache.free_pages) == list(range(cache.k.shape[1])), "a page has two holders or none"
+        assert all(engine.cache.tables[row.slot] for row in engine.active + admitted)
+        again = [len(row.pending) for row in engine.active if not cache.lengths[row.slot]]
+        assert len(again) < 2 or sum(again) <= 100, "too much for a tick"
+        seen.append(engine)
+        in_flight.append(sum(map(bool, cache.tables)))
+    options = dict(n_samples=3, n_slots=8, rejoin_ticks=rejoin_ticks, max_response_tokens=limit, max_calls=9,
+                   on_tick=on_tick)
+
+    def script(t):
+        rng = random.Random(f"{t.prompt_ids} {t.sample_index}")
+        ids = []
+        for call in range(rng.randint(1, 4)):
+            ids += [None] * rng.randint(9, 30) + encode_text(tokenizer, f"<code>\nprint({call})\n</code>")
+        return ids + [None] * rng.randint(9, 90) + [tokenizer.eos_token_id]
+
+    def sandbox():
+        def answer(code):
+            return SandboxResult("sandbox_error" if "2" in code else "ok", "some output 12\n" * 2)
+        return StubSandbox(answer, delay=lambda code: 0.002)
+    expected = run(model, tokenizer, prompts, sandbox(), logits_processor=scripted(script), **options)
+    assert seen[-1].cache.k.shape[1] == 8 * 13
+    assert {t.finish_reason for t in expected} == {"eos", "length", "sandbox_error"}
+
+    preempted = Counter()
+    preempt = rollout.Engine.preempt
+
+    def counted(engine, row):
+        preempted["waits" if row in engine.paused else "runs"] += 1
+        preempt(engine, row)
+    monkeypatch.setattr(rollout.Engine, "preempt", counted)
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: pages / 13 * pages_of_a_row(model, 200) + 1)
+    in_flight.clear()
+    scarce = sandbox()
+    found = run(model, tokenizer, prompts, scarce, logits_processor=scripted(script), **options)
+    assert_same(found, expected, 1e-6)
+    assert len(scarce.ran) == sum(len(t.tool_calls) for t in found), "a snippet ran twice"
+    cache = seen[-1].cache
+    assert cache.k.shape[1] == pages == len(cache.free_pages) and not any(cache.tables) and not any(cache.lengths)
+    assert max(in_flight) > pages // 13, "no more rows than slots would hold"
+    assert preempted["runs"] > 4 and (preempted["waits"] or not rejoin_ticks)
+    assert twin.calls["paged", True] > 20
+
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: pages_of_a_row(model, 200) - 1)
+    with pytest.raises(UserError, match="one row of 200 tokens needs .* of KV cache"):
+        run(model, tokenizer, prompts, sandbox(), **options)
+
+
+@pytest.mark.parametrize("status", ["ok", "sandbox_error"])
+def test_a_row_that_is_preempted_while_its_snippet_runs_gets_the_result(
+        make_models, tokenizer, as_on_a_gpu, monkeypatch, status):
+    """Guards against a result that is lost or awaited for ever, and against a row without pages that gives back
+    those of another."""
+    monkeypatch.setattr(rollout, "PAGE_TOKENS", 16)
+    as_on_a_gpu(only_half=False, page=16)
+    model = in_fp32(make_models("qwen2")[0])
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: pages_of_a_row(model, 20 + 170) + 1)
+    eos, call = tokenizer.eos_token_id, encode_text(tokenizer, "<code>\nprint(1)\n</code>")
+    scripts = {(0, 0): [5] * 160 + [eos], (1, 0): call + [6] * 5 + [eos], (2, 0): [7] * 150 + [eos]}
+    preempted, engines = [], []
+    preempt = rollout.Engine.preempt
+
+    def noted(engine, row):
+        preempted.append((row.trajectory.prompt_index, row in engine.paused))
+        preempt(engine, row)
+    monkeypatch.setattr(rollout.Engine, "preempt", noted)
+    done = run(model, tokenizer, [[5] * 20, [6] * 20, [7] * 20], StubSandbox(lambda code: SandboxResult(status, "12\n")),
+               n_slots=2, rejoin_ticks=165, max_response_tokens=170, logits_processor=scripted(scripts),
+               on_tick=lambda engine, admitted: engines.append(engine))
+    assert preempted[0] == (1, True)
+    assert [t.finish_reason for t in done] == ["eos", "eos" if status == "ok" else status, "eos"]
+    assert [[i for i, m in zip(t.response_ids, t.loss_mask) if m] for t in done] == [
+        scripts[0, 0], scripts[1, 0] if status == "ok" else call, scripts[2, 0]]
+    assert done[1].tool_calls[0].output == "12\n" and len(done[1].tool_calls) == 1
+    cache = engines[-1].cache
+    assert sorted(cache.free_pages) == list(range(12)) and sorted(engines[-1].free) == [0, 1]
+
+
+def test_the_gain_of_pages_is_that_of_its_definition():
+    """Guards against a figure in a docstring that counts prompts or whole responses only."""
+    # A prompt of 3 tokens holds, while it gets 4 more, 1, 2, 2, 2 pages of 4; the longest row has 4.
+    assert gain_of_pages([(3, 4)], 16, page=4) == 4 / (7 / 4)
+    assert gain_of_pages([(3, 4), (1, 1)], 16, page=4) == 4 / (8 / 5)
 
 
 def test_in_bf16_a_rollout_is_scored_as_in_fp32(make_models, tokenizer, as_on_a_gpu):
@@ -284,10 +396,11 @@ def test_pytorch_takes_the_arguments_that_its_twin_takes(make_models, monkeypatc
     monkeypatch.setattr(rollout, "uses_varlen", lambda device, dtype: True)
     monkeypatch.setattr(rollout, "flash_attn_varlen_func", None)
     meta = torch.device("meta")
-    cache = KVCache(make_models("qwen2")[0].config, 9, 300, torch.bfloat16, meta)
+    cache = PagedCache(make_models("qwen2")[0].config, 9, 20, torch.bfloat16, meta)
     heads = torch.zeros(8, 9, 8, dtype=torch.bfloat16, device=meta)  # of queries, keys and values
     query, key, value = heads[None, :4], heads[None, 4:6], heads[None, 6:]
     for lengths in ([1, 8], [1] * 9):
+        assert all(cache.reserve(slot, new) for slot, new in enumerate(lengths))
         packing = Packing(lengths, meta, cache, list(range(len(lengths))))
         with torch.inference_mode():
             out, _ = rollout.packed_attention(SimpleNamespace(layer_idx=1), query, key, value, None, packing=packing)
@@ -306,18 +419,20 @@ def test_the_kernel_is_that_of_cuda_in_half_precision():
 @pytest.mark.parametrize("change, line", [
     ("old PyTorch", "bf16 on a GPU needs a newer PyTorch: varlen_attn of .* has no block_table, num_splits"),
     ("old GPU", "compute capability 8.0"), ("head dim", "not 260: use --dtype fp32"), ("nothing", None)])
-def test_a_missing_kernel_is_refused_before_the_weights_are_loaded(monkeypatch, change, line):
+def test_a_missing_kernel_is_refused_when_a_model_is_loaded(monkeypatch, change, line):
     """Guards against a TypeError or a kernel's message in the first rollout."""
     def old(query, key, value, *, enable_gqa=False, seqused_k=None):
         raise AssertionError
-    config = SimpleNamespace(head_dim=260 if change == "head dim" else 128)
-    monkeypatch.setattr(rollout, "load_config", lambda path: config)
-    monkeypatch.setattr(rollout, "from_checkpoint", lambda *args, **options: pytest.fail("loaded"))
+    model = SimpleNamespace(config=SimpleNamespace(head_dim=260 if change == "head dim" else 128),
+                            to=lambda device: "moved")
+    monkeypatch.setattr(rollout, "from_checkpoint", lambda *args, **options: model)
+    monkeypatch.setattr(rollout, "use_packed_attention", lambda model, path: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if change == "old GPU" else (9, 0))
     if change == "old PyTorch":
         monkeypatch.setattr(rollout, "varlen_attn", old)
+    assert rollout.load_model("anywhere", "cuda", "fp32") == "moved"
     if line is None:
-        rollout.need_varlen(config, "cuda")
+        assert rollout.load_model("anywhere", "cuda", "bf16") == "moved"
         return
     with pytest.raises(UserError, match=line):
         rollout.load_model("anywhere", "cuda", "bf16")
