@@ -101,6 +101,7 @@ from rollout import (
     load_config,
     load_model,
     load_tokenizer,
+    need_varlen,
     split_segments,
     strip_fence,
     tool_of,
@@ -855,6 +856,9 @@ def shard(module, lm, args, process):
         process.mesh = init_device_mesh(device_type, grid, mesh_dim_names=("replicate", "shard"))
     elif process.mesh is None:
         process.mesh = init_device_mesh(device_type, (process.world,))
+
+    if device_type == "cuda" and args.dtype == "bf16":
+        need_varlen(lm.config, process.device)
 
     lm.eval()
     if args.activation_checkpointing:

@@ -319,7 +319,7 @@ def print_plan(args, gpus, gib, device="cuda", lengths=()):
     for length in lengths or (longest_row(args), longest_row(args) // 4):
         by_slots, by_pages = rows_that_fit(config, args, cache, length)
         print(f"KV cache of {cache:.1f} GiB, rows of {length} tokens: {by_slots} in whole slots; "
-              f"pages of {PAGE} tokens would hold {by_pages}")
+              f"in pages of {PAGE} tokens (bf16 on CUDA) {by_pages}")
     if device == "cuda":
         print_host(planned, min(gpus, GPUS_PER_NODE))
     print(f"disk: {planned.checkpoint:.1f} GiB per checkpoint (weights and two moments), up to "
@@ -381,7 +381,7 @@ def print_tables():
     print("\nEight GPUs with --cpu_offload: GiB per GPU in both phases, GiB of host memory,")
     print("how many times as much its weights and gradients take without PYTORCH_ALLOC_CONF,")
     print(f"and how many rows of {longest // 4} tokens {offloaded.kv_gib:g} GiB of KV cache hold "
-          f"in slots, and would hold in pages of {PAGE} tokens\n")
+          f"in slots, and in pages of {PAGE} tokens (bf16 on CUDA)\n")
     print(markdown(header, details))
 
 

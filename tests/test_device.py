@@ -11,6 +11,7 @@ import torch
 from conftest import StubSandbox, run, scripted
 from pretend_device import DEVICE, OnDevice, pretended_device
 from test_rollout import SeedSandbox, mixed_script, ragged_prompts
+from test_varlen import VarlenTwin
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import eval as evaluation
@@ -128,7 +129,7 @@ def test_a_tick_asks_for_no_more_transfers_than_today(model, tokenizer):
 
     In a pure decode tick today: 6 uploads (input ids, positions, last tokens, slots, the bias, noise) and 2 waits
     (tokens, log-probabilities; after the first the second has nothing left to wait for). Prompts and interpreter
-    text add 3 uploads per group of rows of like length (slots, indices, mask).
+    text add 2 uploads per group of rows of like length (slots, indices).
     """
     ticks = []  # (lengths that are fed, transfers until then)
     with pretended_device() as transfers:
@@ -148,7 +149,7 @@ def test_a_tick_asks_for_no_more_transfers_than_today(model, tokenizer):
         elif 1 in fed:
             n_mixed += 1
         assert after["wait"] - before["wait"] <= 2
-        assert after["upload"] - before["upload"] <= 6 + 3 * n_groups
+        assert after["upload"] - before["upload"] <= 6 + 2 * n_groups
     assert n_pure >= 10 and n_mixed >= 3, "the test needs both kinds of ticks"
 
 
@@ -336,6 +337,25 @@ def test_a_step_of_ppo_on_the_device_is_that_of_the_cpu(checkpoint, tokenizer, m
             step = flat_weights(getattr(trainer, name))[:len(start)] - start
             assert step.norm() > 0 and (weights - start - step).norm() < 0.03 * step.norm(), name
         assert torch.equal(moved["sampler"], moved["actor"])
+
+
+@pytest.fixture(params=["SDPA", "varlen_attn"])
+def gpu_paths(request, monkeypatch):
+    """What the modules do on CUDA, in fp32 (SDPA, a key head per query head) or in half precision."""
+    monkeypatch.setattr(rollout, "varlen_attn", VarlenTwin(only_half=False))
+    monkeypatch.setattr(rollout, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(rollout, "repeats_heads", lambda device: device == DEVICE)
+    monkeypatch.setattr(rollout, "uses_varlen",
+                        lambda device, dtype: device == DEVICE and request.param == "varlen_attn")
+
+
+def test_the_paths_of_a_gpu_stay_on_the_device(model, tokenizer, gpu_paths):
+    """Guards against what only the paths of CUDA make: bounds, block tables, counts of keys."""
+    expected = rollouts(model, tokenizer)
+    expected_scores = scores(sft.Policy(copy.deepcopy(model)), CPU)
+    with pretended_device():
+        assert_same_trajectories(rollouts(on_device(model), tokenizer), expected)
+        assert_same_tensors(scores(sft.Policy(on_device(model)), DEVICE), expected_scores)
 
 
 def test_an_evaluation_on_the_device_is_that_of_the_cpu(checkpoint, tokenizer):

@@ -124,7 +124,7 @@ class VarlenTwin:
             values = values.to(keys.dtype).repeat_interleave(n_groups, 1)
             scores = torch.einsum("qhd,khd->hqk", queries.to(keys.dtype), keys) * (scale or dim**-0.5)
             if window_size == (-1, 0):  # causal, aligned at the last query and the last key
-                is_future = torch.ones(new, seen, dtype=torch.bool).triu(seen - new + 1)
+                is_future = torch.ones(new, seen, dtype=torch.bool, device=query.device).triu(seen - new + 1)
                 scores = scores.masked_fill(is_future, -math.inf)
             out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(query.dtype))
         return torch.cat(out)
