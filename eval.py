@@ -1019,9 +1019,10 @@ def distributed():
         "PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
 
     process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    has_gpus = torch.cuda.is_available() and local_world() <= torch.cuda.device_count()
     dist.init_process_group(
         # gloo with CUDA too: --cpu_offload keeps shards in host memory.
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
         store=store,
         rank=process.rank,
         world_size=process.world,
@@ -1036,6 +1037,12 @@ def distributed():
     finally:
         process.mesh = None  # it would outlive its group
         dist.destroy_process_group()
+
+
+def local_world():
+    """The number of ranks on this machine; where no launcher says it, of all machines."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
 def choose_device(wanted, local_rank, local_world, n_gpus, may_use_cpu):
@@ -1054,9 +1061,8 @@ def choose_device(wanted, local_rank, local_world, n_gpus, may_use_cpu):
 def use_device(process, wanted, may_use_cpu):
     """Set the process's device from --device."""
     n_gpus = torch.cuda.device_count()
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", process.world))
     device = choose_device(
-        wanted, int(os.environ["LOCAL_RANK"]), local_world, n_gpus, may_use_cpu)
+        wanted, int(os.environ["LOCAL_RANK"]), local_world(), n_gpus, may_use_cpu)
     process.device = torch.device(device)
 
     if process.device.type == "cuda":
@@ -1067,7 +1073,7 @@ def use_device(process, wanted, may_use_cpu):
         torch.backends.cuda.enable_cudnn_sdp(False)
         return
     if wanted == "auto" and n_gpus:
-        print(f"on the CPU: {local_world} ranks, but {n_gpus} GPUs")
+        print(f"on the CPU: {local_world()} ranks, but {n_gpus} GPUs")
     if sys.platform == "linux":
         keep_freed_memory()
 
@@ -1389,6 +1395,7 @@ async def main(process):
     async with make_sandbox(args) as sandbox:
         print(sandbox.report)
         for path, tokenizer in tokenizers.items():
+            model = None  # the one before makes room
             model = load_model(path, process.device, args.dtype)
             # For the journal: sums of the weights' bits tell checkpoints apart.
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]

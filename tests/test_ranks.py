@@ -55,6 +55,22 @@ def test_every_number_of_gpus_and_ranks_gives_devices_or_one_line(gpus, ranks, w
     assert said == (wanted == "auto" and gpus > 0 and not on_gpus)
 
 
+@pytest.mark.parametrize("gpus, ranks, backend", [(0, 2, "gloo"), (1, 2, "gloo"), (2, 2, "cpu:gloo,cuda:nccl")])
+def test_nccl_is_not_started_where_ranks_would_share_a_gpu(gpus, ranks, backend, monkeypatch):
+    """Guards against a run on the CPU that NCCL ends, and pinned memory that doubles by rounding."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(evaluation.dist, "init_process_group", lambda backend, **options: asked.append(backend))
+    monkeypatch.setattr(evaluation.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    with evaluation.distributed():
+        allocator = os.environ["PYTORCH_ALLOC_CONF"]
+    assert asked == [backend]
+    assert "expandable_segments:True" in allocator and "pinned_max_round_threshold_mb:1" in allocator
+
+
 def test_the_suite_itself_sees_no_gpu():
     """Guards against tests that pass or fail by the card of the machine."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and torch.cuda.device_count() == 0
