@@ -1058,8 +1058,8 @@ def choose_device(wanted, local_rank, local_world, n_gpus, may_use_cpu):
                     "rank per GPU (--nproc_per_node), or give --device cpu")
 
 
-def use_device(process, wanted, may_use_cpu):
-    """Set the process's device from --device."""
+def use_device(process, wanted, may_use_cpu, tf32=False):
+    """Set the process's device from --device, and how exact it is from --tf32."""
     n_gpus = torch.cuda.device_count()
     device = choose_device(
         wanted, int(os.environ["LOCAL_RANK"]), local_world(), n_gpus, may_use_cpu)
@@ -1069,7 +1069,7 @@ def use_device(process, wanted, may_use_cpu):
         torch.cuda.set_device(process.device)
         # TF32 is too coarse for the checks of fp32. cuDNN's attention with a mask makes a plan
         # for each shape, and is wrong for few key heads on B200 (pytorch #193893).
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cuda.enable_cudnn_sdp(False)
         return
     if wanted == "auto" and n_gpus:
@@ -1247,6 +1247,7 @@ def add_format_arguments(parser):
         help="auto: a GPU for each rank of this machine, else the CPU")
     add("--dtype", type=choose_dtype, choices=DTYPES, default="fp32", metavar="{fp32,bf16,auto}",
         help="precision of computation; auto: measured; master weights and sums stay fp32")
+    add("--tf32", action="store_true", help="on a GPU, products in fp32 may be rounded to TF32")
     add("--max_interpreter_tokens", type=at_least(1), default=128,
         help="of longer outputs the model sees head and tail")
     add("--sandbox_workers", type=at_least(1), default=2,
@@ -1374,7 +1375,7 @@ async def main(process):
         return
 
     # What may be wrong is found before a model is loaded.
-    use_device(process, args.device, may_use_cpu=False)
+    use_device(process, args.device, may_use_cpu=False, tf32=args.tf32)
     template = load_template(args.prompt_template)
     sets = {}
     for name in args.problems.split(","):

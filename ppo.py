@@ -949,7 +949,8 @@ async def main(process):
     args = parse_arguments()
     process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
 
-    evaluation.use_device(process, args.device, may_use_cpu=not args.model)
+    evaluation.use_device(
+        process, args.device, may_use_cpu=not args.model, tf32=args.tf32)
 
     # What can be wrong is found before the warm start, which takes minutes.
     run = RunFolder(args, process)

@@ -1380,7 +1380,7 @@ async def main(process):
             parser.error("--model needs --traces: the embedded traces are for the embedded model")
 
     process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
-    use_device(process, args.device, may_use_cpu=not args.model)
+    use_device(process, args.device, may_use_cpu=not args.model, tf32=args.tf32)
     check_mesh(args.replicas, process.world)
     starting_point(args.model)  # a bad checkpoint is found out before the curation
     folder = await warm_start(args, process, args.traces)

@@ -51,6 +51,8 @@ def test_every_number_of_gpus_and_ranks_gives_devices_or_one_line(gpus, ranks, w
     on_gpus = [device for device in devices if device != "cpu"]
     assert [str(device) for device in chosen[::3]] == on_gpus
     assert chosen[1::3] == ["highest"] * len(on_gpus) and chosen[2::3] == [False] * len(on_gpus)
+    evaluation.use_device(processes[0], wanted, embedded, tf32=True)
+    assert not on_gpus or chosen[-2] == "high"
     said = f"on the CPU: {ranks} ranks, but {gpus} GPUs" in capsys.readouterr().out
     assert said == (wanted == "auto" and gpus > 0 and not on_gpus)
 
