@@ -1237,6 +1237,21 @@ def end_tokens(model, tokenizer):
     return ends - {None}
 
 
+def save_beside_weights(model, tokenizer, folder):
+    """Write all that a checkpoint holds but the weights; config.json and generation_config.json
+    name every end of a response."""
+    # A policy trained to stop at the template's end of turn must stop there in other programs,
+    # which read these files and not the tokenizer's.
+    ends = sorted(end_tokens(model, tokenizer))
+    named = ends if len(ends) > 1 else ends[0]
+    model.config.eos_token_id = named
+    model.config.save_pretrained(folder)
+    if model.generation_config:
+        model.generation_config.eos_token_id = named
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def load_config(path, tokenizer=()):
     """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
     config = from_checkpoint(AutoConfig, path)

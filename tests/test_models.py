@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import StubSandbox, decode, run, scripted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import rollout
 from data import embedded_problem, encode_prompt
@@ -147,6 +147,49 @@ def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer
         [t] = run(model, loaded, [[5, 6]], tools=False, max_response_tokens=9,
                   logits_processor=scripted([9, 9, end, 9, 9, 9, 9, 9, 9]))
         assert t.finish_reason == "eos" and t.response_ids == [9, 9, end]
+
+
+def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_turns(tokenizer, tmp_path, monkeypatch):
+    """Guards against a policy from a base model that talks on for ever elsewhere: its config.json and
+    generation_config.json named the end of a text alone, not the end of turn that it was trained to write."""
+    import eval as evaluation
+    import ppo
+    import sft
+    base = copy.deepcopy(tokenizer)
+    base.add_special_tokens({"additional_special_tokens": ["<|turn_end|>"]})
+    turn_end, text_end = base.convert_tokens_to_ids("<|turn_end|>"), base.eos_token_id
+    base.chat_template = base.chat_template.replace("<|im_end|>", "<|turn_end|>")
+    path = saved(tmp_path / "base", base, eos_token_id=text_end)
+    loaded, model = load_tokenizer(path), load_model(path, "cpu")
+    monkeypatch.setattr(evaluation, "report_page", lambda folders: "")
+    run_folder = SimpleNamespace(path=tmp_path, files={}, tracker=None, writes=True, results={})
+    ppo.RunFolder.write_model(run_folder, model, loaded)
+    ppo.RunFolder.finish(run_folder, model, loaded)
+
+    process = SimpleNamespace(rank=0, device="cpu", world=1)
+    recipe = SimpleNamespace(model=path, sft_seed=0, template="{question}", max_interpreter_tokens=9,
+                             sft_mask_interpreter="on", mask_failed="on")
+    trace = {"question": "1+1?", "response": "It is 2.", "failed_calls": []}
+    for name in ("shard", "train", "sync_weights"):
+        monkeypatch.setattr(sft, name, lambda *arguments: None)
+    sft.train_on_traces([trace], [trace], recipe, SimpleNamespace(sft_save_every=0), tmp_path / "sft", process)
+    for folder in ("checkpoint", "model", "sft"):
+        assert AutoConfig.from_pretrained(tmp_path / folder).eos_token_id == [text_end, turn_end], folder
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == [text_end, turn_end], folder
+
+    def says(script):
+        def processor(ids, scores):
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(script[ids.shape[1] - 2]), 0.0)
+        return [processor]
+
+    for folder in ("checkpoint", "sft"):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        for end in (turn_end, text_end):
+            out = plain.generate(torch.tensor([[5, 6]]), max_new_tokens=9, do_sample=False,
+                                 logits_processor=says([9, 9, end] + [9] * 6))
+            assert out[0].tolist() == [5, 6, 9, 9, end]
+    resumed = load_model(str(tmp_path / "model"), "cpu", weights=False)
+    assert end_tokens(resumed, load_tokenizer(str(tmp_path / "model"))) == {text_end, turn_end}
 
 
 def test_dropout_stays_off_where_activations_are_checkpointed():
