@@ -29,6 +29,7 @@ from rollout import (
     CODE_OPEN,
     INTERPRETER_CLOSE,
     INTERPRETER_OPEN,
+    encode_chat,
     first_line,
     need_hub,
 )
@@ -72,11 +73,7 @@ def load_template(name):
 
 def encode_prompt(tokenizer, template, question):
     """One user message in the tokenizer's chat template -> token ids."""
-    message = {"role": "user", "content": template.replace("{question}", question)}
-    return tokenizer.apply_chat_template(
-        [message],
-        add_generation_prompt=True,
-        return_dict=False)
+    return encode_chat(tokenizer, template.replace("{question}", question))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ key/value heads, D head dim, S positions per slot.
 """
 import argparse
 import asyncio
+import datetime
 import functools
 import heapq
 import inspect
@@ -1215,17 +1216,80 @@ def load_tokenizer(path):
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
 
-    # What special token does the template write after an answer?
-    question = {"role": "user", "content": "x"}
-    answer = {"role": "assistant", "content": "x"}
-    prompt = tokenizer.apply_chat_template(
-        [question], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([question, answer], return_dict=False)
+    # A template that writes today's date makes other prompts tomorrow. A template given by several
+    # names is a dict.
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {
+            name: with_fixed_date(template) for name, template in tokenizer.chat_template.items()}
+    else:
+        tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
+
+    # What special token does the template write after an answer? Where two answers differ, the
+    # answer has begun: whatever the template puts in front of it lies before.
+    question = {"role": "user", "content": "What is 17 + 25?"}
+    turns = []
+    for text in ("x", "y"):
+        answer = {"role": "assistant", "content": text}
+        rendered = render_chat(tokenizer, [question, answer])
+        turns.append(tokenizer.encode(rendered, add_special_tokens=False))
+    answer_at = len(os.path.commonprefix(turns))
     added = tokenizer.added_tokens_decoder
-    ends = [token for token in whole[len(prompt):] if token in added and added[token].special]
+    ends = [token for token in turns[0][answer_at:] if token in added and added[token].special]
     if ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+
+    # A template that fails on a question is refused here, before a run starts.
+    encode_chat(tokenizer, question["content"])
     return tokenizer
+
+
+# The date of every prompt.
+PROMPT_DATE = datetime.datetime(2024, 7, 26)
+
+
+def with_fixed_date(chat_template):
+    """The chat template; if it calls `strftime_now`, behind a macro of that name that formats
+    PROMPT_DATE."""
+    # A macro in the template hides the function that transformers gives to it, and unlike an
+    # argument it is saved with the tokenizer.
+    if "strftime_now" not in chat_template:
+        return chat_template
+    text = "format"
+    for letter in "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ":
+        value = PROMPT_DATE.strftime("%" + letter)
+        text += f".replace('%{letter}', '{value}')"
+        if value.isdigit():
+            text += f".replace('%-{letter}', '{int(value)}')"
+    # The line break after the macro is not part of the prompt: the template's blocks take one.
+    macro = "{%- macro strftime_now(format) %}{{ " + text + " }}{% endmacro %}\n"
+    # A tokenizer that was saved has it already.
+    if chat_template.startswith(macro):
+        return chat_template
+    return macro + chat_template
+
+
+def render_chat(tokenizer, messages, for_answer=False):
+    """The text that the chat template makes of messages; UserError if it fails. for_answer: up to
+    where the assistant's answer begins."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=for_answer, tokenize=False)
+    except Exception as error:  # a template is a program, and raises what it likes
+        reason = first_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{tokenizer.name_or_path}: its chat template fails on a question from "
+                        f"the user ({reason})") from None
+
+
+def encode_chat(tokenizer, content):
+    """Token ids of one user message in the chat template; UserError if the message is not in what
+    the template makes of it."""
+    message = {"role": "user", "content": content}
+    prompt = render_chat(tokenizer, [message], for_answer=True)
+    # Templates trim, and some break lines anew.
+    if "".join(content.split()) not in "".join(prompt.split()):
+        raise UserError(f"{tokenizer.name_or_path}: its chat template does not write the user's "
+                        f"message as it is: {content[:60]!r}")
+    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def end_tokens(model, tokenizer):
@@ -1425,8 +1489,7 @@ async def demo(args):
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
 
-    message = {"role": "user", "content": args.question}
-    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+    prompt = encode_chat(tokenizer, args.question)
     room = model.config.max_position_embeddings - len(prompt)
     limit = args.max_response_tokens or min(room, 1024)
     if not 1 <= limit <= room:

@@ -287,3 +287,93 @@ def test_sft_trains_the_eos_that_is_also_the_pad(smollm):
     trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
     assert trained == "Go.\n<code>\nprint(12*345)\n</code>\nIt is 4140.\n<|im_end|>"
     assert [decode(tokenizer, [i]) for i in ids if decode(tokenizer, [i]).strip().isdigit()] == [*"1234541404140"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat templates that people bring
+
+ROLE = "'<|im_start|>' + m['role'] + '\n'"
+CONTENT = "{{ m['content'] }}"
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def turns(body, around=GENERATION):
+    return "{% for m in messages %}" + body + "{% endfor %}" + around
+
+
+def brought(tokenizer, tmp_path, template):
+    """What load_tokenizer makes of a checkpoint with this chat template and several special tokens."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|channel|>", "<|end|>", "<|eot|>"]})
+    other.chat_template = template
+    return load_tokenizer(saved(tmp_path, other))
+
+
+@pytest.mark.parametrize("asked, written", [
+    ("strftime_now('%d %b %Y')", "26 Jul 2024"), ("strftime_now('%Y-%m-%d')", "2024-07-26"),
+    ("strftime_now('%-d %B %y, %H:%M')", "26 July 24, 00:00"), ("strftime_now(format='%A %j')", "Friday 208"),
+    ("(strftime_now('%Y') | int) + 1", "2025"),
+    ("date() if strftime_now is defined else 'none'", "26/07/24"),
+])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_prompt_is_the_same_tomorrow(tokenizer, tmp_path, monkeypatch, asked, written, named):
+    """Guards against today's date in prompts (Llama 3.2, SmolLM3, gpt-oss): a resumed run and an evaluation would
+    see other prompts than those before them."""
+    template = ("{%- macro date() %}{{ strftime_now('%d/%m/%y') }}{% endmacro %}\n"
+                "  {% if true %}\n" + turns("{{ " + ROLE + " + m['content'] + '<|end|>\n' }}") +
+                "{{ 'It is ' ~ (" + asked + ") }}{% endif %}")
+    loaded = brought(tokenizer, tmp_path, {"default": template, "tools": template} if named else template)
+    expected = "<|im_start|>user\n1+1?<|end|>\n<|im_start|>assistant\nIt is " + written
+    assert decode(loaded, encode_prompt(loaded, "{question}", "1+1?")) == expected
+    loaded.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.chat_template == loaded.chat_template
+    assert decode(again, encode_prompt(again, "{question}", "1+1?")) == expected
+
+
+@pytest.mark.parametrize("template, end", [
+    # The answer begins with special tokens, and the generation prompt has none of them.
+    (turns("{{ " + ROLE + " }}{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}" + CONTENT +
+           "<|end|>"), "<|end|>"),
+    (turns("<|im_start|>{{ m['role'] }}<|channel|>" + CONTENT + "{{ '<|eot|>' if m['role'] == 'assistant' "
+           "else '<|end|>' }}"), "<|eot|>"),
+    # There is no generation prompt.
+    (turns("{{ " + ROLE + " }}" + CONTENT + "<|end|>", ""), "<|end|>"),
+    # The generation prompt opens a thought, which history does not show.
+    (turns("{{ " + ROLE + " + m['content'].split('</think>')[-1] }}<|end|>",
+           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<|channel|><think>\n' }}{% endif %}"), "<|end|>"),
+    # Nothing after an answer: the tokenizer's EOS stays.
+    (turns("{{ " + ROLE + " + m['content'] + '\n' }}"), "<|im_end|>"),
+    # After the end of turn stands another special token.
+    (turns("{{ " + ROLE + " + m['content'] + '<|eot|><|end|>' }}"), "<|eot|>"),
+])
+def test_the_end_of_turn_is_what_stands_behind_the_answer(tokenizer, tmp_path, end, template):
+    """Guards against a policy that is trained to begin an answer in order to end it: the first special token of
+    the assistant's turn was taken where it is not the end."""
+    assert brought(tokenizer, tmp_path, template).eos_token == end
+
+
+@pytest.mark.parametrize("template, line", [
+    (turns("{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"), "does not write the user's message"),
+    ("<|im_start|>Hello.", "does not write the user's message"),
+    (turns("{{ raise_exception('a system message is needed') }}"), "TemplateError: a system message is needed"),
+    ("{% for m in messages %}" + CONTENT, "TemplateSyntaxError"),
+    ("{{ nothing.of_that.name }}", "UndefinedError"),
+    (turns("{{ 1 + m['content'] }}"), "TypeError"),
+    (turns("{{ raise_exception('') }}"), "fails on a question"),
+    ({"tools": turns(CONTENT)}, "ValueError"),
+])
+def test_a_template_that_loses_the_question_or_raises_is_refused_in_one_line(tokenizer, tmp_path, template, line):
+    """Guards against training on prompts without a question, and a traceback from inside a template."""
+    with pytest.raises(UserError, match=line) as refused:
+        brought(tokenizer, tmp_path, template)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tmp_path):
+    """Guards against a template that cuts what stands behind a word, so that some questions lose their end."""
+    loaded = brought(tokenizer, tmp_path, turns("{{ " + ROLE + " + m['content'].split('/think')[0] | trim }}"))
+    assert decode(loaded, encode_prompt(loaded, "{question}", " 1+1?\n")) == (
+        "<|im_start|>user\n1+1?<|im_start|>assistant\n")
+    with pytest.raises(UserError, match="does not write the user's message as it is: 'Is it /think or 2"):
+        encode_prompt(loaded, "{question}", "Is it /think or 2?")
