@@ -149,9 +149,41 @@ def split_segments(text):
     return list(zip(writers, INTERPRETER_BLOCK.split(text)))
 
 
+# Texts in front of which a SentencePiece tokenizer puts its space: one that does not join what
+# follows it is taken.
+ANCHORS = ["\n", "x", "0", "é"]
+
+
+@functools.lru_cache(maxsize=8)
+def adds_space(tokenizer):
+    """Whether the tokenizer puts a space in front of every text, as SentencePiece does."""
+    ids = tokenizer.encode("x", add_special_tokens=False)
+    alone = tokenizer.decode(ids[-1:], clean_up_tokenization_spaces=False)
+    followed = tokenizer.decode(ids[-1:] + ids, clean_up_tokenization_spaces=False)
+    return followed[len(alone):].startswith(" ")
+
+
+def encode_segment(tokenizer, text):
+    """(ids, start of each in the text) of plain text that continues other text: no token and no
+    space is added."""
+    options = dict(
+        add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    if adds_space(tokenizer):
+        for anchor in ANCHORS:
+            encoded = tokenizer(anchor + text, **options)
+            offsets = encoded["offset_mapping"]
+            n_anchor = len([start for start, _ in offsets if start < len(anchor)])
+            if all(end <= len(anchor) for _, end in offsets[:n_anchor]):
+                ids = encoded["input_ids"][n_anchor:]
+                return ids, [start - len(anchor) for start, _ in offsets[n_anchor:]]
+
+    encoded = tokenizer(text, **options)
+    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+
+
 def encode_text(tokenizer, text):
-    """Token ids of plain text: no special token is added or recognised."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    """Token ids of plain text: no special token is added or recognised, and no space added."""
+    return encode_segment(tokenizer, text)[0]
 
 
 def break_tags(output):
@@ -197,10 +229,9 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
             trained_until = segment.rfind(tool_of(segment).open)
 
         # A token that starts before the snippet is prose, even if it reaches into the tag.
-        encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
-                            return_offsets_mapping=True)
-        ids += encoded["input_ids"]
-        mask += [int(start < trained_until) for start, _ in encoded["offset_mapping"]]
+        segment_ids, starts = encode_segment(tokenizer, segment)
+        ids += segment_ids
+        mask += [int(start < trained_until) for start in starts]
     return ids + [tokenizer.eos_token_id], mask + [1]
 
 

@@ -1,16 +1,18 @@
 """Which checkpoints are computed right, and are the others refused in one line?"""
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import StubSandbox, decode, run, scripted
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import rollout
 from data import embedded_problem, encode_prompt
 from rollout import (
+    Pieces,
     encode_interpreter,
     encode_response,
     encode_text,
@@ -377,3 +379,68 @@ def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tm
         "<|im_start|>user\n1+1?<|im_start|>assistant\n")
     with pytest.raises(UserError, match="does not write the user's message as it is: 'Is it /think or 2"):
         encode_prompt(loaded, "{question}", "Is it /think or 2?")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers that people bring
+
+
+@pytest.fixture(scope="module", params=["bpe", "bpe, first", "bpe, normalizer", "unigram", "byte-level"])
+def spaced(request):
+    """A tokenizer that puts a space in front of every text: SentencePiece of Llama 2's kinds, small, with bytes
+    for unknown characters, or byte-level."""
+    kind = request.param
+    texts = ["[[1 2]\n [3 4]] So it is 4. x = 5 print(12) " * 2, "the answer is </code> <interpreter>\n"] * 40
+    specials = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    if kind == "unigram":
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(
+            vocab_size=380, special_tokens=specials, unk_token="<unk>")
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials[:3],
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind == "bpe, normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme="first" if "first" in kind else "always", split=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    content["model"]["byte_fallback"] = kind != "byte-level"
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="<unk>",
+                                   bos_token="<s>", eos_token="</s>")
+
+
+SEGMENTS = ["[[1 2]\n [3 4]]", " [3 4]\n", "x = 5", "\n4", "  two", "é漢😀\n\n", "0", "</code>", "é", "\n", "", " "]
+
+
+def test_segments_join_without_a_space_that_nobody_wrote(spaced):
+    """Guards against a space in front of every segment with SentencePiece (Llama 2, TinyLlama): the first line of
+    a printed matrix is shifted against the others."""
+    pieces, last = Pieces(spaced), spaced.encode("x", add_special_tokens=False)[-1]
+    for text in SEGMENTS:
+        for after in SEGMENTS:
+            ids = [last] + encode_text(spaced, text) + encode_text(spaced, after)
+            assert decode(spaced, ids).strip(" ") == ("x" + text + after).strip(" "), (text, after)
+            if after.isascii() and text.isascii():
+                assert "".join(pieces[token] for token in ids[1:]) == text + after
+
+
+def test_a_printed_matrix_stands_as_it_was_printed(spaced):
+    """Guards against interpreter blocks and traces that say something else than the snippet printed."""
+    assert decode(spaced, [spaced.encode("x", add_special_tokens=False)[-1]] + encode_interpreter(
+        spaced, "[[1 2]\n [3 4]]\n", 99)).strip() == "x\n<interpreter>\n[[1 2]\n [3 4]]\n</interpreter>"
+    text = "Go.\n<code>\nprint(12)\n</code>\n<interpreter>\n[[1 2]\n [3 4]]\n</interpreter>\nIt is é 4."
+    ids, mask = encode_response(spaced, text, 99)
+    assert decode(spaced, ids).strip() == text + "</s>" and len(ids) == len(mask)
+    ids, mask = encode_response(spaced, text, 99, masked_calls=[0])
+    trained = [token for token, is_trained in zip(ids, mask) if is_trained]
+    assert decode(spaced, trained).strip() == "Go.\n\nIt is é 4.</s>"
