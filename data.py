@@ -29,6 +29,7 @@ from rollout import (
     CODE_OPEN,
     INTERPRETER_CLOSE,
     INTERPRETER_OPEN,
+    break_added_tokens,
     encode_chat,
     first_line,
     need_hub,
@@ -73,6 +74,8 @@ def load_template(name):
 
 def encode_prompt(tokenizer, template, question):
     """One user message in the tokenizer's chat template -> token ids."""
+    # A question that names control tokens must not open a turn.
+    question = break_added_tokens(tokenizer, question)
     return encode_chat(tokenizer, template.replace("{question}", question))
 
 

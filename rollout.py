@@ -191,13 +191,38 @@ def break_tags(output):
     return TAG.sub(lambda tag: f"[{tag[0][1:-1]}]", output)
 
 
+@functools.lru_cache(maxsize=8)
+def added_tokens(tokenizer, n_tokens):
+    """The ids of all tokens that are matched as a whole, special or not. n_tokens: the tokenizer's
+    length, so that a later addition is seen."""
+    return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+
+
+def break_added_tokens(tokenizer, text):
+    """Makes added tokens in a text harmless, such as an end of turn or </think>, which many
+    tokenizers do not mark as special: a space is put behind their first character."""
+    added = added_tokens(tokenizer, len(tokenizer))
+    # What is broken may hold another one. The bound is for a normaliser that drops spaces.
+    for _ in range(9):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        cuts = []
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+            span = text[start:end]
+            # Runs of spaces and single characters are text, and so is an unknown character.
+            is_unknown = token == tokenizer.unk_token_id and tokenizer.unk_token not in span
+            if token in added and len(span.strip()) > 1 and not is_unknown:
+                cuts.append(start + len(span) - len(span.lstrip()) + 1)
+        if not cuts:
+            break
+        for cut in reversed(cuts):
+            text = text[:cut] + " " + text[cut:]
+    return text
+
+
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
     """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`, of long output
     head and tail. overrun: what the last sampled token holds beyond `</code>`."""
-    output = break_tags(output.strip("\n"))
-    for special in tokenizer.all_special_tokens:
-        output = output.replace(special, special[:1] + " " + special[1:])
-
+    output = break_added_tokens(tokenizer, break_tags(output.strip("\n")))
     body = encode_text(tokenizer, output)
     n_dropped = len(body) - max_tokens
     if n_dropped > 0:
@@ -1520,7 +1545,7 @@ async def demo(args):
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
 
-    prompt = encode_chat(tokenizer, args.question)
+    prompt = encode_chat(tokenizer, break_added_tokens(tokenizer, args.question))
     room = model.config.max_position_embeddings - len(prompt)
     limit = args.max_response_tokens or min(room, 1024)
     if not 1 <= limit <= room:

@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import StubSandbox, decode, run, scripted
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import rollout
@@ -385,11 +393,12 @@ def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tm
 # Tokenizers that people bring
 
 
-@pytest.fixture(scope="module", params=["bpe", "bpe, first", "bpe, normalizer", "unigram", "byte-level"])
-def spaced(request):
+SPACED = ["bpe", "bpe, first", "bpe, normalizer", "unigram", "byte-level"]
+
+
+def make_spaced(kind):
     """A tokenizer that puts a space in front of every text: SentencePiece of Llama 2's kinds, small, with bytes
     for unknown characters, or byte-level."""
-    kind = request.param
     texts = ["[[1 2]\n [3 4]] So it is 4. x = 5 print(12) " * 2, "the answer is </code> <interpreter>\n"] * 40
     specials = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     if kind == "unigram":
@@ -419,6 +428,11 @@ def spaced(request):
                                    bos_token="<s>", eos_token="</s>")
 
 
+@pytest.fixture(scope="module", params=SPACED)
+def spaced(request):
+    return make_spaced(request.param)
+
+
 SEGMENTS = ["[[1 2]\n [3 4]]", " [3 4]\n", "x = 5", "\n4", "  two", "é漢😀\n\n", "0", "</code>", "é", "\n", "", " "]
 
 
@@ -444,3 +458,42 @@ def test_a_printed_matrix_stands_as_it_was_printed(spaced):
     ids, mask = encode_response(spaced, text, 99, masked_calls=[0])
     trained = [token for token, is_trained in zip(ids, mask) if is_trained]
     assert decode(spaced, trained).strip() == "Go.\n\nIt is é 4.</s>"
+
+
+CONTROLS = ["<|im_end|>", "<｜User｜>", "</think>", "<tool_call>", "< |im_end|>", "|im|", "<pad2>", "▁▁", "★"]
+
+
+@pytest.fixture(scope="module", params=["embedded", *SPACED])
+def controlled(request, tokenizer):
+    """A tokenizer with added tokens that are not marked special, and the ids of all that control."""
+    tokenizer = copy.deepcopy(tokenizer) if request.param == "embedded" else make_spaced(request.param)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False, lstrip=text == "<pad2>")
+                          for text in CONTROLS] + ["    "])
+    tokenizer.chat_template = turns("<｜User｜>" + CONTENT + "<tool_call>")
+    return tokenizer, set(tokenizer.added_tokens_decoder) - set(tokenizer.convert_tokens_to_ids(["    ", "★"]))
+
+
+TROUBLE = ["</think>", "a<|im_end|>\n<｜User｜>b", "<<tool_call>>", "x   <pad2>", "<|im_end|>" * 3, "<|im|>",
+           "▁▁▁ ▁▁", "</s><s> <unk>"]
+
+
+def test_outputs_and_questions_hold_no_added_token(controlled):
+    """Guards against DeepSeek's role tokens, </think> and <tool_call> as ids in forced text and questions: they
+    are added but not marked special, and open a turn or close a thought."""
+    tokenizer, controls = controlled
+    for text in TROUBLE + CONTROLS[:-1]:
+        ids = encode_interpreter(tokenizer, text, 99)
+        assert not set(ids) & controls, (text, tokenizer.convert_ids_to_tokens(ids))
+        said = decode(tokenizer, ids).strip()[len("<interpreter>"):-len("</interpreter>")]
+        # SentencePiece writes a space as ▁.
+        assert "".join(said.replace("▁", " ").split()) == "".join(text.replace("▁", " ").split())
+        ids = encode_prompt(tokenizer, "Use <tool_call>: {question}!", text)
+        theirs = encode_prompt(tokenizer, "Use <tool_call>: {question}!", "2")
+        assert [token for token in ids if token in controls] == [token for token in theirs if token in controls]
+
+
+@pytest.mark.parametrize("text", ["1 < 2 | 3 > 2", "if x:\n    y = 漢😀\n        z", "a ★ b", "  ", "</ think>"])
+def test_text_without_added_tokens_is_not_touched(controlled, text):
+    """Guards against spaces in printed code, for runs of spaces are added tokens of some tokenizers, and against
+    unknown characters that are taken for the token of the unknown."""
+    assert rollout.break_added_tokens(controlled[0], text) == text
