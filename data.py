@@ -29,6 +29,8 @@ from rollout import (
     CODE_OPEN,
     INTERPRETER_CLOSE,
     INTERPRETER_OPEN,
+    break_added_tokens,
+    encode_chat,
     first_line,
     need_hub,
 )
@@ -72,11 +74,9 @@ def load_template(name):
 
 def encode_prompt(tokenizer, template, question):
     """One user message in the tokenizer's chat template -> token ids."""
-    message = {"role": "user", "content": template.replace("{question}", question)}
-    return tokenizer.apply_chat_template(
-        [message],
-        add_generation_prompt=True,
-        return_dict=False)
+    # A question that names control tokens must not open a turn.
+    question = break_added_tokens(tokenizer, question)
+    return encode_chat(tokenizer, template.replace("{question}", question))
 
 
 # ---------------------------------------------------------------------------------------------

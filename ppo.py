@@ -45,7 +45,7 @@ import eval as evaluation
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
 from eval import at_least, in_range, mean, parse_flags, percent
-from rollout import Pieces, load_model, load_tokenizer
+from rollout import Pieces, load_model, load_tokenizer, save_beside_weights
 from sandbox import UserError
 
 # -------------------------------------------------------------------------------------------------
@@ -991,8 +991,7 @@ async def main(process):
     tokenizer = load_tokenizer(model_path)
     if args.export:
         if process.rank == 0:
-            export(checkpoint, model_path, args.dtype, args.export)
-            tokenizer.save_pretrained(args.export)
+            export(checkpoint, model_path, args.dtype, args.export, tokenizer)
         print(f"step {record['step']} of {run.path} exported to {args.export}")
         return
     trainer = Trainer(args, model_path, process, weights=not checkpoint)
@@ -1085,12 +1084,13 @@ async def main(process):
           f"--model {run.path}/checkpoint {shlex.quote(question)}")
 
 
-def export(checkpoint, model_path, dtype, folder):
+def export(checkpoint, model_path, dtype, folder, tokenizer):
     """A checkpoint's actor for plain transformers: read straight into a plain model."""
     model = load_model(model_path, "cpu", dtype, weights=False)
     state = {f"actor.lm.{name}": p.detach() for name, p in model.named_parameters()}
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     model.save_pretrained(folder)
+    save_beside_weights(model, tokenizer, folder)
 
 
 def evaluation_sets(args):
@@ -1188,9 +1188,7 @@ class RunFolder:
     def write_model(self, model, tokenizer):
         """What a checkpoint of the run does not hold."""
         if self.writes:
-            model.config.save_pretrained(self.path / "model")
-            model.generation_config.save_pretrained(self.path / "model")
-            tokenizer.save_pretrained(self.path / "model")
+            save_beside_weights(model, tokenizer, self.path / "model")
 
     def open(self, sizes):
         """Open the JSONL files, cut to `sizes`, and read the evaluations."""
@@ -1246,7 +1244,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
                 "last checkpoint is there; --resume writes this again") from None
-        tokenizer.save_pretrained(self.path / "checkpoint")
+        save_beside_weights(model, tokenizer, self.path / "checkpoint")
         page = evaluation.report_page([self.path])
         (self.path / "report.html").write_text(page, encoding="utf-8")
         if self.results:

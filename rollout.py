@@ -30,6 +30,7 @@ key/value heads, D head dim, S positions per slot.
 """
 import argparse
 import asyncio
+import datetime
 import functools
 import heapq
 import inspect
@@ -148,9 +149,41 @@ def split_segments(text):
     return list(zip(writers, INTERPRETER_BLOCK.split(text)))
 
 
+# Texts in front of which a SentencePiece tokenizer puts its space: one that does not join what
+# follows it is taken.
+ANCHORS = ["\n", "x", "0", "é"]
+
+
+@functools.lru_cache(maxsize=8)
+def adds_space(tokenizer):
+    """Whether the tokenizer puts a space in front of every text, as SentencePiece does."""
+    ids = tokenizer.encode("x", add_special_tokens=False)
+    alone = tokenizer.decode(ids[-1:], clean_up_tokenization_spaces=False)
+    followed = tokenizer.decode(ids[-1:] + ids, clean_up_tokenization_spaces=False)
+    return followed[len(alone):].startswith(" ")
+
+
+def encode_segment(tokenizer, text):
+    """(ids, start of each in the text) of plain text that continues other text: no token and no
+    space is added."""
+    options = dict(
+        add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    if adds_space(tokenizer):
+        for anchor in ANCHORS:
+            encoded = tokenizer(anchor + text, **options)
+            offsets = encoded["offset_mapping"]
+            n_anchor = len([start for start, _ in offsets if start < len(anchor)])
+            if all(end <= len(anchor) for _, end in offsets[:n_anchor]):
+                ids = encoded["input_ids"][n_anchor:]
+                return ids, [start - len(anchor) for start, _ in offsets[n_anchor:]]
+
+    encoded = tokenizer(text, **options)
+    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+
+
 def encode_text(tokenizer, text):
-    """Token ids of plain text: no special token is added or recognised."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    """Token ids of plain text: no special token is added or recognised, and no space added."""
+    return encode_segment(tokenizer, text)[0]
 
 
 def break_tags(output):
@@ -158,13 +191,38 @@ def break_tags(output):
     return TAG.sub(lambda tag: f"[{tag[0][1:-1]}]", output)
 
 
+@functools.lru_cache(maxsize=8)
+def added_tokens(tokenizer, n_tokens):
+    """The ids of all tokens that are matched as a whole, special or not. n_tokens: the tokenizer's
+    length, so that a later addition is seen."""
+    return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+
+
+def break_added_tokens(tokenizer, text):
+    """Makes added tokens in a text harmless, such as an end of turn or </think>, which many
+    tokenizers do not mark as special: a space is put behind their first character."""
+    added = added_tokens(tokenizer, len(tokenizer))
+    # What is broken may hold another one. The bound is for a normaliser that drops spaces.
+    for _ in range(9):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        cuts = []
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+            span = text[start:end]
+            # Runs of spaces and single characters are text, and so is an unknown character.
+            is_unknown = token == tokenizer.unk_token_id and tokenizer.unk_token not in span
+            if token in added and len(span.strip()) > 1 and not is_unknown:
+                cuts.append(start + len(span) - len(span.lstrip()) + 1)
+        if not cuts:
+            break
+        for cut in reversed(cuts):
+            text = text[:cut] + " " + text[cut:]
+    return text
+
+
 def encode_interpreter(tokenizer, output, max_tokens, overrun=""):
     """Token ids of the forced block `\\n<interpreter>\\n{output}\\n</interpreter>`, of long output
     head and tail. overrun: what the last sampled token holds beyond `</code>`."""
-    output = break_tags(output.strip("\n"))
-    for special in tokenizer.all_special_tokens:
-        output = output.replace(special, special[:1] + " " + special[1:])
-
+    output = break_added_tokens(tokenizer, break_tags(output.strip("\n")))
     body = encode_text(tokenizer, output)
     n_dropped = len(body) - max_tokens
     if n_dropped > 0:
@@ -196,10 +254,9 @@ def encode_response(tokenizer, text, max_interpreter_tokens, masked_calls=(),
             trained_until = segment.rfind(tool_of(segment).open)
 
         # A token that starts before the snippet is prose, even if it reaches into the tag.
-        encoded = tokenizer(segment, add_special_tokens=False, split_special_tokens=True,
-                            return_offsets_mapping=True)
-        ids += encoded["input_ids"]
-        mask += [int(start < trained_until) for start, _ in encoded["offset_mapping"]]
+        segment_ids, starts = encode_segment(tokenizer, segment)
+        ids += segment_ids
+        mask += [int(start < trained_until) for start in starts]
     return ids + [tokenizer.eos_token_id], mask + [1]
 
 
@@ -1215,17 +1272,80 @@ def load_tokenizer(path):
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
 
-    # What special token does the template write after an answer?
-    question = {"role": "user", "content": "x"}
-    answer = {"role": "assistant", "content": "x"}
-    prompt = tokenizer.apply_chat_template(
-        [question], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([question, answer], return_dict=False)
+    # A template that writes today's date makes other prompts tomorrow. A template given by several
+    # names is a dict.
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {
+            name: with_fixed_date(template) for name, template in tokenizer.chat_template.items()}
+    else:
+        tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
+
+    # What special token does the template write after an answer? Where two answers differ, the
+    # answer has begun: whatever the template puts in front of it lies before.
+    question = {"role": "user", "content": "What is 17 + 25?"}
+    turns = []
+    for text in ("x", "y"):
+        answer = {"role": "assistant", "content": text}
+        rendered = render_chat(tokenizer, [question, answer])
+        turns.append(tokenizer.encode(rendered, add_special_tokens=False))
+    answer_at = len(os.path.commonprefix(turns))
     added = tokenizer.added_tokens_decoder
-    ends = [token for token in whole[len(prompt):] if token in added and added[token].special]
+    ends = [token for token in turns[0][answer_at:] if token in added and added[token].special]
     if ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+
+    # A template that fails on a question is refused here, before a run starts.
+    encode_chat(tokenizer, question["content"])
     return tokenizer
+
+
+# The date of every prompt.
+PROMPT_DATE = datetime.datetime(2024, 7, 26)
+
+
+def with_fixed_date(chat_template):
+    """The chat template; if it calls `strftime_now`, behind a macro of that name that formats
+    PROMPT_DATE."""
+    # A macro in the template hides the function that transformers gives to it, and unlike an
+    # argument it is saved with the tokenizer.
+    if "strftime_now" not in chat_template:
+        return chat_template
+    text = "format"
+    for letter in "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ":
+        value = PROMPT_DATE.strftime("%" + letter)
+        text += f".replace('%{letter}', '{value}')"
+        if value.isdigit():
+            text += f".replace('%-{letter}', '{int(value)}')"
+    # The line break after the macro is not part of the prompt: the template's blocks take one.
+    macro = "{%- macro strftime_now(format) %}{{ " + text + " }}{% endmacro %}\n"
+    # A tokenizer that was saved has it already.
+    if chat_template.startswith(macro):
+        return chat_template
+    return macro + chat_template
+
+
+def render_chat(tokenizer, messages, for_answer=False):
+    """The text that the chat template makes of messages; UserError if it fails. for_answer: up to
+    where the assistant's answer begins."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=for_answer, tokenize=False)
+    except Exception as error:  # a template is a program, and raises what it likes
+        reason = first_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{tokenizer.name_or_path}: its chat template fails on a question from "
+                        f"the user ({reason})") from None
+
+
+def encode_chat(tokenizer, content):
+    """Token ids of one user message in the chat template; UserError if the message is not in what
+    the template makes of it."""
+    message = {"role": "user", "content": content}
+    prompt = render_chat(tokenizer, [message], for_answer=True)
+    # Templates trim, and some break lines anew.
+    if "".join(content.split()) not in "".join(prompt.split()):
+        raise UserError(f"{tokenizer.name_or_path}: its chat template does not write the user's "
+                        f"message as it is: {content[:60]!r}")
+    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def end_tokens(model, tokenizer):
@@ -1235,6 +1355,21 @@ def end_tokens(model, tokenizer):
         configured = model.generation_config.eos_token_id
         ends |= set(configured if isinstance(configured, list) else [configured])
     return ends - {None}
+
+
+def save_beside_weights(model, tokenizer, folder):
+    """Write all that a checkpoint holds but the weights; config.json and generation_config.json
+    name every end of a response."""
+    # A policy trained to stop at the template's end of turn must stop there in other programs,
+    # which read these files and not the tokenizer's.
+    ends = sorted(end_tokens(model, tokenizer))
+    named = ends if len(ends) > 1 else ends[0]
+    model.config.eos_token_id = named
+    model.config.save_pretrained(folder)
+    if model.generation_config:
+        model.generation_config.eos_token_id = named
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_config(path, tokenizer=()):
@@ -1410,8 +1545,7 @@ async def demo(args):
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
 
-    message = {"role": "user", "content": args.question}
-    prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+    prompt = encode_chat(tokenizer, break_added_tokens(tokenizer, args.question))
     room = model.config.max_position_embeddings - len(prompt)
     limit = args.max_response_tokens or min(room, 1024)
     if not 1 <= limit <= room:

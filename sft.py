@@ -102,6 +102,7 @@ from rollout import (
     load_model,
     load_tokenizer,
     need_varlen,
+    save_beside_weights,
     split_segments,
     strip_fence,
     tool_of,
@@ -499,7 +500,7 @@ def train_on_traces(traces, held_out, recipe, args, folder, process):
     sync_weights(policy, plain)
     if process.rank == 0:
         plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_beside_weights(plain, tokenizer, folder)
     return metrics
 
 

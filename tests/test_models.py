@@ -1,16 +1,26 @@
 """Which checkpoints are computed right, and are the others refused in one line?"""
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import StubSandbox, decode, run, scripted
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import rollout
 from data import embedded_problem, encode_prompt
 from rollout import (
+    Pieces,
     encode_interpreter,
     encode_response,
     encode_text,
@@ -149,6 +159,49 @@ def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer
         assert t.finish_reason == "eos" and t.response_ids == [9, 9, end]
 
 
+def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_turns(tokenizer, tmp_path, monkeypatch):
+    """Guards against a policy from a base model that talks on for ever elsewhere: its config.json and
+    generation_config.json named the end of a text alone, not the end of turn that it was trained to write."""
+    import eval as evaluation
+    import ppo
+    import sft
+    base = copy.deepcopy(tokenizer)
+    base.add_special_tokens({"additional_special_tokens": ["<|turn_end|>"]})
+    turn_end, text_end = base.convert_tokens_to_ids("<|turn_end|>"), base.eos_token_id
+    base.chat_template = base.chat_template.replace("<|im_end|>", "<|turn_end|>")
+    path = saved(tmp_path / "base", base, eos_token_id=text_end)
+    loaded, model = load_tokenizer(path), load_model(path, "cpu")
+    monkeypatch.setattr(evaluation, "report_page", lambda folders: "")
+    run_folder = SimpleNamespace(path=tmp_path, files={}, tracker=None, writes=True, results={})
+    ppo.RunFolder.write_model(run_folder, model, loaded)
+    ppo.RunFolder.finish(run_folder, model, loaded)
+
+    process = SimpleNamespace(rank=0, device="cpu", world=1)
+    recipe = SimpleNamespace(model=path, sft_seed=0, template="{question}", max_interpreter_tokens=9,
+                             sft_mask_interpreter="on", mask_failed="on")
+    trace = {"question": "1+1?", "response": "It is 2.", "failed_calls": []}
+    for name in ("shard", "train", "sync_weights"):
+        monkeypatch.setattr(sft, name, lambda *arguments: None)
+    sft.train_on_traces([trace], [trace], recipe, SimpleNamespace(sft_save_every=0), tmp_path / "sft", process)
+    for folder in ("checkpoint", "model", "sft"):
+        assert AutoConfig.from_pretrained(tmp_path / folder).eos_token_id == [text_end, turn_end], folder
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == [text_end, turn_end], folder
+
+    def says(script):
+        def processor(ids, scores):
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(script[ids.shape[1] - 2]), 0.0)
+        return [processor]
+
+    for folder in ("checkpoint", "sft"):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        for end in (turn_end, text_end):
+            out = plain.generate(torch.tensor([[5, 6]]), max_new_tokens=9, do_sample=False,
+                                 logits_processor=says([9, 9, end] + [9] * 6))
+            assert out[0].tolist() == [5, 6, 9, 9, end]
+    resumed = load_model(str(tmp_path / "model"), "cpu", weights=False)
+    assert end_tokens(resumed, load_tokenizer(str(tmp_path / "model"))) == {text_end, turn_end}
+
+
 def test_dropout_stays_off_where_activations_are_checkpointed():
     """Guards against training mode, which transformers asks for, and its dropout: the ratio would not be 1."""
     import eval as evaluation
@@ -244,3 +297,203 @@ def test_sft_trains_the_eos_that_is_also_the_pad(smollm):
     trained = decode(tokenizer, [i for i, m in zip(ids, mask) if m])
     assert trained == "Go.\n<code>\nprint(12*345)\n</code>\nIt is 4140.\n<|im_end|>"
     assert [decode(tokenizer, [i]) for i in ids if decode(tokenizer, [i]).strip().isdigit()] == [*"1234541404140"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat templates that people bring
+
+ROLE = "'<|im_start|>' + m['role'] + '\n'"
+CONTENT = "{{ m['content'] }}"
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def turns(body, around=GENERATION):
+    return "{% for m in messages %}" + body + "{% endfor %}" + around
+
+
+def brought(tokenizer, tmp_path, template):
+    """What load_tokenizer makes of a checkpoint with this chat template and several special tokens."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|channel|>", "<|end|>", "<|eot|>"]})
+    other.chat_template = template
+    return load_tokenizer(saved(tmp_path, other))
+
+
+@pytest.mark.parametrize("asked, written", [
+    ("strftime_now('%d %b %Y')", "26 Jul 2024"), ("strftime_now('%Y-%m-%d')", "2024-07-26"),
+    ("strftime_now('%-d %B %y, %H:%M')", "26 July 24, 00:00"), ("strftime_now(format='%A %j')", "Friday 208"),
+    ("(strftime_now('%Y') | int) + 1", "2025"),
+    ("date() if strftime_now is defined else 'none'", "26/07/24"),
+])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_prompt_is_the_same_tomorrow(tokenizer, tmp_path, monkeypatch, asked, written, named):
+    """Guards against today's date in prompts (Llama 3.2, SmolLM3, gpt-oss): a resumed run and an evaluation would
+    see other prompts than those before them."""
+    template = ("{%- macro date() %}{{ strftime_now('%d/%m/%y') }}{% endmacro %}\n"
+                "  {% if true %}\n" + turns("{{ " + ROLE + " + m['content'] + '<|end|>\n' }}") +
+                "{{ 'It is ' ~ (" + asked + ") }}{% endif %}")
+    loaded = brought(tokenizer, tmp_path, {"default": template, "tools": template} if named else template)
+    expected = "<|im_start|>user\n1+1?<|end|>\n<|im_start|>assistant\nIt is " + written
+    assert decode(loaded, encode_prompt(loaded, "{question}", "1+1?")) == expected
+    loaded.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.chat_template == loaded.chat_template
+    assert decode(again, encode_prompt(again, "{question}", "1+1?")) == expected
+
+
+@pytest.mark.parametrize("template, end", [
+    # The answer begins with special tokens, and the generation prompt has none of them.
+    (turns("{{ " + ROLE + " }}{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}" + CONTENT +
+           "<|end|>"), "<|end|>"),
+    (turns("<|im_start|>{{ m['role'] }}<|channel|>" + CONTENT + "{{ '<|eot|>' if m['role'] == 'assistant' "
+           "else '<|end|>' }}"), "<|eot|>"),
+    # There is no generation prompt.
+    (turns("{{ " + ROLE + " }}" + CONTENT + "<|end|>", ""), "<|end|>"),
+    # The generation prompt opens a thought, which history does not show.
+    (turns("{{ " + ROLE + " + m['content'].split('</think>')[-1] }}<|end|>",
+           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<|channel|><think>\n' }}{% endif %}"), "<|end|>"),
+    # Nothing after an answer: the tokenizer's EOS stays.
+    (turns("{{ " + ROLE + " + m['content'] + '\n' }}"), "<|im_end|>"),
+    # After the end of turn stands another special token.
+    (turns("{{ " + ROLE + " + m['content'] + '<|eot|><|end|>' }}"), "<|eot|>"),
+])
+def test_the_end_of_turn_is_what_stands_behind_the_answer(tokenizer, tmp_path, end, template):
+    """Guards against a policy that is trained to begin an answer in order to end it: the first special token of
+    the assistant's turn was taken where it is not the end."""
+    assert brought(tokenizer, tmp_path, template).eos_token == end
+
+
+@pytest.mark.parametrize("template, line", [
+    (turns("{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"), "does not write the user's message"),
+    ("<|im_start|>Hello.", "does not write the user's message"),
+    (turns("{{ raise_exception('a system message is needed') }}"), "TemplateError: a system message is needed"),
+    ("{% for m in messages %}" + CONTENT, "TemplateSyntaxError"),
+    ("{{ nothing.of_that.name }}", "UndefinedError"),
+    (turns("{{ 1 + m['content'] }}"), "TypeError"),
+    (turns("{{ raise_exception('') }}"), "fails on a question"),
+    ({"tools": turns(CONTENT)}, "ValueError"),
+])
+def test_a_template_that_loses_the_question_or_raises_is_refused_in_one_line(tokenizer, tmp_path, template, line):
+    """Guards against training on prompts without a question, and a traceback from inside a template."""
+    with pytest.raises(UserError, match=line) as refused:
+        brought(tokenizer, tmp_path, template)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tmp_path):
+    """Guards against a template that cuts what stands behind a word, so that some questions lose their end."""
+    loaded = brought(tokenizer, tmp_path, turns("{{ " + ROLE + " + m['content'].split('/think')[0] | trim }}"))
+    assert decode(loaded, encode_prompt(loaded, "{question}", " 1+1?\n")) == (
+        "<|im_start|>user\n1+1?<|im_start|>assistant\n")
+    with pytest.raises(UserError, match="does not write the user's message as it is: 'Is it /think or 2"):
+        encode_prompt(loaded, "{question}", "Is it /think or 2?")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers that people bring
+
+
+SPACED = ["bpe", "bpe, first", "bpe, normalizer", "unigram", "byte-level"]
+
+
+def make_spaced(kind):
+    """A tokenizer that puts a space in front of every text: SentencePiece of Llama 2's kinds, small, with bytes
+    for unknown characters, or byte-level."""
+    texts = ["[[1 2]\n [3 4]] So it is 4. x = 5 print(12) " * 2, "the answer is </code> <interpreter>\n"] * 40
+    specials = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    if kind == "unigram":
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(
+            vocab_size=380, special_tokens=specials, unk_token="<unk>")
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials[:3],
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind == "bpe, normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme="first" if "first" in kind else "always", split=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    content["model"]["byte_fallback"] = kind != "byte-level"
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="<unk>",
+                                   bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module", params=SPACED)
+def spaced(request):
+    return make_spaced(request.param)
+
+
+SEGMENTS = ["[[1 2]\n [3 4]]", " [3 4]\n", "x = 5", "\n4", "  two", "é漢😀\n\n", "0", "</code>", "é", "\n", "", " "]
+
+
+def test_segments_join_without_a_space_that_nobody_wrote(spaced):
+    """Guards against a space in front of every segment with SentencePiece (Llama 2, TinyLlama): the first line of
+    a printed matrix is shifted against the others."""
+    pieces, last = Pieces(spaced), spaced.encode("x", add_special_tokens=False)[-1]
+    for text in SEGMENTS:
+        for after in SEGMENTS:
+            ids = [last] + encode_text(spaced, text) + encode_text(spaced, after)
+            assert decode(spaced, ids).strip(" ") == ("x" + text + after).strip(" "), (text, after)
+            if after.isascii() and text.isascii():
+                assert "".join(pieces[token] for token in ids[1:]) == text + after
+
+
+def test_a_printed_matrix_stands_as_it_was_printed(spaced):
+    """Guards against interpreter blocks and traces that say something else than the snippet printed."""
+    assert decode(spaced, [spaced.encode("x", add_special_tokens=False)[-1]] + encode_interpreter(
+        spaced, "[[1 2]\n [3 4]]\n", 99)).strip() == "x\n<interpreter>\n[[1 2]\n [3 4]]\n</interpreter>"
+    text = "Go.\n<code>\nprint(12)\n</code>\n<interpreter>\n[[1 2]\n [3 4]]\n</interpreter>\nIt is é 4."
+    ids, mask = encode_response(spaced, text, 99)
+    assert decode(spaced, ids).strip() == text + "</s>" and len(ids) == len(mask)
+    ids, mask = encode_response(spaced, text, 99, masked_calls=[0])
+    trained = [token for token, is_trained in zip(ids, mask) if is_trained]
+    assert decode(spaced, trained).strip() == "Go.\n\nIt is é 4.</s>"
+
+
+CONTROLS = ["<|im_end|>", "<｜User｜>", "</think>", "<tool_call>", "< |im_end|>", "|im|", "<pad2>", "▁▁", "★"]
+
+
+@pytest.fixture(scope="module", params=["embedded", *SPACED])
+def controlled(request, tokenizer):
+    """A tokenizer with added tokens that are not marked special, and the ids of all that control."""
+    tokenizer = copy.deepcopy(tokenizer) if request.param == "embedded" else make_spaced(request.param)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False, lstrip=text == "<pad2>")
+                          for text in CONTROLS] + ["    "])
+    tokenizer.chat_template = turns("<｜User｜>" + CONTENT + "<tool_call>")
+    return tokenizer, set(tokenizer.added_tokens_decoder) - set(tokenizer.convert_tokens_to_ids(["    ", "★"]))
+
+
+TROUBLE = ["</think>", "a<|im_end|>\n<｜User｜>b", "<<tool_call>>", "x   <pad2>", "<|im_end|>" * 3, "<|im|>",
+           "▁▁▁ ▁▁", "</s><s> <unk>"]
+
+
+def test_outputs_and_questions_hold_no_added_token(controlled):
+    """Guards against DeepSeek's role tokens, </think> and <tool_call> as ids in forced text and questions: they
+    are added but not marked special, and open a turn or close a thought."""
+    tokenizer, controls = controlled
+    for text in TROUBLE + CONTROLS[:-1]:
+        ids = encode_interpreter(tokenizer, text, 99)
+        assert not set(ids) & controls, (text, tokenizer.convert_ids_to_tokens(ids))
+        said = decode(tokenizer, ids).strip()[len("<interpreter>"):-len("</interpreter>")]
+        # SentencePiece writes a space as ▁.
+        assert "".join(said.replace("▁", " ").split()) == "".join(text.replace("▁", " ").split())
+        ids = encode_prompt(tokenizer, "Use <tool_call>: {question}!", text)
+        theirs = encode_prompt(tokenizer, "Use <tool_call>: {question}!", "2")
+        assert [token for token in ids if token in controls] == [token for token in theirs if token in controls]
+
+
+@pytest.mark.parametrize("text", ["1 < 2 | 3 > 2", "if x:\n    y = 漢😀\n        z", "a ★ b", "  ", "</ think>"])
+def test_text_without_added_tokens_is_not_touched(controlled, text):
+    """Guards against spaces in printed code, for runs of spaces are added tokens of some tokenizers, and against
+    unknown characters that are taken for the token of the unknown."""
+    assert rollout.break_added_tokens(controlled[0], text) == text
