@@ -1159,7 +1159,7 @@ async def check_problem(record, run):
     record.update(problem)
 
     question = record["question"]
-    answer = record["answer"]
+    answer = record["answer"] or ""  # a solution may state none
     solution = record["solution"]
     if not question or re.search("[\ud800-\udfff]", question + answer + solution):
         raise Rejected("filter: not well-formed")  # a lone surrogate is no text
