@@ -804,13 +804,14 @@ def run_snippet(code, seed, memory_mb):
         if last is not None:
             echo = compile(ast.Expression(last.value), SNIPPET, "eval", dont_inherit=True)
             value = eval(echo, main.__dict__)
-            if value is not None:
-                print(repr(value))
+            for_its_effect = is_remark(last, tree.body, code) or writes(last, main.__dict__)
+            if value is not None and not for_its_effect:
+                print_on_new_line(repr(value), sys.stdout)
     except SystemExit as stop:
         if stop.code is not None and stop.code != 0:
             exit_code = 1
             message = f"[exit code {stop.code}]" if isinstance(stop.code, int) else stop.code
-            print(message, file=sys.stderr)
+            print_on_new_line(message, sys.stderr)
     except BaseException as error:
         exit_code = 1
         if LINUX:  # after a MemoryError only the reserve has room to format it
@@ -829,6 +830,58 @@ def run_snippet(code, seed, memory_mb):
     with contextlib.suppress(OSError, ValueError):
         out.flush()
     return exit_code
+
+
+# Methods and functions that return how much they wrote.
+WRITES = ("write", "writelines", "writerow", "writerows", "write_text", "write_bytes")
+
+
+def writes(statement, namespace):
+    """Whether a trailing expression calls something that writes: its value is only a count."""
+    for node in ast.walk(statement):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        if isinstance(function, ast.Attribute) and function.attr in WRITES:
+            return True
+
+        # A plain name may stand for sys.stdout.write; a function of the snippet's own is none.
+        if isinstance(function, ast.Name):
+            value = namespace.get(function.id)
+            is_own = isinstance(value, types.FunctionType)
+            if not is_own and getattr(value, "__name__", None) in WRITES:
+                return True
+    return False
+
+
+def is_remark(statement, statements_before, code):
+    """Whether a trailing expression is `...`, or a text that stands where a docstring or a comment
+    of several lines does."""
+    if not isinstance(statement.value, ast.Constant):
+        return False
+    if statement.value.value is ...:
+        return True
+    if not isinstance(statement.value.value, str):
+        return False
+    source = ast.get_source_segment(code, statement.value) or ""
+    quotes = source.lstrip("rRuU")[:3]
+    return not statements_before or quotes in ('"""', "'''")
+
+
+def print_on_new_line(text, stream):
+    """Behind output that ends inside a line, the text would be read as a part of it."""
+    with contextlib.suppress(Exception):  # the snippet may have put anything there
+        sys.__stdout__.flush()
+        sys.stdout.flush()
+        if ends_inside_a_line():
+            print(file=stream)
+    print(text, file=stream)
+
+
+def ends_inside_a_line():
+    """Whether the output so far ends without a newline."""
+    size = os.fstat(1).st_size
+    return size > 0 and os.pread(1, 1, size - 1) != b"\n"
 
 
 def describe(error):
@@ -852,8 +905,7 @@ def describe(error):
 def emit(text):
     """Append to the output on a new line, past sys.stdout."""
     with contextlib.suppress(OSError):
-        size = os.fstat(1).st_size
-        if size and os.pread(1, 1, size - 1) != b"\n":
+        if ends_inside_a_line():
             text = "\n" + text
         os.write(1, text.encode("utf-8", "backslashreplace"))
 
