@@ -72,6 +72,9 @@ LINUX = sys.platform == "linux"
 
 # Of a snippet.
 SNIPPET = "snippet.py"
+# A first line of this and a JSON list: these snippets run before, unseen, as `replay` says.
+EARLIER = "# earlier snippets: "
+OWN_SOURCES = set()  # names under which the snippet and earlier ones are compiled
 OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
 MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
 STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
@@ -785,15 +788,16 @@ def run_snippet(code, seed, memory_mb):
     out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
 
-    # pickle looks the main module up, tracebacks the source. Newlines as in the tokenizer:
-    # splitlines() would also split at form feeds.
+    # pickle looks the main module up, tracebacks the source.
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    lines = io.StringIO(code, newline=None).readlines()
-    linecache.cache[SNIPPET] = (len(code), None, lines, SNIPPET)
+    earlier, code = split_earlier(code)
+    remember_source(SNIPPET, code)
 
     exit_code = 0
     try:
+        if earlier:
+            replay(earlier, main.__dict__)
         tree = ast.parse(code, SNIPPET)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
@@ -830,6 +834,55 @@ def run_snippet(code, seed, memory_mb):
     with contextlib.suppress(OSError, ValueError):
         out.flush()
     return exit_code
+
+
+def remember_source(name, code):
+    """Tracebacks look lines up here."""
+    # Newlines as in the tokenizer: splitlines() would also split at form feeds.
+    lines = io.StringIO(code, newline=None).readlines()
+    linecache.cache[name] = (len(code), None, lines, name)
+    OWN_SOURCES.add(name)
+
+
+def split_earlier(code):
+    """(earlier snippets, the present one)"""
+    first_line, _, rest = code.partition("\n")
+    if first_line.startswith(EARLIER):
+        with contextlib.suppress(ValueError):  # a comment of the snippet's own
+            earlier = json.loads(first_line.removeprefix(EARLIER))
+            if isinstance(earlier, list) and all(isinstance(text, str) for text in earlier):
+                return earlier, rest
+    return [], code
+
+
+def replay(earlier, namespace):
+    """Run earlier snippets, each compiled by itself; what they print goes nowhere, and an exit ends
+    only the snippet in which it stands."""
+    out = sys.stdout
+    stdin = sys.stdin
+    end_process = os._exit
+    shown = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    try:
+        for number, code in enumerate(earlier, 1):
+            name = f"earlier_{number}.py"
+            remember_source(name, code)
+            sys.stdin = io.StringIO()  # exit() closes it
+            os._exit = sys.exit
+            with contextlib.suppress(SystemExit):
+                exec(compile(code, name, "exec", dont_inherit=True), namespace)
+            atexit._run_exitfuncs()
+    finally:
+        os._exit = end_process
+        sys.stdin = stdin
+        sys.stdout = sys.stderr = out
+        out.flush()
+        os.dup2(shown, 1)
+        os.dup2(shown, 2)
+        os.close(nowhere)
+        os.close(shown)
 
 
 # Methods and functions that return how much they wrote.
@@ -888,7 +941,7 @@ def describe(error):
     """Traceback text: the snippet's own frames only, the last MAX_FRAMES of them."""
     frames = []
     for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == SNIPPET:
+        if frame.f_code.co_filename in OWN_SOURCES:
             frames.append((frame, line))
     dropped = len(frames) - MAX_FRAMES
 
