@@ -124,7 +124,8 @@ def numbers(text):
 # ---------------------------------------------------------------------------------------------
 # Loading problems
 
-# (question, answer, solution) as dotted paths; the first whose fields are all there wins.
+# (question, answer, solution) as dotted paths; the first whose fields are all there wins. In a list
+# of messages "user" is the first message of the user, "assistant" the reply to it: see `dig`.
 LAYOUTS = [
     # NuminaMath-1.5
     ("problem", "answer", "solution"),
@@ -143,15 +144,18 @@ LAYOUTS = [
     # The authors' AIME files
     ("input", "output", ""),
     # DAPO-Math-17k: {"prompt": [{"content": "2+3?"}], "reward_model": {"ground_truth": "5"}}
-    ("prompt.0.content", "reward_model.ground_truth", ""),
+    ("prompt.user.content", "reward_model.ground_truth", ""),
     # Its processed form
     ("prompt", "reward_model.ground_truth", ""),
     # `sft.py curate`: {"messages": [{"content": "2+3?"}, {"content": "\\boxed{5}"}], "answer": "5"}
-    ("messages.0.content", "answer", "messages.1.content"),
+    ("messages.user.content", "answer", "messages.assistant.content"),
     # The authors' traces
-    ("messages.0.content", "messages.1.content", "messages.1.content"),
+    ("messages.user.content", "messages.assistant.content", "messages.assistant.content"),
     # OpenThoughts
-    ("conversations.0.value", "conversations.1.value", "conversations.1.value"),
+    ("conversations.user.value", "conversations.assistant.value", "conversations.assistant.value"),
+    # The same with the other names of a message's fields
+    ("conversations.user.content", "conversations.assistant.content",
+     "conversations.assistant.content"),
 ]
 
 # What these sets put around the question; it would contradict our own format.
@@ -168,16 +172,43 @@ PROMPT_FRAME = re.compile("|".join([
 
 
 def dig(row, path):
-    """The value at a dotted path such as prompt.0.content, or None."""
+    """The value at a dotted path such as prompt.0.content or prompt.user.content, or None."""
     value = row
     for key in path.split("."):
         if isinstance(value, dict):
             value = value.get(key)
         elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
             value = value[int(key)]
+        elif isinstance(value, list) and key in ("user", "assistant"):
+            question_at, reply_at = find_exchange(value)
+            at = question_at if key == "user" else reply_at
+            value = None if at is None else value[at]
         else:
             return None
     return value
+
+
+def find_exchange(messages):
+    """Where in a list of messages the user's first one is, and the reply to it; None: missing."""
+    writers = []
+    for message in messages:
+        writer = None
+        if isinstance(message, dict):
+            writer = message.get("role") or message.get("from")
+        writers.append(str(writer).lower())
+
+    # Where no message says that it is the user's, only a system message is known to be none.
+    instructs = ("system", "developer")
+    of_user = [i for i, writer in enumerate(writers) if writer in ("user", "human")]
+    of_others = [i for i, writer in enumerate(writers) if writer not in instructs]
+    if not of_others:
+        return None, None
+
+    question_at = of_user[0] if of_user else of_others[0]
+    for i in of_others:
+        if i > question_at and i not in of_user:
+            return question_at, i
+    return question_at, None
 
 
 def marked_answer(text):
@@ -281,7 +312,20 @@ def load_problems(source):
 
     if not problems:
         raise UserError(f"{source}: no rows")
+    refuse_one_question(source, problems)
     return problems
+
+
+def refuse_one_question(source, problems):
+    """UserError where all problems have the same question, but not the same answer: what stands in
+    the field of the question is something else, such as an instruction."""
+    questions = {problem["question"] for problem in problems}
+    answers = {problem["answer"] for problem in problems}
+    if len(questions) == 1 and len(answers) > 1:
+        question = problems[0]["question"]
+        raise UserError(
+            f"{source}: all {len(problems)} rows have the same question, {question[:60]!r}: "
+            "is it in another field?")
 
 
 def field_names(row):

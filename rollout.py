@@ -35,6 +35,7 @@ import functools
 import heapq
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -56,7 +57,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sandbox import Sandbox, UserError
+from sandbox import EARLIER, Sandbox, UserError
 
 try:  # optional, CUDA only
     from flash_attn import flash_attn_varlen_func
@@ -127,12 +128,6 @@ def find_call(text, n_read):
 # Text <-> segments, for SFT and rollout alike
 
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
-
-# One line, so that line numbers in tracebacks move by one; in a comprehension s stays local.
-REPLAY = (
-    "with __import__('contextlib').redirect_stdout(__import__('io').StringIO()): "
-    "[exec(s, globals()) for s in {earlier!r}]\n"
-    "{code}")
 
 
 def strip_fence(snippet):
@@ -282,9 +277,9 @@ def shown_output(result, feedback):
 
 
 def after_earlier(code, calls):
-    """`code` after the earlier snippets that ran: they run again, unseen."""
+    """`code` for the sandbox, where the earlier snippets that ran run again before it, unseen."""
     earlier = [call.code for call in calls if call.status == "ok" and call.tool == "code"]
-    return REPLAY.format(earlier=earlier, code=code) if earlier else code
+    return f"{EARLIER}{json.dumps(earlier)}\n{code}" if earlier else code
 
 
 # ---------------------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ LINUX = sys.platform == "linux"
 
 # Of a snippet.
 SNIPPET = "snippet.py"
+# A first line of this and a JSON list: these snippets run before, unseen, as `replay` says.
+EARLIER = "# earlier snippets: "
+OWN_SOURCES = set()  # names under which the snippet and earlier ones are compiled
 OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
 MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
 STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
@@ -785,15 +788,16 @@ def run_snippet(code, seed, memory_mb):
     out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
 
-    # pickle looks the main module up, tracebacks the source. Newlines as in the tokenizer:
-    # splitlines() would also split at form feeds.
+    # pickle looks the main module up, tracebacks the source.
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    lines = io.StringIO(code, newline=None).readlines()
-    linecache.cache[SNIPPET] = (len(code), None, lines, SNIPPET)
+    earlier, code = split_earlier(code)
+    remember_source(SNIPPET, code)
 
     exit_code = 0
     try:
+        if earlier:
+            replay(earlier, main.__dict__)
         tree = ast.parse(code, SNIPPET)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
@@ -804,13 +808,14 @@ def run_snippet(code, seed, memory_mb):
         if last is not None:
             echo = compile(ast.Expression(last.value), SNIPPET, "eval", dont_inherit=True)
             value = eval(echo, main.__dict__)
-            if value is not None:
-                print(repr(value))
+            for_its_effect = is_remark(last, tree.body, code) or writes(last, main.__dict__)
+            if value is not None and not for_its_effect:
+                print_on_new_line(repr(value), sys.stdout)
     except SystemExit as stop:
         if stop.code is not None and stop.code != 0:
             exit_code = 1
             message = f"[exit code {stop.code}]" if isinstance(stop.code, int) else stop.code
-            print(message, file=sys.stderr)
+            print_on_new_line(message, sys.stderr)
     except BaseException as error:
         exit_code = 1
         if LINUX:  # after a MemoryError only the reserve has room to format it
@@ -831,11 +836,112 @@ def run_snippet(code, seed, memory_mb):
     return exit_code
 
 
+def remember_source(name, code):
+    """Tracebacks look lines up here."""
+    # Newlines as in the tokenizer: splitlines() would also split at form feeds.
+    lines = io.StringIO(code, newline=None).readlines()
+    linecache.cache[name] = (len(code), None, lines, name)
+    OWN_SOURCES.add(name)
+
+
+def split_earlier(code):
+    """(earlier snippets, the present one)"""
+    first_line, _, rest = code.partition("\n")
+    if first_line.startswith(EARLIER):
+        with contextlib.suppress(ValueError):  # a comment of the snippet's own
+            earlier = json.loads(first_line.removeprefix(EARLIER))
+            if isinstance(earlier, list) and all(isinstance(text, str) for text in earlier):
+                return earlier, rest
+    return [], code
+
+
+def replay(earlier, namespace):
+    """Run earlier snippets, each compiled by itself; what they print goes nowhere, and an exit ends
+    only the snippet in which it stands."""
+    out = sys.stdout
+    stdin = sys.stdin
+    end_process = os._exit
+    shown = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    try:
+        for number, code in enumerate(earlier, 1):
+            name = f"earlier_{number}.py"
+            remember_source(name, code)
+            sys.stdin = io.StringIO()  # exit() closes it
+            os._exit = sys.exit
+            with contextlib.suppress(SystemExit):
+                exec(compile(code, name, "exec", dont_inherit=True), namespace)
+            atexit._run_exitfuncs()
+    finally:
+        os._exit = end_process
+        sys.stdin = stdin
+        sys.stdout = sys.stderr = out
+        out.flush()
+        os.dup2(shown, 1)
+        os.dup2(shown, 2)
+        os.close(nowhere)
+        os.close(shown)
+
+
+# Methods and functions that return how much they wrote.
+WRITES = ("write", "writelines", "writerow", "writerows", "write_text", "write_bytes")
+
+
+def writes(statement, namespace):
+    """Whether a trailing expression calls something that writes: its value is only a count."""
+    for node in ast.walk(statement):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        if isinstance(function, ast.Attribute) and function.attr in WRITES:
+            return True
+
+        # A plain name may stand for sys.stdout.write; a function of the snippet's own is none.
+        if isinstance(function, ast.Name):
+            value = namespace.get(function.id)
+            is_own = isinstance(value, types.FunctionType)
+            if not is_own and getattr(value, "__name__", None) in WRITES:
+                return True
+    return False
+
+
+def is_remark(statement, statements_before, code):
+    """Whether a trailing expression is `...`, or a text that stands where a docstring or a comment
+    of several lines does."""
+    if not isinstance(statement.value, ast.Constant):
+        return False
+    if statement.value.value is ...:
+        return True
+    if not isinstance(statement.value.value, str):
+        return False
+    source = ast.get_source_segment(code, statement.value) or ""
+    quotes = source.lstrip("rRuU")[:3]
+    return not statements_before or quotes in ('"""', "'''")
+
+
+def print_on_new_line(text, stream):
+    """Behind output that ends inside a line, the text would be read as a part of it."""
+    with contextlib.suppress(Exception):  # the snippet may have put anything there
+        sys.__stdout__.flush()
+        sys.stdout.flush()
+        if ends_inside_a_line():
+            print(file=stream)
+    print(text, file=stream)
+
+
+def ends_inside_a_line():
+    """Whether the output so far ends without a newline."""
+    size = os.fstat(1).st_size
+    return size > 0 and os.pread(1, 1, size - 1) != b"\n"
+
+
 def describe(error):
     """Traceback text: the snippet's own frames only, the last MAX_FRAMES of them."""
     frames = []
     for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == SNIPPET:
+        if frame.f_code.co_filename in OWN_SOURCES:
             frames.append((frame, line))
     dropped = len(frames) - MAX_FRAMES
 
@@ -852,8 +958,7 @@ def describe(error):
 def emit(text):
     """Append to the output on a new line, past sys.stdout."""
     with contextlib.suppress(OSError):
-        size = os.fstat(1).st_size
-        if size and os.pread(1, 1, size - 1) != b"\n":
+        if ends_inside_a_line():
             text = "\n" + text
         os.write(1, text.encode("utf-8", "backslashreplace"))
 

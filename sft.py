@@ -71,6 +71,7 @@ from data import (
     numbers,
     read_row,
     read_rows,
+    refuse_one_question,
 )
 from eval import (
     Help,
@@ -686,6 +687,7 @@ class Rejected(Exception):
 def load_traces(source):
     """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}]."""
     traces = []
+    problems = []
     for place, row in read_rows(source):
         problem = read_row(row)
         if not problem or problem["own"] is None:
@@ -695,8 +697,10 @@ def load_traces(source):
             "failed_calls": [],
             "family": Path(source).stem,
             "response": problem.pop("solution")}
+        problems.append(problem)
         # What the row itself says comes last, and wins.
         traces.append(trace | problem | row)
+    refuse_one_question(source, problems)
     return traces
 
 
@@ -1156,7 +1160,7 @@ async def check_problem(record, run):
     record.update(problem)
 
     question = record["question"]
-    answer = record["answer"]
+    answer = record["answer"] or ""  # a solution may state none
     solution = record["solution"]
     if not question or re.search("[\ud800-\udfff]", question + answer + solution):
         raise Rejected("filter: not well-formed")  # a lone surrogate is no text
@@ -1285,6 +1289,12 @@ async def curate_file(args):
                     file.flush()
                 records += done[key]
                 bar.update(len(chunk))
+
+    try:
+        refuse_one_question(args.input, [record for record in records if "question" in record])
+    except UserError:
+        journal.unlink()
+        raise
 
     # Only a whole file is ever found under OUTPUT's name.
     traces, summary, examples = summarise(records)

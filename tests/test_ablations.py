@@ -17,7 +17,7 @@ import sft
 from data import tool_call
 from ppo import advantages_and_returns, policy_loss, token_rewards, turn_gae
 from rollout import ToolCall, Trajectory
-from sandbox import Sandbox
+from sandbox import EARLIER, Sandbox
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (0.5, 0.0)])
@@ -122,6 +122,47 @@ def test_replay_keeps_what_earlier_snippets_defined_but_not_what_they_printed_or
     with_x, without, failed = asyncio.run(main())
     assert (with_x.status, with_x.output) == ("ok", "21\n") and without.status == "error"
     assert failed.status == "error" and "NameError" in failed.output
+
+
+@pytest.mark.parametrize("earlier, code, status, output", [
+    (["x = 4\nexit()"], "print(x)", "ok", "4\n"),
+    (["x = 4\nimport sys\nsys.exit(0)\nx = 5", "y = x\nraise SystemExit"], "print(x, y)", "ok", "4 4\n"),
+    (["x = 4\nimport os\nos._exit(0)"], "print(x)", "ok", "4\n"),
+    (["x = 4"], "y = 1\n1/0", "error", 'Traceback (most recent call last):\n  File "snippet.py", line 2, in <module>\n'
+     "    1/0\nZeroDivisionError: division by zero\n"),
+    (["def f(n):\n    return 1 / n"], "x = 3\ny = 4\nf(0)", "error", 'Traceback (most recent call last):\n'
+     '  File "snippet.py", line 3, in <module>\n    f(0)\n  File "earlier_1.py", line 2, in f\n    return 1 / n\n'
+     "ZeroDivisionError: division by zero\n"),
+    (["x = 4"], "y = (", "error", '  File "snippet.py", line 1\n    y = (\n        ^\nSyntaxError: \'(\' was never closed\n'),
+    (["from __future__ import annotations\nx = 4"], "from __future__ import annotations\ndef f(a: nowhere): return x\nf(1)",
+     "ok", "4\n"),
+    (["from __future__ import annotations"], "def f(a: nowhere): pass", "error", None),
+    (["import os, sys\nprint(1, end='')\nprint(2, file=sys.stderr)\nos.write(1, b'3')\nx = 4\n5"], "x", "ok", "4\n"),
+    (["import io, sys\nsys.stdout = io.StringIO()", "import atexit\n_ = atexit.register(print, 6)"], "5", "ok", "5\n"),
+    (["exit()"], "input()", "error", None),
+    (["s = '\\n\\ud800\u2028'\nx = len(s)"], "print(x)\n'''one\r\ntwo'''\n3", "ok", "3\n3\n"),
+])
+def test_replayed_snippets_are_programs_of_their_own(earlier, code, status, output):
+    """Guards against an exit() that ends every later snippet, shifted lines in tracebacks, a `from __future__` that
+    is no longer in front, and output that comes back."""
+    calls = [ToolCall(text, "", "ok", 0, 0, 0) for text in earlier]
+
+    async def main():
+        async with Sandbox() as sandbox:
+            return await sandbox.run(rollout.after_earlier(code, calls))
+
+    result = asyncio.run(main())
+    assert result.status == status and (result.output == output or output is None), result.output
+    assert output is not None or "NameError: name 'nowhere'" in result.output or "EOFError" in result.output
+
+
+def test_a_comment_that_looks_like_earlier_snippets_is_a_comment():
+    """Guards against a policy whose own first line is taken away."""
+    async def main():
+        async with Sandbox() as sandbox:
+            return [await sandbox.run(f"{EARLIER}{text}\nprint(4)") for text in ("3", "[1, 2]", "[")]
+
+    assert [result.output for result in asyncio.run(main())] == ["4\n"] * 3
 
 
 def test_each_mask_switch_trains_exactly_the_tokens_it_names(tokenizer):

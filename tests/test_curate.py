@@ -180,6 +180,8 @@ def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
     (GSM8K[:1], ["--rewriter", "local", "--model", "/nowhere"], "/nowhere: "),
     (GSM8K[:1], ["--tokenizer", "/nowhere"], "/nowhere: "),
     (GSM8K[:1], ["--decontaminate", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ([{"problem": "Q", "solution": "no box"}], [], "rows kept, {'filter: no answer to compare with': 1}"),
+    ([row | {"question": "Solve it."} for row in GSM8K[:2]], [], "all 2 rows have the same question, 'Solve it.'"),
 ])
 def test_bad_input_is_one_line(tmp_path, trusted, rows, options, message):
     """Guards against tracebacks, and against a set that becomes an empty one without a word."""

@@ -327,6 +327,51 @@ def test_every_known_layout_is_understood(tmp_path, row, question, answer):
     assert load_problems(path) == [expected, expected]
 
 
+SYSTEM = "Solve it. Put the answer in \\boxed{}."
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q"}],
+     "reward_model": {"ground_truth": "5"}},
+    {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q"},
+                  {"role": "assistant", "content": r"so \boxed{5}"}]},
+    {"messages": [{"role": "System", "content": SYSTEM}, {"role": "User", "content": "Q"},
+                  {"role": "assistant", "content": r"so \boxed{6}"}], "answer": "5"},
+    {"conversations": [{"from": "system", "value": SYSTEM}, {"from": "human", "value": "Q"},
+                       {"from": "gpt", "value": r"so \boxed{5}"}, {"from": "human", "value": "And now?"}]},
+    {"conversations": [{"role": "user", "content": "Q"}, {"role": "system", "content": SYSTEM},
+                       {"role": "assistant", "content": r"so \boxed{5}"}]},
+    {"messages": [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Q"},
+                  {"role": "assistant", "content": r"\boxed{5}"}]},
+    {"messages": [{"content": "Q"}, {"content": r"\boxed{5}"}]},
+    {"messages": [{"role": "developer", "content": SYSTEM}, {"role": "problem", "content": "Q"},
+                  {"role": "solution", "content": r"\boxed{5}"}]},
+])
+def test_the_question_is_the_users_first_message_wherever_it_stands(tmp_path, row):
+    """Guards against a system message, the same in every row, that is taken for the question."""
+    [problem] = load_problems(write(tmp_path / "p.jsonl", row))
+    assert (problem["question"], problem["answer"]) == ("Q", "5")
+
+
+def test_messages_without_a_question_or_a_reply_are_refused(tmp_path):
+    """Guards against a system message that becomes the question where the user says nothing."""
+    system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q"}
+    for messages in ([system], [system, user], [user, system], [user, user], [], ["Q", 5], {"role": "user"}):
+        with pytest.raises(UserError, match="p.jsonl:1: needs question"):
+            load_problems(write(tmp_path / "p.jsonl", {"messages": messages}))
+
+
+def test_a_file_with_one_question_for_different_answers_is_refused(tmp_path):
+    """Guards against a field of instructions that is read as the question: every row would be the same problem."""
+    rows = [{"question": "Solve it.", "answer": rf"\boxed{{{i}}}"} for i in range(3)]
+    path = write(tmp_path / "p.jsonl", *rows)
+    for load in (load_problems, sft.load_traces):
+        with pytest.raises(UserError, match=r"^[^\n]*p.jsonl: all 3 rows have the same question, 'Solve it.'[^\n]*$"):
+            load(path)
+    assert len(load_problems(write(tmp_path / "p.jsonl", *rows, {"question": "2?", "answer": "2"}))) == 4
+    assert len(load_problems(write(tmp_path / "p.jsonl", rows[1], rows[1]))) == 2
+
+
 @pytest.mark.parametrize(
     "bad", [{"question": "Q"}, {"foo": 1}, {"problem": "Q", "solution": "no box"},
             {"question": " ", "answer": "5"}, {"question": "Q", "answer": ""},

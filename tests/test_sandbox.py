@@ -170,6 +170,37 @@ def test_only_a_trailing_expression_is_echoed(shared):
         assert result.output == (echoed[code] or "[no output: use print(...) to see a result]"), code
 
 
+def test_the_echo_begins_on_a_new_line(shared):
+    """Guards against a number that sticks to unfinished output: 12 and then 5 read as 125."""
+    echoed = {"print(12, end='')\nlen('abcde')": "12\n5\n", "print(12)\nlen('abcde')": "12\n5\n",
+              "import sys\nsys.stdout.write('42')\n5": "42\n5\n", "import os\nos.write(1, b'42')\n5": "42\n5\n",
+              "import sys\nsys.stderr.write('42')\n5": "42\n5\n", "print('é', end='')\n5": "é\n5\n",
+              "import sys\nsys.stdout = open(1, 'w', 1, closefd=False)\nprint(4, end='')\n5": "4\n5\n",
+              "class C:\n    def __repr__(self):\n        print(1, end='')\n        return '2'\nC()": "1\n2\n",
+              "print(12, end='')": "12"}
+    for code, result in zip(echoed, shared(*echoed)):
+        assert (result.status, result.output) == ("ok", echoed[code]), code
+    [stopped] = shared("print(12, end='')\nimport sys\nsys.exit('5')")
+    assert (stopped.status, stopped.output) == ("error", "12\n5\n")
+
+
+def test_what_is_no_result_is_not_echoed(shared):
+    """Guards against the length of what was written, read as one more number of the output, and against remarks."""
+    silent = {"import sys\nsys.stdout.write('42')": "42", "import sys\nsys.stdout.write('42\\n')": "42\n",
+              "import sys\nwrite = sys.stdout.write\nwrite('42')": "42", "from os import write\nwrite(1, b'42')": "42",
+              "import sys\nsys.stdout.buffer.write(b'42')": "42", "import csv, sys\ncsv.writer(sys.stdout).writerow([4])": "4\n",
+              "import sys\n[sys.stdout.write(str(i)) for i in range(3)]": "012",
+              "import sys\nsys.stdout.write('4') if 1 else None": "4",
+              '"""What it does."""': "", "'What it does.'": "", 'print(5)\n"""What\nit did."""': "5\n", "print(5)\n...": "5\n",
+              "...": "", "print(5)\nr'''x'''": "5\n"}
+    echoed = {"def write(n): return 2 * n\nwrite(3)": "6\n", "print(5)\n'five'": "5\n'five'\n", "'a' 'b' * 2": "'abab'\n",
+              "x = 5\nf'{x}'": "'5'\n", "x = ...\nx": "Ellipsis\n", "0": "0\n", "False": "False\n"}
+    wanted = silent | echoed
+    for code, result in zip(wanted, shared(*wanted)):
+        output = result.output.replace("[no output: use print(...) to see a result]", "").replace("\r", "")
+        assert (result.status, output) == ("ok", wanted[code]), code
+
+
 def test_lone_surrogate_and_invalid_bytes_print(shared):
     """Text that UTF-8 cannot hold must not raise, neither in the snippet nor in the trainer."""
     surrogate, raw = shared("print('a\\ud800b')", "import os; _ = os.write(1, b'\\xff\\n')")
