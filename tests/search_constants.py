@@ -111,8 +111,10 @@ async def paid_for_different_references(answers, references, sandbox):
         verdicts = await asyncio.gather(*(is_equivalent(answer, reference, sandbox) for reference in references))
         paid = [reference for reference, verdict in zip(references, verdicts) if verdict]
         for one, other in itertools.combinations(paid, 2):
-            same = (await is_equivalent(one, other, sandbox) or await is_equivalent(other, one, sandbox))
-            if not same:
+            # A judge that is wrong about the answer may be wrong about these in the same way.
+            known_to_differ = one in HARD_REFERENCES and other in HARD_REFERENCES
+            if known_to_differ or not (await is_equivalent(one, other, sandbox)
+                                       or await is_equivalent(other, one, sandbox)):
                 constants.append((answer, one, other))
                 break
     return constants
