@@ -130,11 +130,13 @@ async def main(paths):
     answers = candidates()
     begin = time.monotonic()
     async with Sandbox() as sandbox:
-        constants = await paid_for_different_references(answers, references, sandbox)
-    for constant in constants:
-        answer, one, other = constant
-        print(f"{answer!r} is right for {one!r} and for {other!r}")
-    print(f"{len(answers)} answers, {len(references)} references, {len(constants)} constants, "
+        n_constants = 0
+        for answer in answers:
+            found = await paid_for_different_references([answer], references, sandbox)
+            n_constants += len(found)
+            for answer, one, other in found:
+                print(f"{answer!r} is right for {one!r} and for {other!r}", flush=True)
+    print(f"{len(answers)} answers, {len(references)} references, {n_constants} constants, "
           f"{time.monotonic() - begin:.0f} s")
 
 
