@@ -441,6 +441,23 @@ def test_what_looks_alike_is_not_equal(judged):
     assert [pair for pair, verdict in zip(pairs, judged(pairs)) if verdict] == []
 
 
+LISTS = [r'["4"]', r'["\\frac{1}{2}", "half"]', r'["\frac{1}{2}", "\times"]', "['5', '\\\\sqrt{2}']", ' [ "90\\u00b0" ] ',
+         json.dumps([r"2\pi", r"\text{two pi}"]), str(["3", "(1,2)"])]
+
+
+def test_any_answer_of_a_list_that_is_written_as_text_is_right(judged):
+    """Guards against references like ["4"], for which 4 is wrong and [4] is right, and against LaTeX in
+    such a list whose backslashes are or are not escaped."""
+    half, two_pi = r"\frac{1}{2}", r"2\pi"
+    right = [("4", LISTS[0]), (half, LISTS[1]), ("0.5", LISTS[1]), ("half", LISTS[1]), (half, LISTS[2]),
+             ("5", LISTS[3]), (r"\sqrt{2}", LISTS[3]), (r"90^\circ", LISTS[4]), (two_pi, LISTS[5]),
+             ("two pi", LISTS[5]), ("3", LISTS[6]), ("(1,2)", LISTS[6]), ("[1,2]", "[1,2]"), ("[x]", "[x]")]
+    assert [pair for pair, verdict in zip(right, judged(right)) if not verdict] == []
+    wrong = [("5", LISTS[0]), ("[4]", LISTS[0]), ("", LISTS[0]), (LISTS[0], "4"), ("3, (1,2)", LISTS[6]),
+             ("1", "[1,2]"), ("[3,4]", '["3","4"]'), ("4", '[["4"]]'), ("4", '["4'), ("", '[""]')]
+    assert [pair for pair, verdict in zip(wrong, judged(wrong)) if verdict] == []
+
+
 @pytest.mark.parametrize("text, value", [
     ("-1,234.5", Fraction(-2469, 2)), ("$18.00", Fraction(18)), ("2/3", Fraction(2, 3)),
     (r"-\frac{2}{3}", Fraction(-2, 3)), (r"3\frac{1}{2}", Fraction(7, 2)), (".5", Fraction(1, 2)),
