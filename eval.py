@@ -216,6 +216,8 @@ MISREAD = re.compile(
     r"|\\frac\{d\w*\}\{d\w"  # derivatives
     r"|[^\w\\+/^(){}\[\]|!=<>,. -]"
     r"|.{400}", re.ASCII | re.DOTALL)
+QUOTED = r""""[^"]*"|'[^']*'"""
+LIST_OF_TEXTS = re.compile(rf"\s*\[\s*(?:{QUOTED})(?:\s*,\s*(?:{QUOTED}))*\s*,?\s*\]\s*")
 FUNCTION = re.compile(r"\\[A-Za-z]+|!")
 HARMLESS = {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log", r"\infty", r"\le", r"\ge"}
 
@@ -325,19 +327,45 @@ def brackets_and_parts(text):
     return brackets, parts, separators
 
 
+def acceptable_answers(reference):
+    r"""The texts of a list that is written as text, in JSON or Python: ["4", "four"]; else []."""
+    if not LIST_OF_TEXTS.fullmatch(reference):
+        return []
+    try:
+        texts = json.loads(reference)
+    except ValueError:
+        texts = []
+    # In JSON, the \f of an unescaped \frac is a control character.
+    if texts and "".join(texts).isprintable():
+        return texts
+
+    texts = [quoted[1:-1] for quoted in re.findall(QUOTED, reference)]
+    if re.sub(r"\\\\", "", reference).count("\\") == 0:
+        texts = [text.replace(r"\\", "\\") for text in texts]
+    return texts
+
+
 async def is_equivalent(predicted, reference, sandbox):
     """Whether two answers (texts, or None) mean the same.
 
     Numbers are compared exactly, and what still has to be computed (37*99 for 3663) is wrong: a
     policy could box the question. Brackets count, and the order in them; a list has no order and
     may be a set. A unit, a percent sign or "x=" may be missing on one side (50% is 50 and 0.5).
-    UserError without math-verify.
+    Of a reference that is a list of texts, ["4", "four"], any one is right. UserError without
+    math-verify.
     """
     for text in (predicted, reference):
         if not text or len(text) > MAX_LENGTH:
             return False
         if len(re.findall(r"[(\[{=]", text)) > MAX_BRACKETS:
             return False
+
+    answers = acceptable_answers(reference)
+    for answer in answers:
+        if await is_equivalent(predicted, answer, sandbox):
+            return True
+    if answers:
+        return predicted == reference
 
     predicted = one_spelling(predicted)
     reference = one_spelling(reference)

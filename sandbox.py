@@ -491,11 +491,10 @@ print("end")
 """
 
 
-# What `equal` runs. Unpatched, two equations that it cannot solve were equal.
+# What `equal` runs, after patch_math_verify().
 JUDGE = """
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import grader, verify
-grader.sympy_solve_and_compare = lambda *_: False
 
 real = not any(map(grader.should_treat_as_complex, texts))
 config = ConversionConfig(lowercase_symbols=False)
@@ -596,6 +595,7 @@ def prepare(math_verify=False):
     ])
     if math_verify:
         logging.disable()
+        patch_math_verify()
         for text in WARM_UP:
             exec(JUDGE, {"texts": [text, text.replace("2", "7")]})
 
@@ -606,6 +606,44 @@ def prepare(math_verify=False):
     # These name no path of the host.
     warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
+
+
+def patch_math_verify():
+    """Take back two of math-verify's ways to say "equal": of two equations that it cannot solve,
+    and of two numbers whose difference it evaluates. There, parts below 1e-30 become zero, inside
+    products too: 1/10^40 would be equal to 99!/100!."""
+    from math_verify import grader
+    grader.sympy_solve_and_compare = lambda *_: False
+    numeric_eq = grader.sympy_numeric_eq  # calls itself by its global name on matrices' elements
+
+    def numeric_eq_side_by_side(gold, predicted, float_rounding, numeric_precision):
+        if not numeric_eq(gold, predicted, float_rounding, numeric_precision):
+            return False
+        if not isinstance(gold, sympy.Expr) or not isinstance(predicted, sympy.Expr):
+            return True
+
+        # In x-1/10^40 the small number must not hide behind the value of x.
+        symbols = sorted(gold.free_symbols | predicted.free_symbols, key=str)
+        constant = gold.as_independent(*symbols, as_Add=True)[0]
+        predicted_constant = predicted.as_independent(*symbols, as_Add=True)[0]
+        if symbols and not has_same_value(constant, predicted_constant):
+            return False
+        values = {}
+        for i, symbol in enumerate(symbols):
+            values[symbol] = sympy.Rational(2 * i + 3, 7)  # any value will do
+        return has_same_value(gold.subs(values), predicted.subs(values))
+
+    grader.sympy_numeric_eq = numeric_eq_side_by_side
+
+
+def has_same_value(left, right):
+    """Whether two expressions without symbols, each evaluated by itself, are the same number."""
+    left = left.evalf(30)  # digits
+    right = right.evalf(30)
+    if not (left.is_finite and right.is_finite):
+        return bool(left == right)
+    larger = max(abs(left), abs(right))
+    return bool(abs(left - right) <= 1e-25 * larger)
 
 
 def limits(config):

@@ -30,6 +30,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import StubSandbox, scripted  # noqa: E402
+from search_constants import FAST, HARD_REFERENCES, paid_for_different_references  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 from data import boxed, extract_answer  # noqa: E402
@@ -398,6 +399,29 @@ def test_what_still_has_to_be_computed_is_no_answer(judged):
     assert [pair for pair, verdict in zip(UNEVALUATED, judged(UNEVALUATED)) if verdict] == []
 
 
+TINY = r"\frac{1}{10^{40}}"
+
+
+def test_a_tiny_number_is_equal_to_nothing_but_itself(judged):
+    """Guards against an evaluation that sets what is below 1e-30 to zero, inside products, beside a
+    symbol, in a matrix: one answer would be right for every fraction that is left unevaluated."""
+    frames = ["{}", "{}x", "x<{}", "x-{}", "y={}x", "{}i", r"(-\infty,{})", r"\begin{pmatrix}{}\\0\end{pmatrix}"]
+    pairs = [(frame.replace("{}", TINY), frame.replace("{}", reference))
+             for frame in frames for reference in (r"\frac{99!}{100!}", "e^{-100}", r"\frac{80!}{79!\cdot 3}")]
+    pairs += [pair[::-1] for pair in pairs]
+    assert [pair for pair, verdict in zip(pairs, judged(pairs)) if verdict] == []
+    right = [(r"\frac{1}{100}", r"\frac{99!}{100!}"), ("0.01x", r"\frac{99!}{100!}x"), (TINY, TINY),
+             (r"\frac{\pi}{10^{40}}", r"\frac{\pi}{10\cdot 10^{39}}"), (r"x<\frac{1}{100}", r"x<\frac{99!}{100!}")]
+    assert [pair for pair, verdict in zip(right, judged(right)) if not verdict] == []
+
+
+def test_no_constant_answer_is_paid(judged):
+    """Guards against an answer that is right for references that differ: a policy would give it always.
+    search_constants.py tries all of them."""
+    references = HARD_REFERENCES + ["0", "5", r"\sqrt{2}", "2x+1", "x", "x^2=-1", "(1,2)", r"\emptyset", "x>5"]
+    assert judged.wait(paid_for_different_references(FAST, references, judged.sandbox)) == []
+
+
 # Neither is the other: multiplicities and order, values close by, relations, equations that say
 # nothing, words that are no units.
 LOOKS_ALIKE = [
@@ -415,6 +439,23 @@ def test_what_looks_alike_is_not_equal(judged):
     """Guards against a pattern that reads one thing for another."""
     pairs = LOOKS_ALIKE + [pair[::-1] for pair in LOOKS_ALIKE]
     assert [pair for pair, verdict in zip(pairs, judged(pairs)) if verdict] == []
+
+
+LISTS = [r'["4"]', r'["\\frac{1}{2}", "half"]', r'["\frac{1}{2}", "\times"]', "['5', '\\\\sqrt{2}']", ' [ "90\\u00b0" ] ',
+         json.dumps([r"2\pi", r"\text{two pi}"]), str(["3", "(1,2)"])]
+
+
+def test_any_answer_of_a_list_that_is_written_as_text_is_right(judged):
+    """Guards against references like ["4"], for which 4 is wrong and [4] is right, and against LaTeX in
+    such a list whose backslashes are or are not escaped."""
+    half, two_pi = r"\frac{1}{2}", r"2\pi"
+    right = [("4", LISTS[0]), (half, LISTS[1]), ("0.5", LISTS[1]), ("half", LISTS[1]), (half, LISTS[2]),
+             ("5", LISTS[3]), (r"\sqrt{2}", LISTS[3]), (r"90^\circ", LISTS[4]), (two_pi, LISTS[5]),
+             ("two pi", LISTS[5]), ("3", LISTS[6]), ("(1,2)", LISTS[6]), ("[1,2]", "[1,2]"), ("[x]", "[x]")]
+    assert [pair for pair, verdict in zip(right, judged(right)) if not verdict] == []
+    wrong = [("5", LISTS[0]), ("[4]", LISTS[0]), ("", LISTS[0]), (LISTS[0], "4"), ("3, (1,2)", LISTS[6]),
+             ("1", "[1,2]"), ("[3,4]", '["3","4"]'), ("4", '[["4"]]'), ("4", '["4'), ("", '[""]')]
+    assert [pair for pair, verdict in zip(wrong, judged(wrong)) if verdict] == []
 
 
 @pytest.mark.parametrize("text, value", [
