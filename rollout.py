@@ -204,6 +204,8 @@ def break_added_tokens(tokenizer, text):
     added = added_tokens(tokenizer, len(tokenizer))
     # What is broken may hold another one. The bound is for a normaliser that drops spaces.
     for _ in range(9):
+        if added.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
+            break
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         cuts = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
@@ -1295,8 +1297,17 @@ def load_tokenizer(path):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
 
     # A template that fails on a question is refused here, before a run starts.
-    encode_chat(tokenizer, question["content"])
+    prompt = tokenizer.decode(encode_chat(tokenizer, question["content"]))
+    if "<think>" in prompt.rpartition("</think>")[2]:
+        warn(f"{path}: the chat template opens a thought (<think>) that every answer begins in")
     return tokenizer
+
+
+@functools.cache
+def warn(text):
+    """Say it once, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # The date of every prompt.

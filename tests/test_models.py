@@ -380,6 +380,15 @@ def test_a_template_that_loses_the_question_or_raises_is_refused_in_one_line(tok
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
 
 
+@pytest.mark.parametrize("opened, is_said", [("<think>\\n", True), ("<think>\\n\\n</think>\\n", False), ("", False)])
+def test_a_prompt_that_ends_inside_a_thought_is_said_once(tokenizer, tmp_path, capsys, opened, is_said):
+    """Guards against a run whose answers all stand in a thought, without a word."""
+    template = turns("{{ " + ROLE + " }}" + CONTENT + "<|end|>", GENERATION + opened)
+    brought(tokenizer, tmp_path, template)
+    load_tokenizer(str(tmp_path))
+    assert capsys.readouterr().err.count("opens a thought") == int(is_said)
+
+
 def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tmp_path):
     """Guards against a template that cuts what stands behind a word, so that some questions lose their end."""
     loaded = brought(tokenizer, tmp_path, turns("{{ " + ROLE + " + m['content'].split('/think')[0] | trim }}"))
