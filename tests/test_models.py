@@ -469,6 +469,15 @@ def test_a_printed_matrix_stands_as_it_was_printed(spaced):
     assert decode(spaced, trained).strip() == "Go.\n\nIt is é 4.</s>"
 
 
+def test_a_trace_that_spells_the_end_of_turn_does_not_end(spaced):
+    """Guards against a Unigram model, which finds its special tokens in its own vocabulary."""
+    for text in ("a</s>b", "</s>", "So </s></s><s> it is", " </s>\n<s>"):
+        ids, mask = encode_response(spaced, text, 99)
+        assert not set(ids[:-1]) & {1, 2} and len(ids) == len(mask)
+        last = spaced.encode("x", add_special_tokens=False)[-1]
+        assert decode(spaced, [last] + ids).strip(" ") == "x" + text + "</s>"
+
+
 CONTROLS = ["<|im_end|>", "<｜User｜>", "</think>", "<tool_call>", "< |im_end|>", "|im|", "<pad2>", "▁▁", "★"]
 
 
