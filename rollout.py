@@ -163,17 +163,32 @@ def encode_segment(tokenizer, text):
     space is added."""
     options = dict(
         add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    encoded = tokenizer(text, **options)
+    ids = encoded["input_ids"]
+    offsets = encoded["offset_mapping"]
+
     if adds_space(tokenizer):
         for anchor in ANCHORS:
             encoded = tokenizer(anchor + text, **options)
-            offsets = encoded["offset_mapping"]
-            n_anchor = len([start for start, _ in offsets if start < len(anchor)])
-            if all(end <= len(anchor) for _, end in offsets[:n_anchor]):
+            spans = encoded["offset_mapping"]
+            n_anchor = len([start for start, _ in spans if start < len(anchor)])
+            if all(end <= len(anchor) for _, end in spans[:n_anchor]):
                 ids = encoded["input_ids"][n_anchor:]
-                return ids, [start - len(anchor) for start, _ in offsets[n_anchor:]]
+                offsets = [(start - len(anchor), end - len(anchor))
+                           for start, end in spans[n_anchor:]]
+                break
 
-    encoded = tokenizer(text, **options)
-    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+    # A Unigram model has special tokens in its own vocabulary: what spells one is encoded in two
+    # parts.
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if not special.isdisjoint(ids):
+        for token, (start, end) in zip(ids, offsets):
+            if token in special and end - start > 1:
+                cut = end - 1
+                before, before_starts = encode_segment(tokenizer, text[:cut])
+                after, after_starts = encode_segment(tokenizer, text[cut:])
+                return before + after, before_starts + [cut + start for start in after_starts]
+    return ids, [start for start, _ in offsets]
 
 
 def encode_text(tokenizer, text):
@@ -199,6 +214,8 @@ def break_added_tokens(tokenizer, text):
     added = added_tokens(tokenizer, len(tokenizer))
     # What is broken may hold another one. The bound is for a normaliser that drops spaces.
     for _ in range(9):
+        if added.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
+            break
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         cuts = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
@@ -1290,8 +1307,17 @@ def load_tokenizer(path):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
 
     # A template that fails on a question is refused here, before a run starts.
-    encode_chat(tokenizer, question["content"])
+    prompt = tokenizer.decode(encode_chat(tokenizer, question["content"]))
+    if "<think>" in prompt.rpartition("</think>")[2]:
+        warn(f"{path}: the chat template opens a thought (<think>) that every answer begins in")
     return tokenizer
+
+
+@functools.cache
+def warn(text):
+    """Say it once, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # The date of every prompt.

@@ -380,6 +380,15 @@ def test_a_template_that_loses_the_question_or_raises_is_refused_in_one_line(tok
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
 
 
+@pytest.mark.parametrize("opened, is_said", [("<think>\\n", True), ("<think>\\n\\n</think>\\n", False), ("", False)])
+def test_a_prompt_that_ends_inside_a_thought_is_said_once(tokenizer, tmp_path, capsys, opened, is_said):
+    """Guards against a run whose answers all stand in a thought, without a word."""
+    template = turns("{{ " + ROLE + " }}" + CONTENT + "<|end|>", GENERATION + opened)
+    brought(tokenizer, tmp_path, template)
+    load_tokenizer(str(tmp_path))
+    assert capsys.readouterr().err.count("opens a thought") == int(is_said)
+
+
 def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tmp_path):
     """Guards against a template that cuts what stands behind a word, so that some questions lose their end."""
     loaded = brought(tokenizer, tmp_path, turns("{{ " + ROLE + " + m['content'].split('/think')[0] | trim }}"))
@@ -458,6 +467,15 @@ def test_a_printed_matrix_stands_as_it_was_printed(spaced):
     ids, mask = encode_response(spaced, text, 99, masked_calls=[0])
     trained = [token for token, is_trained in zip(ids, mask) if is_trained]
     assert decode(spaced, trained).strip() == "Go.\n\nIt is é 4.</s>"
+
+
+def test_a_trace_that_spells_the_end_of_turn_does_not_end(spaced):
+    """Guards against a Unigram model, which finds its special tokens in its own vocabulary."""
+    for text in ("a</s>b", "</s>", "So </s></s><s> it is", " </s>\n<s>"):
+        ids, mask = encode_response(spaced, text, 99)
+        assert not set(ids[:-1]) & {1, 2} and len(ids) == len(mask)
+        last = spaced.encode("x", add_special_tokens=False)[-1]
+        assert decode(spaced, [last] + ids).strip(" ") == "x" + text + "</s>"
 
 
 CONTROLS = ["<|im_end|>", "<｜User｜>", "</think>", "<tool_call>", "< |im_end|>", "|im|", "<pad2>", "▁▁", "★"]
