@@ -621,6 +621,22 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     assert again.stdout.splitlines()[1:] == result.stdout.splitlines()[1:]
     assert (tmp_path / "out.json.journal").read_bytes() == journal
     assert json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
+
+    # Another command does not overwrite it, nor any other file, unless it is told to.
+    whole = (tmp_path / "out.json").read_bytes()
+    other = [*flags, "--max_prompt_tokens", "99", "--seed", "1"]
+    refused = run_here(*other, script=evaluation)
+    assert refused.returncode == 1 and "out.json: there already, made by another command" in refused.stderr
+    assert "\n" not in refused.stderr.strip() and (tmp_path / "out.json").read_bytes() == whole
+    assert (tmp_path / "out.json.journal").read_bytes() == journal
+    for what in (["--report", str(runs[0] / "first")], flags[:-2]):
+        refused = run_here(*what, "--max_prompt_tokens", "99", "--output", str(problems), script=evaluation)
+        assert refused.returncode == 1 and "aime.jsonl: there already" in refused.stderr
+    page = ["--report", str(runs[0] / "first"), "--output", str(tmp_path / "page.html")]
+    assert [run_here(*page, script=evaluation).returncode for _ in range(2)] == [0, 0]  # a page is made anew
+    forced = run_here(*flags, "--max_prompt_tokens", "99", "--overwrite", script=evaluation)
+    assert forced.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
+
     flags[-1] = str(tmp_path / "two.json")
     run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
     two = json.loads((tmp_path / "two.json").read_text())["results"][models[0]]
