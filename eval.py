@@ -1320,6 +1320,8 @@ def parse_arguments():
         help="problems per embedded split")
     add("--output", default="",
         help="JSON file of metrics, beside it journal and responses; or the page")
+    add("--overwrite", action="store_true",
+        help="replace --output even where another command made it")
     add("--chunk", type=at_least(1), default=512,
         help="responses per line of the journal")
 
@@ -1393,16 +1395,41 @@ class Journal:
         return shared[0]
 
 
+def keep_other_output(args, page=""):
+    """UserError where --output is there and is neither the result of this same command, which its
+    journal makes again, nor an older page."""
+    path = Path(args.output)
+    if args.overwrite or not path.exists():
+        return
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if page:
+            is_own = text[:200] == page[:200]  # all pages begin alike
+        else:
+            before = json.loads(text)["arguments"]
+            now = json.loads(json.dumps(vars(args)))
+            is_own = before | {"overwrite": False} == now
+    except (ValueError, KeyError, TypeError):
+        is_own = False
+    if not is_own:
+        raise UserError(f"--output {path}: there already, made by another command; nothing is "
+                        "overwritten without --overwrite")
+
+
 async def main(process):
     args = parse_arguments()
     writes = args.output and process.rank == 0
     if args.report:
         page = report_page(args.report)
         if writes:
+            keep_other_output(args, page)
             Path(args.output).write_text(page, encoding="utf-8")
         return
 
     # What may be wrong is found before a model is loaded.
+    if writes:
+        keep_other_output(args)
     use_device(process, args.device, may_use_cpu=False, tf32=args.tf32)
     template = load_template(args.prompt_template)
     sets = {}

@@ -22,12 +22,17 @@ What the paper leaves open, and what is done here:
 In shape comments: B responses, T tokens (of a padded batch or of a flat packed stream).
 """
 import argparse
+import contextlib
+import fcntl
 import functools
+import itertools
 import json
 import math
 import os
 import random
 import shlex
+import shutil
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -952,12 +957,18 @@ async def main(process):
     evaluation.use_device(
         process, args.device, may_use_cpu=not args.model, tf32=args.tf32)
 
+    with RunFolder(args, process) as run:
+        await train(args, process, run, begin)
+
+
+async def train(args, process, run, begin):
+    """The run in its folder. begin: time.perf_counter() at the start of the process."""
     # What can be wrong is found before the warm start, which takes minutes.
-    run = RunFolder(args, process)
     sft.check_mesh(args.replicas, process.world)
     saved_model = run.path / "model"
-    is_known = args.resume and saved_model.is_dir()
-    start_model = str(saved_model) if is_known else args.model or args.warm_start
+    checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
+    # Only where there is a checkpoint is it known that model/ was written to its end.
+    start_model = str(saved_model) if checkpoint else args.model or args.warm_start
     config, tokenizer = sft.starting_point(start_model)
     evaluation.check_positions(config, args)
     if args.critic_model:
@@ -967,7 +978,6 @@ async def main(process):
     template = load_template(args.prompt_template)
     sets = evaluation_sets(args)
     problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
     if args.export and not checkpoint:
         raise UserError(f"--resume {run.path}: there is no checkpoint to export")
     if record["step"] > args.steps:
@@ -1004,8 +1014,6 @@ async def main(process):
     for name in sets:
         sets[name] = evaluation.encode_problems(
             sets[name], tokenizer, template, args.max_prompt_tokens, name)
-    if args.resume:  # only now: what is refused leaves no trace
-        run.write_arguments(args)
     if not checkpoint:
         run.write_model(trainer.sampler, tokenizer)
     print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
@@ -1031,6 +1039,8 @@ async def main(process):
 
     async with evaluation.make_sandbox(args) as sandbox:
         print(sandbox.report)
+        if args.resume:  # only now: what is refused leaves no trace
+            run.write_arguments(args)
         run.add_to_arguments({"sandbox": sandbox.report})
         if record["step"] == 0:
             print(f"evaluation before training: {', '.join(sets)}", flush=True)
@@ -1143,6 +1153,33 @@ def commit():
     return result.stdout.strip() or "not a git checkout"
 
 
+# The file in a run folder that a run locks as long as it lives.
+LOCK = "run.lock"
+
+
+def lock_folder(folder):
+    """The folder's lock file, open and locked. UserError that names the run that has it."""
+    path = folder / LOCK
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "it is just starting"
+            raise UserError(f"{folder}: another run is at work in it ({holder})") from None
+        # The run before may have removed the file between the two calls.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+    file.flush()
+    return file
+
+
 class RunFolder:
     """What a run leaves behind. Every rank has one; rank 0 alone writes.
 
@@ -1151,18 +1188,98 @@ class RunFolder:
     """
 
     def __init__(self, args, process):
-        # Rank 0 decides: the ranks' clocks may differ.
-        path = [args.run_dir or f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"]
-        dist.broadcast_object_list(path)
-        self.path = Path(path[0])
+        self.path = None
         self.process = process
         self.writes = process.rank == 0
         self.files = {}
         self.results = {}  # of evaluations, by label
         self.tracker = None
-        if self.writes and not args.resume and self.path.exists() and any(self.path.iterdir()):
+        self.lock = None
+        self.new_folders = []  # that this start has made, the innermost first
+        self.arguments_before = None  # of a run that is resumed, as text
+        self.has_begun = False  # whether a row was written: until then it may be refused
+
+        # Rank 0 decides: the ranks' clocks may differ. Its error waits until the others know.
+        error = None
+        if self.writes:
+            try:
+                self.take(args)
+            except (UserError, OSError) as refusal:
+                error = refusal
+        path = [self.path]
+        dist.broadcast_object_list(path)
+        self.path = path[0]
+        if error:
+            raise error
+
+    def take(self, args):
+        """Find the folder, or make it, and lock it for this run alone."""
+        if args.resume:
+            self.path = Path(args.resume)
+            if not args.export:  # which only reads
+                self.lock = lock_folder(self.path)
+                self.arguments_before = (self.path / "arguments.json").read_text()
+            return
+
+        if args.run_dir:
+            self.path = Path(args.run_dir)
+            # Nothing is written into a folder that is somebody else's.
+            if self.path.exists() and not (self.path / LOCK).exists():
+                self.refuse_a_full_folder()
+            self.make_folder()
+        else:
+            # Runs that start in the same second get names of their own: mkdir() fails for all
+            # but one.
+            name = f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"
+            self.path = Path(name)
+            for number in itertools.count(2):
+                try:
+                    self.make_folder(must_be_new=True)
+                    break
+                except FileExistsError:
+                    self.path = Path(f"{name}-{number}")
+        self.lock = lock_folder(self.path)
+        self.refuse_a_full_folder()
+
+    def make_folder(self, must_be_new=False):
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=not must_be_new)
+        self.new_folders = missing
+
+    def refuse_a_full_folder(self):
+        if any(path.name != LOCK for path in self.path.iterdir()):
+            self.release()
             raise UserError(
                 f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.lock and isinstance(error, Exception) and not self.has_begun:
+            self.take_back()
+        self.release()
+
+    def take_back(self):
+        """Undo what a refused start has written: it would block, or change, the next one."""
+        for file in self.files.values():
+            file.close()
+        if self.arguments_before:
+            (self.path / "arguments.json").write_text(self.arguments_before)
+            return
+        shutil.rmtree(self.path / "model", ignore_errors=True)
+        for name in ("arguments.json", "arguments.partial", "metrics.jsonl", "rollouts.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def release(self):
+        """Let another run have the folder; if it is new and empty, it goes."""
+        if self.lock:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.lock.close()
+            self.lock = None
+        with contextlib.suppress(OSError):  # not empty
+            for folder in self.new_folders:
+                folder.rmdir()
 
     def write_arguments(self, args):
         """What the run was started with; a resumed run adds a line about itself."""
@@ -1204,6 +1321,7 @@ class RunFolder:
                 self.results[row.pop("evaluation")] = row
 
     def write(self, name, row):
+        self.has_begun = True
         if self.writes:
             self.files[name].write(json.dumps(row) + "\n")
 

@@ -621,6 +621,22 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     assert again.stdout.splitlines()[1:] == result.stdout.splitlines()[1:]
     assert (tmp_path / "out.json.journal").read_bytes() == journal
     assert json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
+
+    # Another command does not overwrite it, nor any other file, unless it is told to.
+    whole = (tmp_path / "out.json").read_bytes()
+    other = [*flags, "--max_prompt_tokens", "99", "--seed", "1"]
+    refused = run_here(*other, script=evaluation)
+    assert refused.returncode == 1 and "out.json: there already, made by another command" in refused.stderr
+    assert "\n" not in refused.stderr.strip() and (tmp_path / "out.json").read_bytes() == whole
+    assert (tmp_path / "out.json.journal").read_bytes() == journal
+    for what in (["--report", str(runs[0] / "first")], flags[:-2]):
+        refused = run_here(*what, "--max_prompt_tokens", "99", "--output", str(problems), script=evaluation)
+        assert refused.returncode == 1 and "aime.jsonl: there already" in refused.stderr
+    page = ["--report", str(runs[0] / "first"), "--output", str(tmp_path / "page.html")]
+    assert [run_here(*page, script=evaluation).returncode for _ in range(2)] == [0, 0]  # a page is made anew
+    forced = run_here(*flags, "--max_prompt_tokens", "99", "--overwrite", script=evaluation)
+    assert forced.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
+
     flags[-1] = str(tmp_path / "two.json")
     run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
     two = json.loads((tmp_path / "two.json").read_text())["results"][models[0]]
@@ -935,6 +951,85 @@ def test_bad_input_gets_one_clear_line_and_a_non_zero_exit(tokenizer, tmp_path, 
     result = run_here(*flags)
     clear = line in result.stderr and "Traceback" not in result.stderr
     assert result.returncode != 0 and clear, result.stderr[-2000:]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out" / "ppo").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["metrics.jsonl"]
+    assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_run_folder_belongs_to_one_run(runs, tmp_path, monkeypatch):
+    """Guards against two runs that write every step into the same files."""
+    process = SimpleNamespace(rank=0, world=1)
+    monkeypatch.setattr(ppo.dist, "broadcast_object_list", lambda values: None)
+    monkeypatch.setattr(ppo.time, "strftime", lambda form: "a-second")
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(**given):
+        return SimpleNamespace(**{"run_dir": "", "resume": "", "export": ""} | given)
+
+    holder = f"another run is at work in it \\(process {os.getpid()} on .* since "
+    with ppo.RunFolder(arguments(), process) as one, ppo.RunFolder(arguments(), process) as two:
+        assert one.path != two.path and one.path.is_dir() and two.path.is_dir()
+        with pytest.raises(UserError, match=f"^{one.path}: {holder}"):
+            ppo.RunFolder(arguments(run_dir=str(one.path)), process)
+        (one.path / "arguments.json").write_text("{}")
+        for given in ({"run_dir": str(one.path)}, {"resume": str(one.path)}):
+            with pytest.raises(UserError, match=f"^{one.path}: {holder}"):
+                ppo.RunFolder(arguments(**given), process)
+        with ppo.RunFolder(arguments(resume=str(one.path), export="x"), process):  # only reads
+            pass
+        assert (one.path / ppo.LOCK).exists()
+
+    # Afterwards it is free, also where a kill has left the file.
+    assert not (one.path / ppo.LOCK).exists() and one.path.is_dir() and not two.path.exists()
+    (one.path / ppo.LOCK).write_text("process 1")
+    with ppo.RunFolder(arguments(resume=str(one.path)), process):
+        pass
+    with pytest.raises(UserError, match="not empty; nothing is overwritten"):
+        ppo.RunFolder(arguments(run_dir=str(one.path)), process)
+    assert [path.name for path in one.path.iterdir()] == ["arguments.json"]
+
+
+def test_a_refused_start_leaves_nothing(tmp_path, monkeypatch):
+    """Guards against a folder that blocks the corrected command, and a refused --resume that changes the run."""
+    process = SimpleNamespace(rank=0, world=1)
+    monkeypatch.setattr(ppo.dist, "broadcast_object_list", lambda values: None)
+    args = SimpleNamespace(run_dir=str(tmp_path / "a" / "b"), resume="", export="")
+    with pytest.raises(UserError), ppo.RunFolder(args, process) as run:
+        run.add_to_arguments({"arguments": {}})
+        (run.path / "model").mkdir()
+        run.open({})
+        raise UserError("memory")
+    assert not any(tmp_path.iterdir())
+
+    # What has begun, or was interrupted, stays; what was there before is kept.
+    for refused, begun in ((SystemExit, False), (UserError, True)):
+        with pytest.raises(refused), ppo.RunFolder(args, process) as run:
+            run.add_to_arguments({"arguments": {}})
+            run.open({})
+            if begun:
+                run.write("metrics.jsonl", {})
+            raise refused
+        assert (run.path / "arguments.json").exists() and not (run.path / ppo.LOCK).exists()
+        if not begun:
+            shutil.rmtree(run.path)
+    args = SimpleNamespace(run_dir=str(run.path), resume=str(run.path), export="")
+    before = (run.path / "arguments.json").read_text()
+    with pytest.raises(UserError), ppo.RunFolder(args, process) as run:
+        run.add_to_arguments({"arguments": {"steps": 9}})
+        raise UserError("memory")
+    assert (run.path / "arguments.json").read_text() == before and (run.path / "metrics.jsonl").exists()
+
+
+def test_a_half_written_model_is_no_obstacle_to_resume(runs, tmp_path):
+    """Guards against a run, killed before its first checkpoint, that cannot go on."""
+    folder = runs[0]
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    shutil.copy(folder / "first" / "arguments.json", run)
+    (run / "model" / "config.json").write_text('{"half')
+    result = run_here("--resume", str(run))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert metrics_of(run) == metrics_of(folder / "first")
 
 
 def test_an_error_is_a_non_zero_exit_status_and_one_line(runs):
