@@ -77,15 +77,38 @@ SYMBOLS = {
     "∈": r"\in",
     "±": r"\pm",
     "°": r"^\circ",
+    "½": r"\frac{1}{2}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "⅕": r"\frac{1}{5}",
+    "⅛": r"\frac{1}{8}",
+    "⁄": "/",
 }
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"  # the digits and the minus sign of an exponent
+LOWERED = "₀₁₂₃₄₅₆₇₈₉₋"
+ON_THE_LINE = "0123456789-"
 COMMANDS = {
     r"\boxed": "",
+    r"\fbox": "",
+    r"\displaystyle": "",
+    r"\textstyle": "",
+    r"\bf": "",
+    r"\rm": "",
+    r"\it": "",
+    r"\boldsymbol": "",
+    r"\bm": "",
     r"\left": "",
     r"\right": "",
     r"\big": "",
     r"\quad": "",
     r"\leq": r"\le",
     r"\geq": r"\ge",
+    r"\leqslant": r"\le",
+    r"\geqslant": r"\ge",
+    r"\lt": "<",
+    r"\gt": ">",
     r"\neq": r"\ne",
     r"\times": r"\cdot",
     r"\lvert": "|",
@@ -96,6 +119,9 @@ COMMANDS = {
     r"\dbinom": r"\binom",
     r"\lbrace": r"\{",
     r"\rbrace": r"\}",
+    r"\degree": r"^\circ",
+    r"\pounds": "£",
+    r"\euro": "€",
 }
 NAMES = {
     "and": ",",
@@ -142,6 +168,8 @@ def exact_decimal(match):
 SPELLINGS = [
     # \text{cm} -> "cm"
     (r"\\(?:text|mbox|math|operatorname)(?:rm|bf|it|tt|normal)? *\{([^{}]*)\}", quoted_words),
+    # {\rm cm} -> "cm"
+    (r"\{ *\\(?:bf|rm|it)(?![A-Za-z])([^{}\\]*)\}", quoted_words),
     # 2\,x -> 2 x
     (r"\\[,;:! ]|~|\s+", " "),
     # \cdot \cdot 2 (that was **2) -> ^2
@@ -162,8 +190,10 @@ SPELLINGS = [
     (r"[;,][;, ]*", ","),
     # \$5 -> "dollar"5
     (r"\\\$", '"dollar"'),
+    (r"£", '"pound"'),
+    (r"€", '"euro"'),
     # "dollar"5 -> 5 "dollar"
-    (r'"dollar" *(\d[\d,.]*)', r'\1 "dollar"'),
+    (r'"(dollar|pound|euro)" *(\d[\d,.]*)', r'\2 "\1"'),
     # 50\% -> 50"%"
     (r"\\?%", '"%"'),
     # 90^{\circ} -> 90"degree"
@@ -182,6 +212,8 @@ SPELLINGS = [
     (r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
     # \sqrt[3]2 -> \sqrt[3]{2}
     (r"\\sqrt *(\[\d*\])? *(\w)", r"\\sqrt\1{\2}"),
+    # \exp(2) -> e^{2}
+    (r"(?:\\|(?<=\d))exp *(?:\(([^()]*)\)|\{([^{}]*)\})", r"e^{\1\2}"),
     # \frac12 -> \frac{1}2
     (r"\\(frac|binom) *(\w)", r"\\\1{\2}"),
     # \frac{1}2 -> \frac{1}{2}
@@ -204,7 +236,8 @@ NUMBER = re.compile(
     r"(?:(?:\\cdot *10\^|[eE])\{?(?P<exponent>[+-]?\d{1,3})\}?)?")
 UNIT = re.compile(r'(.*?[^" ]) *((?:[ /]*"[^"]*"(?:\^\{-?\d\})?)+)')
 LABEL = re.compile(
-    r'(?:[A-Z]+|[a-z]|\\(?!not)[a-z]+ ?|(?:"\w+" ?)+)'  # x, \alpha, "area"
+    r'(?:[A-Z]+|[a-z]|\\(?!not)[a-z]+ ?|(?:"\w+" ?)+'  # x, \alpha, "area"
+    r"|\([a-z](?:_\{\w+\})?(?:,(?:[a-z]|\\[a-z]+)(?:_\{\w+\})?)+\)(?==))"  # (x,y) of (x,y)=(1,2)
     r"(?:_\{\w+\}|\^\{-1\})?"
     r"(?:\([A-Za-z,]*\))?"  # (x) of f(x)
     r"(?:=|\\in *(?![a-z]))")
@@ -226,6 +259,10 @@ def without_commas(match):
     return match[0].replace(",", "")
 
 
+def without_thin_spaces(match):
+    return match[0].replace("\u2009", "")
+
+
 def one_spelling(text):
     r"""What LaTeX, Unicode and Python write in many ways, in one: \frac{1}{2}, \cdot, ^{2},
     "words" in quotes, matrices as ⟦a&b¶c&d⟧."""
@@ -236,8 +273,17 @@ def one_spelling(text):
     # \(5\) -> 5
     text = re.sub(r"\\[()\[\]]", "", text)
 
+    # x² -> x^{2}
+    for digits, sign in ((RAISED, "^"), (LOWERED, "_")):
+        text = re.sub(f"[{digits}]+", rf"{sign}{{\g<0>}}", text)
+        text = text.translate(str.maketrans(digits, ON_THE_LINE))
+
     # 1{,}234 -> 1,234
-    text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\!)?|,\\!)(?=\d{3})", ",", text)
+    text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\! *)?|,\\! *)(?=\d{3})", ",", text)
+
+    # 1234, where a thin space stands between the thousands
+    text = text.replace(r"\thinspace ", "\u2009").replace("\u202f", "\u2009")
+    text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:\u2009\d{3})+(?!\d)", without_thin_spaces, text)
 
     # 1,234 -> 1234, but (1,234) is a pair.
     has_brackets = re.search(r"[(\[]|\\{", text)
@@ -250,7 +296,8 @@ def one_spelling(text):
 
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
-    return text.strip().removesuffix(".")
+    # = 5 -> 5
+    return text.strip().removesuffix(".").removeprefix("=")
 
 
 def without_label(text, other):

@@ -441,6 +441,45 @@ def test_what_looks_alike_is_not_equal(judged):
     assert [pair for pair, verdict in zip(pairs, judged(pairs)) if verdict] == []
 
 
+# What people write for the same, and what must not be read so
+OTHER_SPELLINGS = [
+    (r"\fbox{4}", "4"), (r"\boxed{\fbox{4}}", "4"), (r"\fbox{$x+1$}", "x+1"),
+    ("(p,q)=(3,2)", "(3,2)"), (r"(x, y) = \left(3, 2\right)", "(3,2)"), ("(x_1,x_2,x_3)=(1,2,3)", "(1,2,3)"),
+    (r"(r,\theta)=(3,\frac{\pi}{2})", r"(3,\frac{\pi}{2})"),
+    (r"x \lt 3", "x<3"), (r"x\gt 3", r"(3,\infty)"), (r"1\lt x\leqslant 3", "(1,3]"), (r"x \geqslant 3", r"x\ge 3"),
+    (r"11,\! 111,\! 100", "11111100"), (r"11{,}\! 111{,}\!100", "11111100"),
+    ("11\u2009111\u2009100", "11111100"), ("11\u202f111", "11111"), (r"11\thinspace 111", "11111"),
+    ("exp(2)", "e^2"), (r"\exp(2)", "e^2"), (r"\exp{2x}", "e^{2x}"), ("3exp(-x)", "3e^{-x}"), (r"\exp(x+1)+1", "e^{x+1}+1"),
+    (r"\displaystyle\frac{1}{2}", "0.5"), (r"\displaystyle \sqrt{2}+1", r"1+\sqrt{2}"), (r"\textstyle 5", "5"),
+    (r"{\bf 5}", "5"), (r"{\rm B}", "B"), (r"\boldsymbol{x+1}", "x+1"), (r"\bm{5}", "5"), (r"{\bf (1,2)}", "(1,2)"), (r"5{\rm cm}", "5 cm"),
+    ("£5", "5"), ("€5", "5"), ("5€", "5"), ("€5", "5 euros"), (r"\pounds 5.50", "£5.5"), ("£1,200", "1200"), ("£5", "5 pounds"),
+    ("½", "0.5"), ("3½", r"\frac{7}{2}"), ("-¾", "-0.75"), ("½x", r"\frac{x}{2}"), ("1⁄2", "0.5"),
+    ("x²", "x^2"), ("x²+y³", "x^2+y^3"), ("x⁻¹", r"\frac{1}{x}"), ("x¹⁰", "x^{10}"), ("12 cm²", "12 cm^2"), ("x₁+x₂", "x_1+x_2"),
+    ("101₂", "101_2"), ("= 5", "5"), ("=5", "x=5"), (r"= \frac{1}{2}", "0.5"), ("= x+1", "x+1"), (r"90\degree", "90"),
+]
+NO_OTHER_SPELLINGS = [
+    (r"\fbox{4}", "5"), ("(p,q)=(3,2)", "(2,3)"), ("(p,q)=(3,2)", "3,2"), ("(p,q)=(3,2)", "(q,p)=(3,2)"),
+    ("(p,q)=5", "(5,5)"), ("(p,q)", "(3,2)"), ("(1,2)=(3,2)", "(3,2)"), ("(p,q)=(3,2)=(4,2)", "(3,2)"),
+    (r"x \lt 3", "x>3"), (r"x \lt 3", r"x\le 3"), (r"x\gt 3", "3"), (r"11,\! 111", "11,111,000"), ("11\u200911", "1111"),
+    ("1 234", "1234"), ("1\u2009234\u20095", "12345"), ("(1\u2009234)", "(1,234)"),
+    ("exp(2)", "2e"), ("exp(2)", "e^{-2}"), ("exp(0)", "1"), ("exp(2)x", "e^{2x}"), (r"\exp(\ln(5))", "5"),
+    ("€5", "$5"), ("£5", "€5"), ("£5", "$5"), ("£5", "6"), ("£5", "5 kg"), ("½", "2"), ("3½", "1.5"), ("x½", "x"),
+    ("5²", "25"), ("2¹⁰", "1024"), ("x²", "x2"), ("x²", "2x"), ("x²", "x_2"), ("cm²", "cm"), ("x₁", "x1"), ("101₂", "5"),
+    ("=", "5"), ("= 37*99", "3663"), ("==5", "5"), ("4 = 5", "5"), ("5 =", "5"), (">= 5", "5"), (r"\bf", "5"), (r"\displaystyle", "x"),
+]
+
+
+def test_what_people_write_for_the_same_is_read(judged):
+    """Guards against a right answer that earns nothing for how it is spelled."""
+    assert [pair for pair, verdict in zip(OTHER_SPELLINGS, judged(OTHER_SPELLINGS)) if not verdict] == []
+
+
+def test_no_spelling_makes_a_wrong_answer_right(judged):
+    """Guards against a spelling that is read for another thing, or that hides arithmetic."""
+    pairs = NO_OTHER_SPELLINGS
+    assert [pair for pair, verdict in zip(pairs, judged(pairs)) if verdict] == []
+
+
 LISTS = [r'["4"]', r'["\\frac{1}{2}", "half"]', r'["\frac{1}{2}", "\times"]', "['5', '\\\\sqrt{2}']", ' [ "90\\u00b0" ] ',
          json.dumps([r"2\pi", r"\text{two pi}"]), str(["3", "(1,2)"])]
 
