@@ -958,140 +958,135 @@ async def main(process):
         process, args.device, may_use_cpu=not args.model, tf32=args.tf32)
 
     with RunFolder(args, process) as run:
-        await train(args, process, run, begin)
+        # What can be wrong is found before the warm start, which takes minutes.
+        sft.check_mesh(args.replicas, process.world)
+        saved_model = run.path / "model"
+        checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
+        # Only where there is a checkpoint is it known that model/ was written to its end.
+        start_model = str(saved_model) if checkpoint else args.model or args.warm_start
+        config, tokenizer = sft.starting_point(start_model)
+        evaluation.check_positions(config, args)
+        if args.critic_model:
+            if load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
+        template = load_template(args.prompt_template)
+        sets = evaluation_sets(args)
+        problems = None if args.train_data == "embedded" else load_problems(args.train_data)
+        if args.export and not checkpoint:
+            raise UserError(f"--resume {run.path}: there is no checkpoint to export")
+        if record["step"] > args.steps:
+            raise UserError(f"--steps {args.steps}: the run has done {record['step']} already")
 
+        # The folder begins with what the run was started with.
+        if not args.export:
+            if not args.resume:
+                run.write_arguments(args)
+            print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
+        process.goes_on = f"torchrun ppo.py --resume {run.path}"
+        run.track(args)
 
-async def train(args, process, run, begin):
-    """The run in its folder. begin: time.perf_counter() at the start of the process."""
-    # What can be wrong is found before the warm start, which takes minutes.
-    sft.check_mesh(args.replicas, process.world)
-    saved_model = run.path / "model"
-    checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
-    # Only where there is a checkpoint is it known that model/ was written to its end.
-    start_model = str(saved_model) if checkpoint else args.model or args.warm_start
-    config, tokenizer = sft.starting_point(start_model)
-    evaluation.check_positions(config, args)
-    if args.critic_model:
-        if load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
-    template = load_template(args.prompt_template)
-    sets = evaluation_sets(args)
-    problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-    if args.export and not checkpoint:
-        raise UserError(f"--resume {run.path}: there is no checkpoint to export")
-    if record["step"] > args.steps:
-        raise UserError(f"--steps {args.steps}: the run has done {record['step']} already")
+        # The model: a checkpoint of this run, a checkpoint of the user's, or the warm start.
+        if checkpoint:
+            model_path = str(saved_model)  # of it only the configuration is needed
+        elif args.model or args.warm_start:
+            model_path = args.model or args.warm_start
+        else:
+            model_path = str(await sft.warm_start(args, process))
+        tokenizer = load_tokenizer(model_path)
+        if args.export:
+            if process.rank == 0:
+                export(checkpoint, model_path, args.dtype, args.export, tokenizer)
+            print(f"step {record['step']} of {run.path} exported to {args.export}")
+            return
+        trainer = Trainer(args, model_path, process, weights=not checkpoint)
+        if checkpoint:
+            dcp.load(trainer.state(), checkpoint_id=checkpoint)
+            if args.sync_every == 1:
+                sft.sync_weights(trainer.actor, trainer.sampler)
 
-    # The folder begins with what the run was started with.
-    if not args.export:
-        if not args.resume:
-            run.write_arguments(args)
-        print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
-    process.goes_on = f"torchrun ppo.py --resume {run.path}"
-    run.track(args)
+        prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
+        for name in sets:
+            sets[name] = evaluation.encode_problems(
+                sets[name], tokenizer, template, args.max_prompt_tokens, name)
+        if not checkpoint:
+            run.write_model(trainer.sampler, tokenizer)
+        print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
+              f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
+        if args.resume:
+            print(f"{run.path}: goes on after step {record['step']}")
+        run.open(record["bytes"])
+        begin -= record["seconds"]  # of the runs that this one continues
 
-    # The model: a checkpoint of this run, a checkpoint of the user's, or the warm start.
-    if checkpoint:
-        model_path = str(saved_model)  # of it only the configuration is needed
-    elif args.model or args.warm_start:
-        model_path = args.model or args.warm_start
-    else:
-        model_path = str(await sft.warm_start(args, process))
-    tokenizer = load_tokenizer(model_path)
-    if args.export:
-        if process.rank == 0:
-            export(checkpoint, model_path, args.dtype, args.export, tokenizer)
-        print(f"step {record['step']} of {run.path} exported to {args.export}")
-        return
-    trainer = Trainer(args, model_path, process, weights=not checkpoint)
-    if checkpoint:
-        dcp.load(trainer.state(), checkpoint_id=checkpoint)
-        if args.sync_every == 1:
-            sft.sync_weights(trainer.actor, trainer.sampler)
+        async def evaluate_all(when):
+            # Two responses of the first set are shown.
+            examples = ""
+            for name, rows in sets.items():
+                label = f"{name} {when}"
+                run.results[label], trajectories = await evaluation.evaluate(
+                    trainer.sampler, tokenizer, rows, sandbox, process, label,
+                    n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
+                    **evaluation.rollout_settings(args))
+                run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+                examples = examples or evaluation.example_responses(trajectories, rows, tokenizer)
+            if sets:
+                print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n", flush=True)
 
-    prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
-    for name in sets:
-        sets[name] = evaluation.encode_problems(
-            sets[name], tokenizer, template, args.max_prompt_tokens, name)
-    if not checkpoint:
-        run.write_model(trainer.sampler, tokenizer)
-    print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
-          f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
-    if args.resume:
-        print(f"{run.path}: goes on after step {record['step']}")
-    run.open(record["bytes"])
-    begin -= record["seconds"]  # of the runs that this one continues
+        async with evaluation.make_sandbox(args) as sandbox:
+            print(sandbox.report)
+            if args.resume:  # only now: what is refused leaves no trace
+                run.write_arguments(args)
+            run.add_to_arguments({"sandbox": sandbox.report})
+            if record["step"] == 0:
+                print(f"evaluation before training: {', '.join(sets)}", flush=True)
+                await evaluate_all("before")
+            n_responses = args.prompts_per_step * args.samples_per_prompt
+            print(f"PPO: {args.steps} steps of {n_responses} responses\n{LEGEND}", flush=True)
 
-    async def evaluate_all(when):
-        # Two responses of the first set are shown.
-        examples = ""
-        for name, rows in sets.items():
-            label = f"{name} {when}"
-            run.results[label], trajectories = await evaluation.evaluate(
-                trainer.sampler, tokenizer, rows, sandbox, process, label,
-                n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
-                **evaluation.rollout_settings(args))
-            run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
-            examples = examples or evaluation.example_responses(trajectories, rows, tokenizer)
-        if sets:
-            print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n", flush=True)
-
-    async with evaluation.make_sandbox(args) as sandbox:
-        print(sandbox.report)
-        if args.resume:  # only now: what is refused leaves no trace
-            run.write_arguments(args)
-        run.add_to_arguments({"sandbox": sandbox.report})
-        if record["step"] == 0:
-            print(f"evaluation before training: {', '.join(sets)}", flush=True)
-            await evaluate_all("before")
-        n_responses = args.prompts_per_step * args.samples_per_prompt
-        print(f"PPO: {args.steps} steps of {n_responses} responses\n{LEGEND}", flush=True)
-
-        seconds_checkpoint = 0.0
-        for step in range(record["step"], args.steps):
-            done = step + 1
-
-            # One step of PPO: sample, reward, score, advantages, update, sync.
-            metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
-            metrics["seconds_checkpoint"] = seconds_checkpoint  # of the save before
             seconds_checkpoint = 0.0
+            for step in range(record["step"], args.steps):
+                done = step + 1
 
-            # Log: a line, metrics and some responses.
-            run.log_step(step, metrics)
-            for trajectory in trajectories[:args.save_rollouts]:
-                problem = prompts[step * args.prompts_per_step + trajectory.prompt_index]
-                description = evaluation.describe_trajectory(trajectory, tokenizer, problem)
-                run.write("rollouts.jsonl", {"step": step} | description)
-            print(step_line(done, args.steps, metrics), flush=True)
-            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-                await evaluate_all(f"step {done}")
+                # One step of PPO: sample, reward, score, advantages, update, sync.
+                metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
+                metrics["seconds_checkpoint"] = seconds_checkpoint  # of the save before
+                seconds_checkpoint = 0.0
 
-            # Save: now and then, at the end, and when --minutes are over.
-            is_over = sft.time_is_up(process)
-            if done % args.save_every == 0 or done == args.steps or is_over:
-                save_begin = time.perf_counter()
-                record = {"step": done, "seconds": save_begin - begin, "bytes": run.sizes()}
-                sft.save_checkpoint(run.path / "checkpoints", trainer.state(), record,
-                                args.keep_checkpoints, process.rank)
-                seconds_checkpoint = time.perf_counter() - save_begin
-            if is_over and done < args.steps:
-                print(f"--minutes are over after step {done}: {process.goes_on}")
-                return
+                # Log: a line, metrics and some responses.
+                run.log_step(step, metrics)
+                for trajectory in trajectories[:args.save_rollouts]:
+                    problem = prompts[step * args.prompts_per_step + trajectory.prompt_index]
+                    description = evaluation.describe_trajectory(trajectory, tokenizer, problem)
+                    run.write("rollouts.jsonl", {"step": step} | description)
+                print(step_line(done, args.steps, metrics), flush=True)
+                if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+                    await evaluate_all(f"step {done}")
 
-        print(f"evaluation after training: {', '.join(sets)}", flush=True)
-        await evaluate_all("after")
+                # Save: now and then, at the end, and when --minutes are over.
+                is_over = sft.time_is_up(process)
+                if done % args.save_every == 0 or done == args.steps or is_over:
+                    save_begin = time.perf_counter()
+                    record = {"step": done, "seconds": save_begin - begin, "bytes": run.sizes()}
+                    sft.save_checkpoint(run.path / "checkpoints", trainer.state(), record,
+                                    args.keep_checkpoints, process.rank)
+                    seconds_checkpoint = time.perf_counter() - save_begin
+                if is_over and done < args.steps:
+                    print(f"--minutes are over after step {done}: {process.goes_on}")
+                    return
 
-    # What a finished run has.
-    seconds_total = time.perf_counter() - begin
-    run.write("metrics.jsonl", {"seconds_total": seconds_total})
-    run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
-    run.finish(trainer.sampler, tokenizer)
-    question = prompts[args.steps * args.prompts_per_step]["question"]
-    print(f"{run.path}: done in {seconds_total:.0f} s\n"
-          f"curves and responses: {run.path}/report.html, in a browser\n"
-          "one response live: python rollout.py "
-          f"--model {run.path}/checkpoint {shlex.quote(question)}")
+            print(f"evaluation after training: {', '.join(sets)}", flush=True)
+            await evaluate_all("after")
+
+        # What a finished run has.
+        seconds_total = time.perf_counter() - begin
+        run.write("metrics.jsonl", {"seconds_total": seconds_total})
+        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
+        run.finish(trainer.sampler, tokenizer)
+        question = prompts[args.steps * args.prompts_per_step]["question"]
+        print(f"{run.path}: done in {seconds_total:.0f} s\n"
+              f"curves and responses: {run.path}/report.html, in a browser\n"
+              "one response live: python rollout.py "
+              f"--model {run.path}/checkpoint {shlex.quote(question)}")
 
 
 def export(checkpoint, model_path, dtype, folder, tokenizer):
