@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import eval as evaluation
 import ppo
@@ -63,13 +63,14 @@ def test_nccl_is_not_started_where_ranks_would_share_a_gpu(gpus, ranks, backend,
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(evaluation.dist, "init_process_group", lambda backend, **options: asked.append(backend))
+    monkeypatch.setattr(evaluation.dist, "init_process_group",
+                        lambda backend, **options: asked.append((backend, options["timeout"].days)))
     monkeypatch.setattr(evaluation.dist, "destroy_process_group", lambda: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     with evaluation.distributed():
         allocator = os.environ["PYTORCH_ALLOC_CONF"]
-    assert asked == [backend]
+    assert asked == [(backend, 1)]  # others wait a day for the slowest rank
     assert "expandable_segments:True" in allocator and "pinned_max_round_threshold_mb:1" in allocator
 
 
@@ -159,6 +160,29 @@ def test_actor_and_critic_share_one_mesh(tmp_path, tokenizer, monkeypatch):
         trainer.fill(examples, lambda flat, packing: {"logprobs": trainer.logprobs(module, flat, packing)[0]})
         # The root has given its gathered weights back.
         assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in module.parameters())
+
+
+def test_weights_are_gathered_in_the_samplers_precision(tmp_path, tokenizer, monkeypatch):
+    """Guards against twice the bytes in every step's sync, and other bits in the sampler than a cast gives."""
+    sft.starting_model("", sft.starting_point("")[0], 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    gathered = []
+    whole = DTensor.full_tensor
+
+    def noted(tensor, *arguments, **options):
+        gathered.append(tensor.dtype)
+        return whole(tensor, *arguments, **options)
+
+    monkeypatch.setattr(DTensor, "full_tensor", noted)
+    with evaluation.distributed() as process:
+        trainer = ppo.Trainer(ppo.parse_arguments(["--dtype", "bf16"]), str(tmp_path), process)
+        with torch.no_grad():
+            for p in trainer.actor.parameters():
+                p.mul_(1.1)
+        expected = {name: whole(p).detach().bfloat16() for name, p in trainer.actor.lm.named_parameters()}
+        sft.sync_weights(trainer.actor, trainer.sampler)
+    assert set(gathered) == {torch.bfloat16} and len(gathered) == len(expected)
+    assert all(torch.equal(p, expected[name]) for name, p in trainer.sampler.named_parameters())
 
 
 def test_a_deep_model_in_bf16_may_round_more_and_the_message_says_what_to_do():
