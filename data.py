@@ -366,6 +366,11 @@ def embedded_problem(split, seed, index):
             high = min(high, 10**digits - 1)
         return rng.randint(low, high)
 
+    return draw_problem(rng, split, families, draw)
+
+
+def draw_problem(rng, split, families, draw):
+    """A Problem of one of the families, whose operands belong to the split."""
     while True:
         family = rng.choice(families)
         operands, by_hand, by_code, answer = family(draw)

@@ -1401,6 +1401,22 @@ def parse_arguments():
 # The script
 
 
+def read_journal(file):
+    """{hash: value} of a journal's whole lines."""
+    entries = {}
+    file.seek(0)
+    for line in file:
+        with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
+            entries |= json.loads(line)
+    return entries
+
+
+def add_to_journal(file, key, value):
+    line = json.dumps({key: value})
+    file.write(f"\n{line}\n")  # the first \n ends a torn line
+    file.flush()
+
+
 @dataclass
 class Journal:
     """What has been sampled, so that an interrupted evaluation goes on: a line of JSON per chunk
@@ -1421,9 +1437,7 @@ class Journal:
                 sampled = await sample_all(
                     model, tokenizer, part, sandbox, process, desc, **sampling)
                 rows[key] = [asdict(t) for t in sampled]
-                line = json.dumps({key: rows[key]})
-                self.file.write(f"\n{line}\n")  # the first \n ends a torn line
-                self.file.flush()
+                add_to_journal(self.file, key, rows[key])
 
             for row in rows[key]:
                 calls = [ToolCall(**call) for call in row["tool_calls"]]
@@ -1432,12 +1446,7 @@ class Journal:
 
     def read(self):
         """{hash: trajectories as dicts}. The file is rank 0's; every rank gets its whole lines."""
-        rows = {}
-        self.file.seek(0)
-        for line in self.file:
-            with contextlib.suppress(ValueError):  # torn by a kill
-                rows |= json.loads(line)
-        shared = [rows]
+        shared = [read_journal(self.file)]
         dist.broadcast_object_list(shared)
         return shared[0]
 

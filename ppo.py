@@ -1288,7 +1288,6 @@ class RunFolder:
     def add_to_arguments(self, entries):
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "arguments.json"
         partial = self.path / "arguments.partial"
         record = json.loads(path.read_text()) if path.exists() else {}

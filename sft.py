@@ -19,7 +19,6 @@ In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 import argparse
 import ast
 import asyncio
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -76,6 +75,7 @@ from data import (
 from eval import (
     Help,
     add_format_arguments,
+    add_to_journal,
     at_least,
     computes,
     in_range,
@@ -83,6 +83,7 @@ from eval import (
     make_sandbox,
     need_values,
     parse_flags,
+    read_journal,
     run_script,
     syntax_tree,
     use_device,
@@ -1265,15 +1266,11 @@ async def curate_file(args):
     decisive = {name: value for name, value in vars(args).items() if name not in NOT_DECISIVE}
     rows = enumerate(read_rows(args.input, args.split, args.config), 1)
     rows = itertools.islice(rows, args.limit or None)
-    done = {}  # hash -> records
     records = []
     async with make_sandbox(args) as run.sandbox:
         with open(journal, "a+") as file, tqdm(desc="rows", total=args.limit or None) as bar:
-            # What an interrupted run has left.
-            file.seek(0)
-            for line in file:
-                with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
-                    done.update(json.loads(line))
+            # What an interrupted run has left: hash -> records.
+            done = read_journal(file)
 
             # All rows, in_flight at a time.
             while True:
@@ -1284,9 +1281,7 @@ async def curate_file(args):
                 key = hashlib.sha256(identity.encode()).hexdigest()
                 if key not in done:
                     done[key] = await curate_rows(chunk, run)
-                    line = json.dumps({key: done[key]})
-                    file.write(f"\n{line}\n")  # ends a torn line first
-                    file.flush()
+                    add_to_journal(file, key, done[key])
                 records += done[key]
                 bar.update(len(chunk))
 

@@ -13,11 +13,10 @@ import asyncio
 import datetime
 import random
 import sys
-import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import phrasings, write_problem  # noqa: E402
+from data import draw_problem, phrasings  # noqa: E402
 from runs.calls import write_files  # noqa: E402
 
 
@@ -197,18 +196,7 @@ def problem(split, seed, index):
             return rng.randint(high + 1, 3 * high)
         return rng.randint(low, high)
 
-    while True:
-        family = rng.choice(families)
-        operands, by_hand, by_code, answer = family(draw)
-
-        # A hash keeps train and test apart.
-        key = f"{family.__name__}{sorted(operands)}"
-        is_test = zlib.crc32(key.encode()) % 10 == 0
-        if split == "train" and is_test:
-            continue
-        if split == "test" and not is_test:
-            continue
-        return write_problem(rng, family, operands, by_hand, by_code, answer)
+    return draw_problem(rng, split, families, draw)
 
 
 async def main(folder, seed="0"):
