@@ -18,21 +18,25 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-import sympy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rollout import (
     ANSWER_OPEN,
+    BUSY,
     CLOSING,
     CODE_CLOSE,
     CODE_OPEN,
+    HIGHEST,
     INTERPRETER_CLOSE,
     INTERPRETER_OPEN,
     break_added_tokens,
+    compare,
     encode_chat,
     first_line,
+    hidden_number,
     need_hub,
+    question_to_box,
 )
 from sandbox import UserError
 
@@ -333,18 +337,25 @@ def field_names(row):
 
 
 # ---------------------------------------------------------------------------------------------
-# The embedded problems
+# The embedded problems. Reward has to find what their traces do not show, or hardly:
+#   by hand      the model is right without a tool: should it call one at all?
+#   one script   the tool may be busy: does it ask once more?
+#   two scripts  each runs on the problems of traces, but one fails on a larger one: which is written?
+#   search       what came back decides the next call: how does it search?
 
-SPLITS = ("train", "test", "ood_large", "ood_families")
+# Of "traces" and "held_out_traces" the warm start is made; there every script of a problem works.
+SPLITS = ("traces", "held_out_traces", "train", "test", "ood_large", "ood_families")
 
 
 class Problem(NamedTuple):
     family: str
+    kind: str  # "by hand", "one script", "two scripts" or "search"
     operands: tuple
     question: str
     answer: str
     by_hand: str  # the paper's D_init
-    by_code: str  # not yet verified
+    by_code: str  # a response with calls, and what they give back
+    scripts: list  # (code, whether it prints the answer); of a search none
 
 
 def embedded_problem(split, seed, index):
@@ -352,7 +363,7 @@ def embedded_problem(split, seed, index):
     range, ood_families other families."""
     # Not hash(): for strings it differs from process to process.
     rng = random.Random(zlib.crc32(f"{split}/{seed}/{index}".encode()))
-    families = HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES
+    family = rng.choice(HELD_OUT_FAMILIES if split == "ood_families" else FAMILIES)
 
     def draw(low, high):
         # Numbers up to 9 are choices, not operands.
@@ -366,42 +377,47 @@ def embedded_problem(split, seed, index):
             high = min(high, 10**digits - 1)
         return rng.randint(low, high)
 
-    return draw_problem(rng, split, families, draw)
-
-
-def draw_problem(rng, split, families, draw):
-    """A Problem of one of the families, whose operands belong to the split."""
     while True:
-        family = rng.choice(families)
-        operands, by_hand, by_code, answer = family(draw)
+        operands, by_hand, scripts, answer = family(draw)
 
         # A hash keeps train and test disjoint. Sorted: 3 + 5 and 5 + 3 are one problem.
         key = f"{family.__name__}{sorted(operands)}"
         is_test = zlib.crc32(key.encode()) % 10 == 0
-        if split == "train" and is_test:
+        if split in ("traces", "train") and is_test:
             continue
-        if split == "test" and not is_test:
+        if split in ("held_out_traces", "test") and not is_test:
             continue
-        return write_problem(rng, family, operands, by_hand, by_code, answer)
+
+        # Traces do not tell which script fails where.
+        works = [works for _, works in scripts]
+        wanted = all(works) if split.endswith("traces") else any(works) or family is search
+        if wanted:
+            return write_problem(rng, family, operands, by_hand, scripts, answer)
 
 
-def write_problem(rng, family, operands, by_hand, by_code, answer):
+def write_problem(rng, family, operands, by_hand, scripts, answer):
     """The Problem of what a family returned, with complete responses."""
-    if CODE_OPEN not in by_code:
-        by_code = tool_call(by_code, answer)
+    if family is search:
+        by_code = search_trace(rng, operands[0], answer)
+    else:
+        by_code = script_trace(rng, by_hand, scripts, answer)
+    opening = rng.choice(OPENINGS)
     final = f"<answer>\\boxed{{{answer}}}</answer>"
     return Problem(
         family=family.__name__,
+        kind=family.kind,
         operands=operands,
         question=rng.choice(family.phrasings).format(*operands),
         answer=str(answer),
-        by_hand=f"{by_hand}\n{final}",
-        by_code=f"Let me compute this.\n{by_code}{final}")
+        by_hand=f"{opening}{by_hand}\n{final}",
+        by_code=f"{opening}{by_code}{final}",
+        scripts=scripts)
 
 
 def problem_row(problem):
-    """As `load_problems` returns it."""
-    return {"question": problem.question, "answer": problem.answer, "family": problem.family}
+    """As `load_problems` returns it, with what `eval.behaviour_metrics` needs."""
+    return {"question": problem.question, "answer": problem.answer, "family": problem.family,
+            "kind": problem.kind, "operands": problem.operands, "scripts": problem.scripts}
 
 
 def embedded_rows(split, n, seed=0):
@@ -414,18 +430,69 @@ def tool_call(code, output=""):
             f"{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n")
 
 
+# What forces a call, and another one after a busy tool, whatever the policy would do.
+FORCED_CALL = f"{CODE_OPEN}\n```python\n"
+FORCED_RETRY = f"\nOnce more.\n{FORCED_CALL}"
+
+# What every response may begin with, by hand or not: the decision to call comes later.
+OPENINGS = ["", "Let me see.\n", "Let me see. This needs some care.\n"]
+FIRST_SCRIPT = 0.6  # share of traces with the first of a problem's scripts
+BUSY_SHARE = 0.4  # of calls in traces: more than --busy, to show more retries
+RETRY_SHARE = 0.2  # of busy calls in traces
+CHECK_SHARE = 0.1  # of results in traces that another script confirms
+
+
+def script_trace(rng, by_hand, scripts, answer):
+    """A script that works, and its output. Where the tool is busy, now and then once more."""
+    working = [code for code, works in scripts if works]
+    script = working[0] if rng.random() < FIRST_SCRIPT else working[-1]
+
+    text = ""
+    while rng.random() < BUSY_SHARE:
+        text += tool_call(script, BUSY)
+        if rng.random() >= RETRY_SHARE:
+            return f"{text}Then by hand.\n{by_hand}\n"
+        text += "Once more.\n"
+    text += tool_call(script, answer)
+
+    if rng.random() < CHECK_SHARE:
+        other = working[0] if script == working[-1] else working[-1]
+        text += "Is that right?\n" + tool_call(other, answer)
+    return text
+
+
+def search_trace(rng, box, number):
+    """Any number that is left is asked for, at most four."""
+    low, high = 1, HIGHEST
+    calls = []
+    while low < high:
+        guess = rng.randint(low, high)
+        verdict = compare(guess, number)
+        call = tool_call(question_to_box(box, guess), verdict)
+        if verdict != "high":
+            low = guess if verdict == "equal" else guess + 1
+        if verdict != "low":
+            high = guess if verdict == "equal" else guess - 1
+        if verdict != "equal":
+            call += f"{low} to {high}.\n"
+        calls.append(call)
+    if len(calls) > 4:
+        return search_trace(rng, box, number)
+    return "".join(calls)
+
+
 # ---------------------------------------------------------------------------------------------
 # The families. Each is a function of draw(low, high) that returns
 #   operands   what makes the problem that problem
 #   by_hand    a person's solution, without the answer line
-#   by_code    a script that prints the answer; or prose and tool_call(snippet, output), without
-#              the output where the natural script may fail
-#   answer     an integer or a word
+#   scripts    [(code, whether it prints the answer)]
+#   answer     an integer
 
 
-def phrasings(*questions):
-    """What a family asks; {0}, {1}, ... are its operands."""
+def phrasings(kind, *questions):
+    """What a family is for, and what it asks; {0}, {1}, ... are its operands."""
     def store(family):
+        family.kind = kind
         family.phrasings = questions
         return family
 
@@ -433,305 +500,45 @@ def phrasings(*questions):
 
 
 @phrasings(
-    "What is {0} + {1}?",
-    "Ann has {0} coins and Ben has {1}. How many do they have together?",
-    "A shelf holds {0} books and {1} more arrive. How many books are there now?")
-def addition(draw):
-    a = draw(10, 499)
-    b = draw(10, 499)
-    return (a, b), f"{a} + {b} = {a + b}.", f"print({a}+{b})", a + b
-
-
-@phrasings(
-    "Which is larger, {0} or {1}?",
-    "Of the numbers {0} and {1}, give the greater one.",
-    "Two towns have {0} and {1} inhabitants. How many live in the larger town?")
-def larger(draw):
-    a = draw(10, 49999)
-    b = draw(10, 49999)
-    return (a, b), f"The larger one is {max(a, b)}.", f"print(max({a},{b}))", max(a, b)
-
-
-@phrasings(
+    "by hand",
     "What is the last digit of {0}?",
     "Give the units digit of {0}.",
     "Which digit does {0} end in?")
 def last_digit(draw):
     n = draw(100, 2999999)
-    return (n,), f"It ends in {n % 10}.", f"print({n}%10)", n % 10
-
-
-def square_and_multiply(a, b, m):
-    lines = []
-    result = 1
-    power = a % m
-    exponent = 1
-    while exponent <= b:
-        line = f"{exponent}: {power}"
-        if b & exponent:
-            product = result * power
-            line += f", {result}*{power} = {product} = {product % m}"
-            result = product % m
-        lines.append(line)
-
-        power = power * power % m
-        exponent *= 2
-    return "\n".join(lines), result
+    scripts = [(f"print({n}%10)", True), (f"print(str({n})[-1])", True)]
+    return (n,), f"It ends in {n % 10}.", scripts, n % 10
 
 
 @phrasings(
-    "Find the remainder when {0}^{1} is divided by {2}.",
-    "What is {0} to the power {1} modulo {2}?",
-    "Divide {0}^{1} by {2}. What remains?")
-def power_remainder(draw):
-    a = draw(3, 999)
-    b = draw(3, 15)
-    m = draw(11, 999)
-    steps, answer = square_and_multiply(a, b, m)
-    by_hand = f"Square repeatedly modulo {m}.\n{steps}"
-    return (a, b, m), by_hand, f"print(pow({a},{b},{m}))", answer
+    "by hand",
+    "Is {0} odd? Answer 1 if it is and 0 if it is even.",
+    "What remains when {0} is divided by 2?",
+    "Give 1 if {0} is an odd number, 0 if it is even.")
+def is_odd(draw):
+    n = draw(100, 2999999)
+    scripts = [(f"print({n}%2)", True), (f"print({n}&1)", True)]
+    return (n,), f"It ends in {n % 10}, so {n % 2}.", scripts, n % 2
 
 
 @phrasings(
-    "How many pairs (x, y) of integers from 1 to {0} have a sum divisible by {1}?",
-    "Count the pairs (x, y) with 1 <= x, y <= {0} whose sum is a multiple of {1}.",
-    ("Two dice have {0} sides each, numbered from 1. "
-     "For how many rolls is the sum divisible by {1}?"))
-def count_pairs(draw):
-    n = draw(100, 999)
-    m = draw(3, 5)
-    if draw(0, 9) == 0:
-        n = draw(6000, 9999)  # the natural loop takes a second
-
-    # How many numbers leave each remainder? Those of r pair with those of -r.
-    counts = [0] * m
-    for x in range(1, n + 1):
-        counts[x % m] += 1
-    answer = sum(counts[r] * counts[-r] for r in range(m))
-    listed = ", ".join(f"{counts[r]} times {r}" for r in range(m))
-    products = " + ".join(f"{counts[r]}*{counts[-r]}" for r in range(m))
-    by_hand = (f"Remainders modulo {m} of the numbers up to {n}: {listed}\n"
-               f"{products} = {answer}")
-
-    by_code = tool_call(f"r=range(1,{n}+1)\nprint(sum((x+y)%{m}==0 for x in r for y in r))")
-    if n > 1200:
-        by_code += "Too slow. Count the remainders.\n" + tool_call(
-            f"n,m={n},{m}\nc=[(n-r)//m+(r>0) for r in range(m)]\n"
-            "print(sum(c[r]*c[-r] for r in range(m)))", answer)
-    return (n, m), by_hand, by_code, answer
-
-
-def euclid(a, b):
-    lines = []
-    while b:
-        lines.append(f"{a} = {a // b}*{b} + {a % b}")
-        a, b = b, a % b
-    return "\n".join(lines), a
-
-
-@phrasings(
-    "Find the greatest common divisor of {0} and {1}.",
-    "What is gcd({0}, {1})?",
-    ("Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
-     "How long is a piece in cm?"))
-def common_divisor(draw):
-    factor = draw(2, 40)
-    a, b = sorted((factor * draw(5, 99), factor * draw(5, 99)))
-    steps, answer = euclid(b, a)
-    by_code = f"from math import gcd\nprint(gcd({a},{b}))"
-    return (a, b), f"By Euclid:\n{steps}", by_code, answer
-
-
-@phrasings(
-    "Find the least common multiple of {0} and {1}.",
-    "What is lcm({0}, {1})?",
-    ("Two lights flash every {0} and every {1} seconds. "
-     "After how many seconds do they flash together again?"))
-def common_multiple(draw):
-    a, b = sorted((draw(12, 250), draw(12, 250)))
-    steps, g = euclid(b, a)
-    answer = a * b // g
-    by_hand = (f"By Euclid:\n{steps}\n"
-               f"The gcd is {g}, so {a}*{b}/{g} = {a * b}/{g} = {answer}")
-    return (a, b), by_hand, f"from math import lcm\nprint(lcm({a},{b}))", answer
-
-
-@phrasings(
+    "one script",
     "What is the digit sum of {0} * {1}?",
     "Multiply {0} by {1} and add up the digits of the result.",
     "Find the sum of the digits of the product of {0} and {1}.")
 def digit_sum(draw, sign="*"):
-    a, b = sorted((draw(101, 9999), draw(101, 9999)))
+    a, b = sorted((draw(11, 999), draw(11, 999)))
     digits = str(a * b if sign == "*" else a + b)
     answer = sum(map(int, digits))
     by_hand = f"{a}{sign}{b} = {digits}\n{'+'.join(digits)} = {answer}"
-    return (a, b), by_hand, f"print(sum(map(int,str({a}{sign}{b}))))", answer
+    scripts = [
+        (f"print(sum(map(int,str({a}{sign}{b}))))", True),
+        (f"n={a}{sign}{b}\ns=0\nwhile n:\n    s+=n%10\n    n//=10\nprint(s)", True)]
+    return (a, b), by_hand, scripts, answer
 
 
 @phrasings(
-    "How many positive divisors does {0} have?",
-    "Count the divisors of {0}.",
-    "In how many rows of equal length can {0} soldiers be arranged? Count every number of rows.")
-def divisor_count(draw):
-    n = draw(100, 9999)
-    answer = sympy.divisor_count(n)
-    powers = []
-    for prime, exponent in sympy.factorint(n).items():
-        powers.append(f"{prime}^{exponent}" if exponent > 1 else f"{prime}")
-    by_hand = f"{n} = {'*'.join(powers)}\nAdd one to each exponent and multiply: {answer}"
-    return (n,), by_hand, f"n={n}\nprint(sum(n%d==0 for d in range(1,n+1)))", answer
-
-
-@phrasings(
-    "How many primes are there from {0} to {1}?",
-    "Count the prime numbers between {0} and {1} inclusive.",
-    "How many of the integers {0}, ..., {1} are prime?")
-def prime_count(draw):
-    a = draw(10, 900)
-    b = a + draw(10, 60)
-    primes = list(sympy.primerange(a, b + 1))
-    by_hand = "There are none."
-    if primes:
-        listed = ", ".join(map(str, primes))
-        by_hand = f"The primes are {listed}.\nThat makes {len(primes)}."
-    by_code = f"from sympy import primerange\nprint(len(list(primerange({a},{b}+1))))"
-    return (a, b), by_hand, by_code, len(primes)
-
-
-@phrasings(
-    "Compute the sum of n^{2} for n from {0} to {1}.",
-    "What is {0}^{2} + ... + {1}^{2}, over all integers between?",
-    "Add the powers n^{2} of all integers n with {0} <= n <= {1}.")
-def power_sum(draw):
-    a = draw(2, 99)
-    k = 2 + draw(0, 9) % 2
-    b = a + draw(5, 200)
-
-    by_hand = ""
-    totals = []
-    for end in (b, a - 1):
-        total = sum(n**k for n in range(end + 1))
-        formula = f"({end}*{end + 1}/2)^2"
-        if k == 2:
-            formula = f"{end}*{end + 1}*{2 * end + 1}/6"
-        by_hand += f"Up to {end}: {formula} = {total}\n"
-        totals.append(total)
-
-    answer = totals[0] - totals[1]
-    by_hand += f"{totals[0]} - {totals[1]} = {answer}"
-    return (a, b, k), by_hand, f"print(sum(n**{k} for n in range({a},{b}+1)))", answer
-
-
-@phrasings(
-    "A sequence has u({0}) = {1} and u(n) = u(n-1) + n. Find u({2}).",
-    "Let u({0}) = {1} and let u(n) exceed u(n-1) by n. What is u({2})?",
-    "Start with u({0}) = {1}; step n adds n to the value before. Give u({2}).")
-def recurrence(draw):
-    a = draw(2, 499)
-    first = draw(10, 999)
-    steps = draw(20, 900)
-    if draw(0, 9) % 3 == 0:
-        steps = draw(1100, 1900)  # beyond Python's recursion limit
-    n = first + steps
-
-    added = steps * (first + 1 + n) // 2
-    answer = a + added
-    by_hand = (f"{first + 1} + ... + {n} = {steps}*{first + 1 + n}/2 = {added}\n"
-               f"{a} + {added} = {answer}")
-
-    by_code = tool_call(f"def u(n):\n    return u(n-1)+n if n>{first} else {a}\nprint(u({n}))")
-    if steps > 1000:
-        by_code += "Too deep. Use a loop.\n" + tool_call(
-            f"n,u={first},{a}\nwhile n<{n}:\n    n+=1\n    u+=n\nprint(u)", answer)
-    return (first, a, n), by_hand, by_code, answer
-
-
-@phrasings(
-    "Find the inverse of {0} modulo {1}, or 0 if there is none.",
-    "Which x with 0 < x < {1} satisfies {0}*x = 1 modulo {1}? Answer 0 if no such x exists.",
-    "Give the multiplicative inverse of {0} mod {1} (0 if it does not exist).")
-def inverse(draw):
-    m = draw(20, 999)
-    a = draw(3, 999)
-    if draw(0, 1):  # about half have no inverse
-        g = 2 + a % 5
-        m += g - m % g
-        a += g - a % g
-
-    # Extended Euclid: every remainder r is x*a modulo m.
-    lines = []
-    r, next_r = m, a % m
-    x, next_x = 0, 1
-    while next_r:
-        q, rest = divmod(r, next_r)
-        x, next_x = next_x, x - q * next_x
-        lines.append(f"{r} = {q}*{next_r} + {rest}, x = {next_x}")
-        r, next_r = next_r, rest
-    by_hand = "By Euclid:\n" + "\n".join(lines)
-
-    by_code = tool_call(f"print(pow({a},-1,{m}))")
-    if r > 1:
-        by_hand += f"\nThe gcd is {r}, so there is none."
-        return (a, m), by_hand, f"{by_code}There is no inverse.\n", 0
-    by_hand += f"\nThe gcd is 1, so the inverse is {x}, that is {x % m}."
-    return (a, m), by_hand, by_code, x % m
-
-
-@phrasings(
-    "How many digits does {0}^{1} have?",
-    "Find the number of decimal digits of {0} to the power {1}.",
-    "If {0}^{1} is written out, how many digits does it take?")
-def digit_count(draw):
-    a = draw(3, 999)
-    b = draw(20, 399)
-    answer = len(str(a**b))
-    log = math.log10(a)
-    by_hand = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
-
-    by_code = tool_call(f"from math import pow,log10\nprint(int(log10(pow({a},{b})))+1)")
-    if b * log > 308:  # a float's largest exponent
-        by_code += "A float is too small. Use an integer.\n"
-        by_code += tool_call(f"print(len(str({a}**{b})))", answer)
-    return (a, b), by_hand, by_code, answer
-
-
-@phrasings(
-    ("Let g be the greatest common divisor of {0} and {1}. "
-     "Find the remainder of g^{2} divided by {3}."),
-    "Take g = gcd({0}, {1}). What is g^{2} modulo {3}?",
-    "The numbers {0} and {1} have greatest common divisor g. Divide g^{2} by {3}. What remains?")
-def divisor_then_power(draw):
-    factor = draw(2, 40)
-    a = factor * draw(5, 60)
-    b = factor * draw(5, 60)
-    k = draw(3, 15)
-    m = draw(11, 4999)
-    divisor_steps, g = euclid(a, b)
-    power_steps, answer = square_and_multiply(g, k, m)
-    by_hand = f"By Euclid:\n{divisor_steps}\nModulo {m}:\n{power_steps}"
-    by_code = (tool_call(f"from math import gcd\nprint(gcd({a},{b}))", g)
-               + "Now the power.\n"
-               + tool_call(f"print(pow({g},{k},{m}))", answer))
-    return (a, b, k, m), by_hand, by_code, answer
-
-
-@phrasings(
-    "Let p be the smallest prime greater than {0}. Find the remainder of p^{1} divided by {2}.",
-    "Take the first prime p after {0}. What is p^{1} modulo {2}?",
-    "p is the next prime after {0}. Divide p^{1} by {2}. What remains?")
-def prime_then_power(draw):
-    n = draw(20, 4999)
-    k = draw(3, 15)
-    m = draw(11, 4999)
-    p = sympy.nextprime(n)
-    steps, answer = square_and_multiply(p, k, m)
-    by_code = (tool_call(f"from sympy import nextprime\nprint(nextprime({n}))", p)
-               + "Now the power.\n"
-               + tool_call(f"print(pow({p},{k},{m}))", answer))
-    return (n, k, m), f"The prime is {p}. Modulo {m}:\n{steps}", by_code, answer
-
-
-@phrasings(
+    "one script",
     "Find the remainder when {0} * {1} is divided by {2}.",
     "What is {0} times {1} modulo {2}?",
     "Multiply {0} by {1} and divide by {2}. What remains?")
@@ -739,12 +546,122 @@ def product_remainder(draw):
     a = draw(20, 999)
     b = draw(20, 999)
     m = draw(11, 99)
-    answer = a * b % m
-    by_hand = f"{a}*{b} = {a * b} = {a * b // m}*{m} + {answer}"
-    return (a, b, m), by_hand, f"print({a}*{b}%{m})", answer
+    product = a * b
+    by_hand = f"{a}*{b} = {product} = {product // m}*{m} + {product % m}"
+    scripts = [(f"print({a}*{b}%{m})", True), (f"print(divmod({a}*{b},{m})[1])", True)]
+    return (a, b, m), by_hand, scripts, product % m
 
 
 @phrasings(
+    "one script",
+    "Find the greatest common divisor of {0} and {1}.",
+    "What is gcd({0}, {1})?",
+    ("Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
+     "How long is a piece in cm?"))
+def common_divisor(draw):
+    factor = draw(2, 40)
+    smaller, larger = sorted((factor * draw(3, 24), factor * draw(3, 24)))
+
+    # Euclid: the divisors of a and b are those of b and the remainder.
+    lines = []
+    a, b = larger, smaller
+    while b:
+        lines.append(f"{a} = {a // b}*{b} + {a % b}")
+        a, b = b, a % b
+
+    scripts = [
+        (f"from math import gcd\nprint(gcd({smaller},{larger}))", True),
+        (f"a,b={smaller},{larger}\nwhile b:\n    a,b=b,a%b\nprint(a)", True)]
+    return (smaller, larger), "By Euclid:\n" + "\n".join(lines), scripts, a
+
+
+@phrasings(
+    "two scripts",
+    "How many digits does {0}^{1} have?",
+    "Find the number of decimal digits of {0} to the power {1}.",
+    "If {0}^{1} is written out, how many digits does it take?")
+def digit_count(draw):
+    a = draw(2, 99)
+    b = draw(100, 449)
+    answer = len(str(a**b))
+    log = math.log10(a)
+    by_hand = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
+    # A float ends there: OverflowError.
+    scripts = [
+        (f"from math import log10\nprint(int(log10({a}.0**{b}))+1)", a**b < 2**1024),
+        (f"print(len(str({a}**{b})))", True)]
+    return (a, b), by_hand, scripts, answer
+
+
+@phrasings(
+    "two scripts",
+    "Find the remainder when {0}^{1} is divided by {2}.",
+    "What is {0} to the power {1} modulo {2}?",
+    "Divide {0}^{1} by {2}. What remains?")
+def power_remainder(draw):
+    a = draw(2, 99)
+    b = draw(3, 19)
+    m = draw(11, 999)
+    answer = a**b % m
+
+    # Square and multiply.
+    lines = []
+    power = a % m
+    for bit in reversed(bin(b)[2:]):
+        lines.append(f"{bit}: {power}")
+        power = power * power % m
+    by_hand = "\n".join([f"Square repeatedly modulo {m}.", *lines, f"That makes {answer}."])
+
+    # From 2^53 on a float is rounded: the number that it prints is wrong.
+    scripts = [
+        (f"print(int({a}.0**{b}%{m}))", int(float(a)**b % m) == answer),
+        (f"print(pow({a},{b},{m}))", True)]
+    return (a, b, m), by_hand, scripts, answer
+
+
+DEEPEST = 950  # calls in calls: at 1,000 Python gives up
+
+
+@phrasings(
+    "two scripts",
+    "Add x^{2} for all multiples x of {1} up to {0}. What are the last two digits of the sum?",
+    "What is the sum of x^{2} over the multiples x of {1} up to {0}, modulo 100?",
+    "The multiples of {1} up to {0} are raised to the power {2}. Find their sum modulo 100.")
+def power_sum(draw):
+    d = draw(2, 12)
+    n = draw(1000, 9999)
+    k = 2 * draw(1, 2)
+    n -= n % d
+    if DEEPEST <= n // d <= 1000:
+        n -= 60 * d  # not so near to the limit
+    multiples = range(d, n + 1, d)
+    answer = sum(x**k for x in multiples) % 100
+    rounded = sum(float(x)**k for x in multiples)
+    by_hand = (f"There are {n // d} multiples, from {d} to {n}.\n"
+               f"Their powers add up to a number that ends in {answer:02}.")
+    # Each fails where the other works: the recursion is too deep, or the sum of floats rounded.
+    scripts = [
+        (f"def s(n):\n    return n**{k}+s(n-{d}) if n else 0\nprint(s({n})%100)",
+         n // d < DEEPEST),
+        (f"print(int(sum(float(x)**{k} for x in range(0,{n}+1,{d})))%100)",
+         int(rounded) % 100 == answer)]
+    return (n, d, k), by_hand, scripts, answer
+
+
+@phrasings(
+    "search",
+    f"Box {{0}} hides a number from 1 to {HIGHEST}. Find it.",
+    f"Which number from 1 to {HIGHEST} is in box {{0}}?",
+    f"Find the number in box {{0}}. It is at least 1 and at most {HIGHEST}.")
+def search(draw):
+    box = draw(1000, 9999)
+    # No text says the number, and no arithmetic: who does not ask can only guess.
+    number = hidden_number(box)
+    return (box,), f"I guess {number}.", [], number
+
+
+@phrasings(
+    "one script",
     "What is the digit sum of {0} + {1}?",
     "Add {0} and {1} and add up the digits of the result.",
     "Find the sum of the digits of the sum of {0} and {1}.")
@@ -752,23 +669,12 @@ def sum_of_digit_sums(draw):
     return digit_sum(draw, "+")
 
 
-TRIVIAL = [addition, larger, last_digit]  # no tool is needed
-FAMILIES = TRIVIAL + [
-    power_remainder,
-    count_pairs,
-    common_divisor,
-    common_multiple,
-    digit_sum,
-    divisor_count,
-    prime_count,
-    power_sum,
-    recurrence,
-    inverse,
-    digit_count,
-    divisor_then_power,
-    prime_then_power,
-]
-HELD_OUT_FAMILIES = [product_remainder, sum_of_digit_sums]
+BY_HAND = [last_digit, is_odd]
+ONE_SCRIPT = [digit_sum, product_remainder, common_divisor]
+TWO_SCRIPTS = [digit_count, power_remainder, power_sum]
+# As often as they stand here; few by hand, for they are right from the start.
+FAMILIES = BY_HAND + 2 * ONE_SCRIPT + 2 * TWO_SCRIPTS + 6 * [search]
+HELD_OUT_FAMILIES = [sum_of_digit_sums]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -777,13 +683,12 @@ HELD_OUT_FAMILIES = [product_remainder, sum_of_digit_sums]
 # Failures as the sandbox prints them: else a traceback takes 200 tokens.
 ERRORS = """Traceback (most recent call last, 988 frames dropped):
   File "snippet.py", line 3, in <module>
-    print(u(2500))
-  File "snippet.py", line 2, in u
-    return u(n-1)+n if n>500 else 7
+    print(s(2500)%100)
+  File "snippet.py", line 2, in s
+    return n**2+s(n-2) if n else 0
   [Previous line repeated 3 more times]
 RecursionError: maximum recursion depth exceeded
-ValueError: base is not invertible for the given modulus
-OverflowError: math range error
+OverflowError: (34, 'Numerical result out of range')
 SyntaxError: invalid syntax
 NameError: name 'x' is not defined
 [timed out after 0.5 s]
@@ -819,7 +724,7 @@ def embedded_tokenizer(vocabulary=896, documents=3000):
 
     texts = []
     for index in range(documents):
-        problem = embedded_problem("train", 0, index)
+        problem = embedded_problem("traces", 0, index)
         texts += [problem.question, problem.by_hand, problem.by_code]
     texts += ["user\n", "assistant\n"] * documents
     texts += [ERRORS] * (documents // 10)

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from data import (
     SPLITS,
-    TRIVIAL,
     embedded_rows,
     encode_prompt,
     extract_answer,
@@ -44,6 +43,9 @@ from rollout import (
     CODE_CLOSE,
     CODE_OPEN,
     DTYPES,
+    HIGHEST,
+    QUESTION,
+    Service,
     ToolCall,
     Trajectory,
     choose_dtype,
@@ -515,6 +517,8 @@ METRICS = {
     # Of responses, without those lost to sandbox failures
     "accuracy": "share of correct responses (avg@n)",
     "code_ratio": "share of responses with a snippet",
+    "accuracy_with_call": "share of correct ones among responses with a snippet",
+    "accuracy_without_call": "share of correct ones among responses without",
     "response_tokens": "mean response length",
     "response_tokens_sampled": "mean length without interpreter text",
     "snippets_per_response": "mean number of calls",
@@ -525,12 +529,26 @@ METRICS = {
     "pass_last_incorrect_count": "wrong responses with code",
     "timing_first": "start of the first snippet / response length",
     "timing_mean": "start of any snippet / response length",
-    "self_correction": "share of snippets after a failed one that ran",
-    "self_correction_count": "snippets after a failed one",
+    "retry_busy": "share of busy calls after which there is another, where one is left",
+    "retry_busy_count": "busy calls after which one is left",
+    "accuracy_after_retry": "share of correct ones among responses with such another call",
+    "self_correction": "share of snippets that failed by themselves and are followed by one that runs",
+    "self_correction_count": "snippets that failed by themselves",
     "corrected_share": "share of correct responses with a failed snippet",
     "truncated": "share of responses cut off by a limit",
     "sandbox_outcomes": "snippets by status; ok: the paper's correct codes",
     "sandbox_errors_dropped": "responses lost to sandbox failures",
+
+    # Of the embedded problems' behaviours
+    "right_script": "share of first scripts that print the answer, where one of two does not",
+    "right_script_count": "responses with a script to such problems",
+    "copied_script": "share of scripts that are those of traces, with this problem's numbers",
+    "self_correction_silent": "share of scripts that printed a wrong answer, and a later one the right",
+    "self_correction_silent_count": "scripts that printed a wrong answer",
+    "search_solved": "accuracy of searches with a call",
+    "search_solved_count": "searches with a call",
+    "middle_probe": "share of questions in the middle half, where five or more numbers are left",
+    "middle_probe_count": "such questions",
 
     # Of collapse
     "snippets_refused": "snippets ended by a PermissionError",
@@ -551,7 +569,7 @@ METRICS = {
     "skipped_long": "problems with too long prompts",
     "code_ratio_trivial": "code_ratio of families that need no tool",
     "code_ratio_needed": "code_ratio of other families",
-    "families": "accuracy, count and code_ratio of each family",
+    "families": "accuracy, count, code_ratio and accuracy with and without a call of each family",
     "ood_drop": "accuracy minus that of eval.py's first set",
 
     # Of a step, by default means over its trainable tokens
@@ -625,9 +643,11 @@ def without_sandbox_errors(trajectories):
     return [t for t in trajectories if t.finish_reason != "sandbox_error"]
 
 
-def rollout_metrics(trajectories):
+def rollout_metrics(trajectories, max_calls=math.inf):
     kept = without_sandbox_errors(trajectories)
     with_code = [t for t in kept if t.tool_calls]
+    with_snippet = [t.correct for t in kept if t.snippets]
+    without_snippet = [t.correct for t in kept if not t.snippets]
 
     # An entry per response, and per correct one
     lines = []
@@ -635,25 +655,33 @@ def rollout_metrics(trajectories):
     for t in kept:
         lines.append(sum([code_lines(call.code) for call in t.snippets]))
         if t.correct:
-            had_failure.append(any(call.status != "ok" for call in t.tool_calls))
+            had_failure.append(any(call.status not in ("ok", "busy") for call in t.tool_calls))
 
-    # An entry per response with code, per call, and per call after a failed one
+    # An entry per response with code, per call, per busy one, and per one that failed by itself
     last_ran = {True: [], False: []}  # by correctness
     statuses = Counter()
     starts = []
-    ran_after_failure = []
+    retried = []
+    right_after_retry = []
+    corrected = []
     for t in with_code:
         last_ran[t.correct].append(t.tool_calls[-1].status == "ok")
-        for call in t.tool_calls:
+        for number, call in enumerate(t.tool_calls, 1):
             statuses[call.status] += 1
             starts.append(call.start / len(t.response_ids))
-        for call, next_call in zip(t.tool_calls, t.tool_calls[1:]):
-            if call.status != "ok":
-                ran_after_failure.append(next_call.status == "ok")
+            later = t.tool_calls[number:]
+            if call.status == "busy" and number < max_calls:
+                retried.append(bool(later))
+                if later:
+                    right_after_retry.append(t.correct)
+            elif call.status not in ("ok", "busy"):
+                corrected.append(bool(later) and later[0].status == "ok")
 
     return {
         "accuracy": mean([t.correct for t in kept]),
         "code_ratio": code_ratio(kept),
+        "accuracy_with_call": mean(with_snippet),
+        "accuracy_without_call": mean(without_snippet),
         "response_tokens": mean([len(t.response_ids) for t in kept]),
         "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
         "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
@@ -664,13 +692,83 @@ def rollout_metrics(trajectories):
         "pass_last_incorrect_count": len(last_ran[False]),
         "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
         "timing_mean": mean(starts),
-        "self_correction": mean(ran_after_failure),
-        "self_correction_count": len(ran_after_failure),
+        "retry_busy": mean(retried),
+        "retry_busy_count": len(retried),
+        "accuracy_after_retry": mean(right_after_retry),
+        "self_correction": mean(corrected),
+        "self_correction_count": len(corrected),
         "corrected_share": mean(had_failure),
         "truncated": mean([not t.is_complete for t in kept]),
         "sandbox_outcomes": dict(sorted(statuses.items())),
         "sandbox_errors_dropped": len(trajectories) - len(kept),
     }
+
+
+def without_numbers(code):
+    return re.sub(r"\d+", "#", code)
+
+
+def behaviour_metrics(trajectories, problems):
+    """What a policy does on embedded problems, whose scripts are known. problems: the row of each
+    prompt_index. Of responses to other problems nothing is known."""
+    right_script = []
+    copied = []
+    corrected = []
+    solved = []
+    in_middle = []
+    for t in without_sandbox_errors(trajectories):
+        problem = problems[t.prompt_index]
+        if "kind" not in problem or not t.snippets:
+            continue
+        if problem["kind"] == "search":
+            solved.append(t.correct)
+            in_middle += probes(t.snippets)
+            continue
+
+        # Which script was written is seen with other numbers, too.
+        works = {without_numbers(code): works for code, works in problem["scripts"]}
+        if not all(works.values()):
+            first = without_numbers(t.snippets[0].code)
+            right_script.append(works.get(first, False))
+
+        for number, call in enumerate(t.snippets, 1):
+            copied.append(call.code in [code for code, _ in problem["scripts"]])
+            if call.status == "ok" and call.output.strip() != problem["answer"]:
+                later = [other.output.strip() for other in t.snippets[number:]]
+                corrected.append(problem["answer"] in later)
+
+    return {
+        "right_script": mean(right_script),
+        "right_script_count": len(right_script),
+        "copied_script": mean(copied),
+        "self_correction_silent": mean(corrected),
+        "self_correction_silent_count": len(corrected),
+        "search_solved": mean(solved),
+        "search_solved_count": len(solved),
+        "middle_probe": mean(in_middle),
+        "middle_probe_count": len(in_middle),
+    }
+
+
+def probes(calls):
+    """Of each question to a box, while five or more numbers are left: does it leave at least a
+    quarter of them on either side?"""
+    low, high = 1, HIGHEST
+    in_middle = []
+    for call in calls:
+        question = QUESTION.fullmatch(call.code.strip())
+        if not question:
+            continue
+        guess = int(question[2])
+        n_left = high - low + 1
+        if n_left >= 5:
+            below, above = guess - low, high - guess
+            in_middle.append(min(below, above) >= n_left // 4)
+        if call.output == "low":
+            low = max(low, guess + 1)
+        elif call.output == "high":
+            high = min(high, guess - 1)
+    return in_middle
 
 
 def collapse_metrics(trajectories, pieces):
@@ -845,19 +943,21 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
     families = {}
     trivial = []
     needed = []
-    trivial_families = [family.__name__ for family in TRIVIAL]
     for family, members in sorted(by_family.items()):
         families[family] = {
             "accuracy": mean([t.correct for t in members]),
             "count": len(members),
             "code_ratio": code_ratio(members),
+            "accuracy_with_call": mean([t.correct for t in members if t.snippets]),
+            "accuracy_without_call": mean([t.correct for t in members if not t.snippets]),
         }
-        if family in trivial_families:
+        if problems[members[0].prompt_index].get("kind") == "by hand":
             trivial += members
         else:
             needed += members
 
-    metrics = rollout_metrics(trajectories)
+    metrics = rollout_metrics(trajectories, sampling.get("max_calls", math.inf))
+    metrics.update(behaviour_metrics(trajectories, problems))
     metrics.update(problem_metrics(votes))
     metrics["problems"] = len(fits)
     metrics["skipped_long"] = len(problems) - len(fits)
@@ -907,6 +1007,7 @@ def evaluation_cells(m):
         "pass@n / maj@n %":
             f"{percent(max(m['pass_at_k'].values()))} / {percent(m['maj_at_n'])}",
         "code %": percent(m["code_ratio"]),
+        "right given code %": percent(m["accuracy_with_call"]),
         "code % needed / trivial":
             f"{percent(m['code_ratio_needed'])} / {percent(m['code_ratio_trivial'])}",
         "snippets": f"{m['snippets_per_response']:.2f}",
@@ -930,18 +1031,18 @@ def evaluation_table(results):
 def evaluation_summary(results):
     """`evaluation_table` for the console, in 100 columns: of a long name its end."""
     widths = {
-        "problems": 10,
-        "accuracy %": 15,
-        "code %": 8,
-        "code % needed / trivial": 18,
-        "snippets": 7,
-        "tokens": 8,
-        "truncated %": 13,
+        "problems": 9,
+        "accuracy %": 14,
+        "code %": 7,
+        "right given code %": 7,
+        "code % needed / trivial": 17,
+        "snippets": 6,
+        "tokens": 7,
     }
-    lines = ["set                    problems     accuracy %  code %"
-             "  needed / trivial  calls  tokens  truncated %"]
+    lines = ["set".ljust(32) + " problems    accuracy %  code %"
+             "  given   needed/trivial calls tokens"]
     for name, m in results.items():
-        line = name[-21:].ljust(21)
+        line = name[-32:].ljust(32)
         cells = evaluation_cells(m)
         for column, width in widths.items():
             line += cells[column].rjust(width)
@@ -1026,6 +1127,7 @@ def describe_trajectory(t, tokenizer, problem):
         "correct": t.correct,
         "answer": problem["answer"],
         "family": problem["family"],
+        "kind": problem.get("kind"),
         "finish_reason": t.finish_reason,
         "tool_statuses": [call.status for call in t.tool_calls],
         "prompt_index": t.prompt_index,
@@ -1284,12 +1386,14 @@ def add_rollout_arguments(parser):
         help="longer prompts are left out; recipes 2048")
     add("--max_response_tokens", type=at_least(1), default=320,
         help="length of a response with interpreter text; recipes 16384")
-    add("--max_calls", type=at_least(0), default=4,
+    add("--max_calls", type=at_least(0), default=3,
         help="snippets per response; recipes 8")
     add("--n_slots", type=at_least(1), default=128,
         help="responses in the KV cache at a time")
     add("--kv_gib", type=in_range(0.0), default=0.0,
         help="GiB of KV cache per GPU; 0: no limit")
+    add("--busy", type=in_range(0.0, 1.0), default=0.3,
+        help="probability that the tool of the embedded problems is busy")
     add("--rejoin_ticks", type=at_least(0), default=4,
         help="decode ticks a snippet takes; 0: as soon as it is done, not reproducible")
     add("--feedback", choices=("real", "hidden", "none"), default="real",
@@ -1381,6 +1485,10 @@ def parse_arguments():
         help="probability mass of nucleus sampling; paper 0.7")
     add("--seed", type=int, default=0,
         help="seed of sampling and of the embedded problems")
+    add("--prefill", default="",
+        help="text that every response begins with, masked; in bash $'...' may hold \\n")
+    add("--after_busy", default="",
+        help="text that a response goes on with after a busy call, masked")
 
     add_rollout_arguments(parser)
     add_format_arguments(parser)
@@ -1512,17 +1620,18 @@ async def main(process):
             # For the journal: sums of the weights' bits tell checkpoints apart.
             weights = [p.detach().view(torch.int16).sum().item() for p in model.parameters()]
             chunk = max(1, args.chunk // args.samples)
-            journal = Journal(journal_file, chunk, [weights, args.sandbox_timeout])
+            journal = Journal(journal_file, chunk, [weights, args.sandbox_timeout, args.busy])
 
             results[path] = {}
             for name, problems in sets.items():
                 encoded = encode_problems(
                     problems, tokenizer, template, args.max_prompt_tokens, name)
+                tool = Service(sandbox, args.busy) if name in SPLITS else sandbox
                 metrics, trajectories = await evaluate(
                     model,
                     tokenizer,
                     encoded,
-                    sandbox,
+                    tool,
                     process,
                     desc=f"{path} {name}",
                     sample=journal.sample,
@@ -1530,6 +1639,8 @@ async def main(process):
                     temperature=args.temperature,
                     top_p=args.top_p,
                     seed=args.seed,
+                    prefill=args.prefill,
+                    after_busy=args.after_busy,
                     **rollout_settings(args),
                 )
                 results[path][name] = metrics

@@ -48,9 +48,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 import eval as evaluation
 import sft
-from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
+from data import (
+    FORCED_CALL,
+    FORCED_RETRY,
+    embedded_problem,
+    embedded_rows,
+    encode_prompt,
+    load_problems,
+    load_template,
+    problem_row,
+)
 from eval import at_least, in_range, mean, parse_flags, percent
-from rollout import Pieces, load_model, load_tokenizer, save_beside_weights
+from rollout import Pieces, Service, load_model, load_tokenizer, save_beside_weights
+from runs import oracle
 from sandbox import UserError
 
 # -------------------------------------------------------------------------------------------------
@@ -290,7 +300,8 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
         trainer.sampler, tokenizer, problems, sandbox, trainer.process,
         n_samples=args.samples_per_prompt, temperature=args.temperature,
         seed=args.seed, step=step, stats=stats, **evaluation.rollout_settings(args))
-    metrics = evaluation.rollout_metrics(trajectories)
+    metrics = evaluation.rollout_metrics(trajectories, args.max_calls)
+    metrics |= evaluation.behaviour_metrics(trajectories, problems)
     metrics |= evaluation.collapse_metrics(trajectories, Pieces(tokenizer))
     stopwatch.lap("rollout")
 
@@ -749,8 +760,7 @@ class Prompts:
         if self.rows is None:
             # With a seed of its own: the warm start used the same split.
             problem = embedded_problem("train", f"ppo{self.seed}", position)
-            return self.encode({"question": problem.question, "answer": problem.answer,
-                                "family": problem.family})
+            return self.encode(problem_row(problem))
         epoch, index = divmod(position, len(self.rows))
         order = shuffled(len(self.rows), f"{self.seed}/{epoch}")
         return self.encode(self.rows[order[index]])
@@ -972,6 +982,7 @@ async def main(process):
                     f"--critic_model {args.critic_model}: its vocabulary is not the policy's")
         template = load_template(args.prompt_template)
         sets = evaluation_sets(args)
+        is_embedded = args.train_data == "embedded" and not args.eval_data
         problems = None if args.train_data == "embedded" else load_problems(args.train_data)
         if args.export and not checkpoint:
             raise UserError(f"--resume {run.path}: there is no checkpoint to export")
@@ -1018,17 +1029,40 @@ async def main(process):
         run.open(record["bytes"])
         begin -= record["seconds"]  # of the runs that this one continues
 
+        async def evaluate(model, rows, label, **changed):
+            """Evaluate a model on rows under a label; `changed` settings are not those of all."""
+            settings = dict(
+                n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0)
+            settings |= evaluation.rollout_settings(args) | changed
+            tool = Service(sandbox, args.busy) if "kind" in rows[0] else sandbox
+            run.results[label], trajectories = await evaluation.evaluate(
+                model, tokenizer, rows, tool, process, label, **settings)
+            run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+            return trajectories
+
         async def evaluate_all(when):
             # Two responses of the first set are shown.
             examples = ""
             for name, rows in sets.items():
-                label = f"{name} {when}"
-                run.results[label], trajectories = await evaluation.evaluate(
-                    trainer.sampler, tokenizer, rows, sandbox, process, label,
-                    n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0,
-                    **evaluation.rollout_settings(args))
-                run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+                trajectories = await evaluate(trainer.sampler, rows, f"{name} {when}")
                 examples = examples or evaluation.example_responses(trajectories, rows, tokenizer)
+
+            # What could explain a gain away.
+            if is_embedded and when in ("before", "after"):
+                rows = sets["test"]
+                greedy = {"temperature": 0.0, "n_samples": 1}
+                await evaluate(trainer.sampler, rows, f"test, greedy {when}", **greedy)
+                if when == "before":
+                    untrained = sft.starting_model("", config, args.sft_seed)
+                    untrained = untrained.to(process.device)
+                    await evaluate(untrained, rows[:UNTRAINED], "test, untrained before")
+                if when == "before" and args.tools == "on":
+                    await evaluate(None, rows, "test, best known before", sample=oracle.sample)
+                    forced = {"prefill": FORCED_CALL}
+                    await evaluate(trainer.sampler, rows, "test, call forced before", **forced)
+                    forced["after_busy"] = FORCED_RETRY
+                    await evaluate(
+                        trainer.sampler, rows, "test, call + retry forced before", **forced)
             if sets:
                 print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n", flush=True)
 
@@ -1040,6 +1074,7 @@ async def main(process):
             if record["step"] == 0:
                 print(f"evaluation before training: {', '.join(sets)}", flush=True)
                 await evaluate_all("before")
+            tool = Service(sandbox, args.busy) if problems is None else sandbox
             n_responses = args.prompts_per_step * args.samples_per_prompt
             print(f"PPO: {args.steps} steps of {n_responses} responses\n{LEGEND}", flush=True)
 
@@ -1048,7 +1083,7 @@ async def main(process):
                 done = step + 1
 
                 # One step of PPO: sample, reward, score, advantages, update, sync.
-                metrics, trajectories = await train_step(trainer, prompts, sandbox, tokenizer, step)
+                metrics, trajectories = await train_step(trainer, prompts, tool, tokenizer, step)
                 metrics["seconds_checkpoint"] = seconds_checkpoint  # of the save before
                 seconds_checkpoint = 0.0
 
@@ -1083,10 +1118,11 @@ async def main(process):
         run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
         run.finish(trainer.sampler, tokenizer)
         question = prompts[args.steps * args.prompts_per_step]["question"]
+        busy = f"--busy {args.busy} " if problems is None else ""
         print(f"{run.path}: done in {seconds_total:.0f} s\n"
               f"curves and responses: {run.path}/report.html, in a browser\n"
               "one response live: python rollout.py "
-              f"--model {run.path}/checkpoint {shlex.quote(question)}")
+              f"--model {run.path}/checkpoint {busy}{shlex.quote(question)}")
 
 
 def export(checkpoint, model_path, dtype, folder, tokenizer):
@@ -1096,6 +1132,9 @@ def export(checkpoint, model_path, dtype, folder, tokenizer):
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     model.save_pretrained(folder)
     save_beside_weights(model, tokenizer, folder)
+
+
+UNTRAINED = 64  # problems for a model with random weights, whose responses never end
 
 
 def evaluation_sets(args):
@@ -1118,9 +1157,9 @@ def settings_line(args):
 
 
 LEGEND = """\
-  acc, code   % of responses that are right, that ran code       len, trunc  tokens; % cut off
+  acc, code   % of responses that are right, that ran code       given       % right of those
   kl, clip    how far the update moved; % of tokens clipped      ent         the policy's entropy
-  vloss, ev   the critic's loss and explained variance           tools       calls by status
+  vloss, ev   the critic's loss and explained variance           len, tools  tokens; calls by status
   sampler     |log-probability by the sampler - by the trainer|, mean of sampled tokens"""
 
 
@@ -1135,7 +1174,7 @@ def step_line(step, steps, m):
     return (
         f"step {step:3d}/{steps} | acc {percent(m['accuracy']):>5} | "
         f"code {percent(m['code_ratio']):>5} | "
-        f"len {m['response_tokens']:5.1f} | trunc {percent(m['truncated']):>4} | "
+        f"given {percent(m['accuracy_with_call']):>5} | len {m['response_tokens']:5.1f} | "
         f"kl {m.get('approx_kl', 0):.4f} | clip {m.get('clip_fraction', 0):.3f} | "
         f"ent {m['entropy']:.3f} | vloss {m.get('value_loss', 0):.3f} | "
         f"ev {m['explained_variance'] or 0:5.2f} | sampler {m['sampler_difference']:.0e} | "

@@ -43,6 +43,7 @@ import socket
 import sys
 import time
 import urllib.parse
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sandbox import EARLIER, Sandbox, UserError
+from sandbox import EARLIER, Sandbox, SandboxResult, UserError
 
 try:  # optional, CUDA only
     from flash_attn import flash_attn_varlen_func
@@ -91,6 +92,50 @@ async def run_python(code, seed, sandbox):
 TOOLS = [
     Tool("code", CODE_OPEN, CODE_CLOSE, run_python),
 ]
+
+# The embedded problems' tool is the sandbox with two things more. It may be busy; and a script that
+# is nothing but `print(ask(4821,7))` asks whether 7 is too low or too high for the number that box
+# 4821 hides. Nowhere else is there an `ask`, so nothing else is answered for it.
+BUSY = "[busy]"
+BUSY_SEED = 999  # busy whatever the probability, if it is not 0
+HIGHEST = 12  # number in a box
+QUESTION = re.compile(r"print\(ask\((\d+), ?(\d+)\)\)")
+
+
+class Service:
+    """A Sandbox that turns scripts away with the probability `busy`, and knows boxes. It depends on
+    the call's seed alone: a script cannot change it, and a second try draws anew."""
+
+    def __init__(self, sandbox, busy):
+        self.sandbox = sandbox
+        self.busy = busy
+
+    async def run(self, code, seed=0):
+        question = QUESTION.fullmatch(code.strip())
+        if question:
+            box, guess = map(int, question.groups())
+            return SandboxResult("ok", compare(guess, hidden_number(box)))
+        if seed % 1000 >= 1000 * (1 - self.busy):
+            return SandboxResult("busy", BUSY)
+        return await self.sandbox.run(code, seed)
+
+    async def equal(self, predicted, reference):
+        return await self.sandbox.equal(predicted, reference)
+
+
+def question_to_box(box, guess):
+    return f"print(ask({box},{guess}))"
+
+
+def hidden_number(box):
+    return zlib.crc32(b"%d" % box) % HIGHEST + 1
+
+
+def compare(guess, number):
+    if guess == number:
+        return "equal"
+    return "low" if guess < number else "high"
+
 
 # All patterns, in other files too, are made from the table.
 CLOSING = {tool.open: tool.close for tool in TOOLS}
@@ -295,7 +340,13 @@ def shown_output(result, feedback):
 
 def after_earlier(code, calls):
     """`code` for the sandbox, where the earlier snippets that ran run again before it, unseen."""
-    earlier = [call.code for call in calls if call.status == "ok" and call.tool == "code"]
+    earlier = []
+    for call in calls:
+        # A question to a box is no script.
+        if call.status == "ok" and call.tool == "code" and not QUESTION.fullmatch(call.code):
+            earlier.append(call.code)
+    if QUESTION.fullmatch(code):
+        return code
     return f"{EARLIER}{json.dumps(earlier)}\n{code}" if earlier else code
 
 
@@ -363,6 +414,8 @@ class Sampling:
     tools: bool = True  # False: tags mean nothing
     feedback: str = "real"  # see `shown_output`
     interpreter: str = "stateless"  # or "replay": see `after_earlier`
+    prefill: str = ""  # the text that every response begins with
+    after_busy: str = ""  # the text that it goes on with after a call that was "busy"
     n_slots: int = 64  # rows in the cache, at most
     kv_gib: float = 0.0  # of cache; 0: what is free
     rejoin_ticks: int = 4  # after the call; 0: once done, not reproducible
@@ -398,6 +451,13 @@ class Row:
         """A row of lower order is older."""
         return self.trajectory.prompt_index, self.trajectory.sample_index
 
+    def force(self, ids, text):
+        """Append ids that are not sampled. text: where in them a call may begin."""
+        self.trajectory.response_ids += ids
+        self.trajectory.loss_mask += [0] * len(ids)
+        self.trajectory.logprobs += [0.0] * len(ids)
+        self.text = text
+
 
 async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_keys=None,
                    stats=None, **sampling):
@@ -418,11 +478,20 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     if model.config._attn_implementation != "retool":
         raise ValueError('the model must be loaded with attn_implementation="retool"')
 
+    # Forced, like interpreter text: no sampled token, masked.
+    prefill = encode_text(tokenizer, settings.prefill)
+    if len(prefill) >= settings.max_response_tokens:
+        raise UserError(f"the prefill has {len(prefill)} tokens, and leaves nothing to sample of "
+                        f"{settings.max_response_tokens}")
+
     rows = []
     for prompt_index, prompt in enumerate(prompts):
         key = prompt_keys[prompt_index] if prompt_keys else prompt_index
         for sample_index in range(n_samples):
-            rows.append(Row(Trajectory(prompt_index, sample_index, prompt), key, prompt))
+            row = Row(Trajectory(prompt_index, sample_index, prompt), key, prompt)
+            row.force(prefill, settings.prefill)
+            row.pending = prompt + prefill
+            rows.append(row)
 
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
     await engine.run()
@@ -567,7 +636,8 @@ class Engine:
 
     def admit(self):
         """Fill free slots: (leaders, which compute their prompt; followers, which copy it). Rows
-        that were preempted become active, and compute all their tokens."""
+        that have begun, before they were preempted or with a prefill, become active, and compute
+        all their tokens."""
         leaders = []
         followers = []
         computed = set(self.shared)
@@ -575,14 +645,14 @@ class Engine:
         while self.can_admit() and n_tokens < PREFILL_TOKENS:
             row = self.queue[0]
             # It may be long: not after others that make it too much for a tick.
-            was_preempted = bool(row.trajectory.response_ids)
-            if was_preempted and n_tokens and n_tokens + len(row.pending) > PREFILL_TOKENS:
+            has_begun = bool(row.trajectory.response_ids)
+            if has_begun and n_tokens and n_tokens + len(row.pending) > PREFILL_TOKENS:
                 break
 
             self.queue.popleft()
             row.slot = heapq.heappop(self.free)
             self.cache.reserve(row.slot, len(row.pending))
-            if was_preempted:
+            if has_begun:
                 self.active.append(row)
                 n_tokens += len(row.pending)
             elif row.trajectory.prompt_index in computed:
@@ -744,15 +814,14 @@ class Engine:
         block = encode_interpreter(
             self.tokenizer, shown_output(result, self.settings.feedback),
             self.settings.max_interpreter_tokens, row.overrun)
+        continuation = self.settings.after_busy if result.status == "busy" else ""
+        block += encode_text(self.tokenizer, continuation)
         block = block[:self.settings.max_response_tokens - len(trajectory.response_ids)]
-        trajectory.response_ids += block
-        trajectory.loss_mask += [0] * len(block)
-        trajectory.logprobs += [0.0] * len(block)
+        row.force(block, continuation)
         if len(trajectory.response_ids) >= self.settings.max_response_tokens:
             self.finish(row, "length")
             return
 
-        row.text = ""
         if row.slot < 0:
             self.requeue(row)
             return
@@ -1573,6 +1642,8 @@ async def demo(args):
         raise UserError(f"--max_response_tokens {limit}: the question leaves {room} positions")
 
     async with Sandbox() as sandbox:
+        if args.busy is not None:
+            sandbox = Service(sandbox, args.busy)
         printers = [Printer(tokenizer) for _ in range(args.samples)]
 
         def on_tokens(trajectory):
@@ -1600,6 +1671,8 @@ def main():
     parser.add_argument(
         "--max_response_tokens", type=int, default=0, help="0: what fits, at most 1024")
     parser.add_argument("--max_calls", type=int, default=8)
+    parser.add_argument(
+        "--busy", type=float, help="give it the embedded problems' tool, busy so often (0 to 1)")
     parser.add_argument("--ticks", action="store_true", help="print what every tick feeds")
     try:
         asyncio.run(demo(parser.parse_args()))

@@ -89,6 +89,8 @@ from eval import (
     use_device,
 )
 from rollout import (
+    BUSY,
+    BUSY_SEED,
     CLOSING,
     DTYPES,
     INTERPRETER_CLOSE,
@@ -96,6 +98,7 @@ from rollout import (
     TAG,
     TOOLS,
     Packing,
+    Service,
     at_least_fp32,
     break_tags,
     encode_response,
@@ -523,9 +526,9 @@ async def warm_start_traces(args, recipe, traces_file, folder):
         print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
         async with make_sandbox(args) as sandbox:
             traces, counts = await embedded_traces(
-                recipe.sft_traces, recipe.code_share, recipe.sft_seed, sandbox, "train")
+                recipe.sft_traces, recipe.code_share, recipe.sft_seed, sandbox, "traces")
             held_out, _ = await embedded_traces(
-                256, recipe.code_share, recipe.sft_seed, sandbox, "test")
+                256, recipe.code_share, recipe.sft_seed, sandbox, "held_out_traces")
         print(f"curation: {dict(counts)}")
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([traces, held_out]))
@@ -794,7 +797,11 @@ async def check_trace(candidate, reference, sandbox):
     check_format(candidate)
     texts, calls, quoted_outputs = take_apart(candidate)
 
-    results = [await tool.run(snippet, 0, sandbox) for tool, snippet in calls]
+    # A quoted refusal of a busy tool is brought about.
+    results = []
+    for (tool, snippet), quoted in zip(calls, quoted_outputs):
+        seed = BUSY_SEED if quoted.strip() == BUSY else 0
+        results.append(await tool.run(snippet, seed, sandbox))
     if any(result.status == "sandbox_error" for result in results):
         raise RuntimeError("the sandbox failed during curation")
 
@@ -809,21 +816,23 @@ async def check_trace(candidate, reference, sandbox):
 
     if not await is_equivalent(extract_answer(response), reference, sandbox):
         raise Rejected("answer: differs from the reference")
-    failed_calls = [i for i, result in enumerate(results) if result.status != "ok"]
+    # That the tool is busy is no fault of a snippet.
+    failed_calls = [i for i, result in enumerate(results) if result.status not in ("ok", "busy")]
     return response, failed_calls, results
 
 
-async def embedded_traces(n, code_share, seed, sandbox, split="train"):
+async def embedded_traces(n, code_share, seed, sandbox, split="traces"):
     """Traces of n embedded problems, as `load_traces` reads them, about the share `code_share`
     solved with code, the rest by hand; a Counter of "kept" and of the reasons to reject."""
     rng = random.Random(seed + 1)
     # A draw for each problem decides between code and hand.
     problems = [embedded_problem(split, seed, i) for i in range(n)]
     candidates = [p.by_code if rng.random() < code_share else p.by_hand for p in problems]
+    service = Service(sandbox, busy=0.5)  # seeds decide, see `check_trace`
 
     async def verify(problem, candidate):
         try:
-            response, failed_calls, _ = await check_trace(candidate, problem.answer, sandbox)
+            response, failed_calls, _ = await check_trace(candidate, problem.answer, service)
         except Rejected as rejected:
             return str(rejected), None
         finally:

@@ -1,6 +1,7 @@
-"""results/RESULTS.md from the outputs of runs/experiments.sh: nothing in it is typed by hand but questions and answers.
+"""results/archive/RESULTS.md, the findings on the earlier embedded task, from the outputs that lie beside it: nothing in it is
+typed by hand but questions and answers.
 
-    python runs/experiments.py results/experiments results/figures > results/RESULTS.md
+    python runs/experiments.py results/archive/experiments results/archive/figures > results/archive/RESULTS.md
 """
 import itertools
 import json
@@ -10,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
-from data import TRIVIAL, embedded_problem  # noqa: E402
-from eval import bootstrap, evaluation_table, markdown  # noqa: E402
+import eval as evaluation  # noqa: E402
+from eval import bootstrap, markdown  # noqa: E402
 from results import compare  # noqa: E402
-from rollout import CODE_OPEN  # noqa: E402
 
 TEXTS = Path(__file__).parent / "experiments.json"  # questions, expectations, answers
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: colour-blind safe
@@ -30,6 +30,11 @@ def load(folder):
             "steps": [row for row in rows if "step" in row], "commit": record["commit"],
             "evaluations": {row["evaluation"]: row for row in rows if "evaluation" in row}}
     return runs
+
+
+def evaluation_table(results):
+    """Of metrics that were made before responses with and without a call were told apart."""
+    return evaluation.evaluation_table({name: {"accuracy_with_call": None} | m for name, m in results.items()})
 
 
 def spread(values, scale=100, digits=1):
@@ -113,19 +118,11 @@ def corrections(folder):
                      for row in rows)
 
 
-def calls_needed(count=2000):
-    """{family: calls of its solutions with code, on average}; 0 where no tool is needed."""
-    found = {}
-    for i in range(count):
-        problem = embedded_problem("train", "calls", i)
-        found.setdefault(problem.family, []).append(problem.by_code.count(CODE_OPEN))
-    return {name: 0.0 if name in {f.__name__ for f in TRIVIAL} else np.mean(calls) for name, calls in found.items()}
-
-
-def families(runs, names):
+def families(folder, runs, names):
     """By family, ordered by the calls of its solutions: accuracy and share of code, before -> after."""
+    calls_needed = json.loads((Path(folder) / "calls_needed.json").read_text())  # 0 where no tool was
     rows = []
-    for family, calls in sorted(calls_needed().items(), key=lambda item: (item[1], item[0])):
+    for family, calls in sorted(calls_needed.items(), key=lambda item: (item[1], item[0])):
         row = [family, f"{calls:.1f}"]
         for name in names:
             found = [[run["evaluations"][label]["families"].get(family) for run in runs[name].values()]
@@ -312,7 +309,7 @@ def main(folder, figures):
         print(f"\nNot run yet, though their flags and commands are there: {titles}.")
     parts = {"table": lambda q: table(runs, q["runs"], **q.get("compare", {})),
              "dynamics": lambda q: dynamics(runs, q["runs"]), "purposes": lambda q: purposes(runs, q["runs"]),
-             "families": lambda q: families(runs, q["runs"]), "calls": lambda q: by_calls(runs, "calls"),
+             "families": lambda q: families(folder, runs, q["runs"]), "calls": lambda q: by_calls(runs, "calls"),
              "pretrained": lambda q: pretrained(Path(folder).parent / "smollm2", runs, q), "delays": lambda q: delays(folder),
              "gsm8k": lambda q: gsm8k(Path(folder).parent / "smollm2", runs, q),
              "memorisation": lambda q: memorisation(folder, q["traces"]), "untrained": lambda q: evaluated(folder, "untrained", "Untrained"),

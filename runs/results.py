@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import TRIVIAL, extract_answer  # noqa: E402
+from data import extract_answer  # noqa: E402
 from eval import METRICS, NOT_A_SETTING, bootstrap, computes, markdown, mean, percent, syntax_tree  # noqa: E402
 from sandbox import UserError  # noqa: E402
 
@@ -182,7 +182,6 @@ def sampled_text(response, begin, end):
 
 def failure_signatures(responses):
     """Shares and costs, over rows of OUTPUT.responses.jsonl; and the purposes of code."""
-    trivial_families = {family.__name__ for family in TRIVIAL}
     purposes = Counter()
     literal_prints = []
     void_turns = []
@@ -211,7 +210,7 @@ def failure_signatures(responses):
             distinct = {syntax_tree(code) or code for code in codes}
             repeated.append(len(distinct) < len(codes))
             uncorrected.append(response["tool_statuses"][-1] != "ok")
-        if codes and response["family"] in trivial_families:
+        if codes and response.get("kind") == "by hand":
             snippet_tokens = sum(end - start for start, end in response["calls"])
             interpreter_tokens = response["loss_mask"].count(0)
             unneeded_tokens.append(snippet_tokens + interpreter_tokens)

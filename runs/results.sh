@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# results/RESULTS.md and its figures, from the outputs that lie in results/experiments. Nothing is trained.
+# results/archive/RESULTS.md and its figures, from the outputs that lie beside it. Nothing is trained.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python runs/experiments.py results/experiments results/figures > results/RESULTS.partial
-mv results/RESULTS.partial results/RESULTS.md
+python runs/experiments.py results/archive/experiments results/archive/figures > results/archive/RESULTS.partial
+mv results/archive/RESULTS.partial results/archive/RESULTS.md

@@ -1,8 +1,8 @@
 """Are problems right, endless, and apart? Is every layout understood?"""
+import asyncio
 import contextlib
 import io
 import json
-import math
 import os
 import re
 import subprocess
@@ -10,11 +10,13 @@ import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import decode
 
 import data
+import rollout
 import sft
 from data import UserError, embedded_problem, extract_answer, load_problems
 from eval import exact_value, one_spelling
@@ -46,27 +48,6 @@ def slow_gcd(a, b):
     return max(d for d in range(1, min(a, b) + 1) if a % d == 0 and b % d == 0)
 
 
-def is_prime(n):
-    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-
-
-def slow_pairs(n, m):
-    """Row by row: for each x, the y whose remainder completes that of x."""
-    remainders = Counter(x % m for x in range(1, n + 1))
-    return sum(remainders[-x % m] for x in range(1, n + 1))
-
-
-def slow_lcm(a, b):
-    return next(x for x in range(b, a * b + 1, b) if x % a == 0)
-
-
-def slow_recurrence(first, a, n):
-    u = a
-    for i in range(first + 1, n + 1):
-        u = u + i
-    return u
-
-
 def slow_digits(n):
     count = 0
     while n:
@@ -74,24 +55,34 @@ def slow_digits(n):
     return count
 
 
+def slow_power_sum(n, d, k):
+    total = 0
+    for x in range(n + 1):
+        if x % d == 0:
+            total += x**k
+    return int(str(total)[-2:])
+
+
+def slow_search(box):
+    """Ask for every number."""
+    return next(x for x in range(1, rollout.HIGHEST + 1) if asked(box, x) == "equal")
+
+
+def asked(box, x):
+    service = rollout.Service(SimpleNamespace(equal=None), busy=0.0)
+    return asyncio.run(service.run(f"print(ask({box}, {x}))")).output
+
+
 BRUTE_FORCE = {
-    "addition": lambda a, b: sum([a, b]),
-    "larger": lambda a, b: sorted([a, b])[1],
     "last_digit": lambda n: int(str(n)[-1]),
+    "is_odd": lambda n: len(range(1, n + 1, 2)) - len(range(2, n + 1, 2)),
     "power_remainder": slow_power,
-    "count_pairs": slow_pairs,
     "common_divisor": slow_gcd,
-    "common_multiple": slow_lcm,
     "digit_sum": lambda a, b: sum(int(d) for d in f"{a * b}"),
-    "divisor_count": lambda n: len([d for d in range(1, n + 1) if n % d == 0]),
-    "prime_count": lambda a, b: len([n for n in range(a, b + 1) if is_prime(n)]),
-    "power_sum": lambda a, b, k: sum(n**k for n in range(a, b + 1)),
-    "recurrence": slow_recurrence,
-    "inverse": lambda a, m: next((x for x in range(1, m) if a * x % m == 1), 0),
+    "power_sum": slow_power_sum,
     "digit_count": lambda a, b: slow_digits(a**b),
-    "divisor_then_power": lambda a, b, k, m: slow_power(slow_gcd(a, b), k, m),
-    "prime_then_power": lambda n, k, m: slow_power(next(p for p in range(n + 1, 3 * n) if is_prime(p)), k, m),
     "product_remainder": lambda a, b, m: sum([a] * b) % m,
+    "search": slow_search,
     "sum_of_digit_sums": lambda a, b: sum(int(d) for d in f"{a + b}"),
 }
 
@@ -115,37 +106,31 @@ def arithmetic(text):
 
 def test_equations_written_by_hand_hold(drawn):
     """Guards against traces whose derivation is wrong although their last line is right."""
-    modular = {"power_remainder", "divisor_then_power", "prime_then_power", "digit_count"}
     checked = Counter()
-    for p in drawn["train"] + drawn["ood_large"] + drawn["ood_families"]:
-        if p.family in modular:
+    for p in drawn["traces"] + drawn["ood_large"] + drawn["ood_families"]:
+        if p.family in ("power_remainder", "digit_count"):
             continue
-        for line in re.split(r"\n|, so |, x = |\.(?=\s|$)", p.by_hand):
-            sides = [arithmetic(side) for side in re.split(r"[:=]", line)]
+        for line in re.split(r"\n|\.(?=\s|$)", p.by_hand):
+            sides = [arithmetic(side) for side in line.split("=")]
             sides = [side for side in sides if side is not None]
             if len(sides) > 1:
                 checked[p.family] += 1
                 assert len(set(sides)) == 1, (p.family, line)
-    assert len(checked) >= 8, checked
+    assert len(checked) >= 4, checked
 
 
-def test_modular_steps_written_by_hand_hold(drawn):
-    """Guards against a wrong square or product in a trace that reaches the right remainder by
-    construction."""
+def test_squares_written_by_hand_hold(drawn):
+    """Guards against a wrong square in a trace that reaches the right remainder by construction."""
     lines = 0
-    for p in drawn["train"] + drawn["ood_large"]:
-        if p.family not in ("power_remainder", "divisor_then_power", "prime_then_power"):
+    for p in drawn["traces"] + drawn["ood_large"]:
+        if p.family != "power_remainder":
             continue
-        m = p.operands[-1]
-        steps = re.findall(r"^(\d+): (\d+)(.*)$", p.by_hand, re.MULTILINE)
-        for exponent, power, rest in steps:
-            assert slow_power(int(steps[0][1]), int(exponent), m) == int(power)
-            if rest:
-                x, y, product, remainder = map(int,
-                                               re.fullmatch(r", (\d+)\*(\d+) = (\d+) = (\d+)", rest).groups())
-                assert y == int(power) and x * y == product and product % m == remainder
+        a, b, m = p.operands
+        steps = re.findall(r"^([01]): (\d+)$", p.by_hand, re.MULTILINE)
+        assert "".join(bit for bit, _ in reversed(steps)) == f"{b:b}"
+        for i, (_, power) in enumerate(steps):
+            assert slow_power(a, 2**i, m) == int(power)
             lines += 1
-        assert p.by_hand.split("\n<answer>")[0].endswith(f" {p.answer}")
     assert lines > 500
 
 
@@ -162,18 +147,62 @@ def snippets(response):
                       response, re.DOTALL)
 
 
-def test_float_logarithms_count_the_digits_right():
-    """Guards against int(log10(10**23)) + 1 == 23: the snippet would print one number and the trace answer
-    another."""
-    wrong = []
-    for a in range(3, 100):
-        for b in range(20, 200):
-            draws = iter((a, b))
-            *_, by_code, answer = data.digit_count(lambda low, high: next(draws))
-            found = snippets(by_code)
-            if len(found) == 1 and run_snippet(found[0][0]) != str(answer):
-                wrong.append((a, b))
-    assert not wrong
+def prints_the_answer(code, problem):
+    try:
+        return run_snippet(code) == problem.answer
+    except (RecursionError, OverflowError):
+        return False
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_it_is_known_which_scripts_print_the_answer(drawn, split):
+    """Guards against a script that counts as the right one and fails, or the other way round."""
+    kinds = Counter()
+    for p in drawn[split][:1000]:
+        for code, works in p.scripts:
+            # An interpreter that is as deep in calls as the sandbox's.
+            assert prints_the_answer(code, p) == works, (p, code)
+        kinds[p.kind, tuple(works for _, works in p.scripts)] += 1
+    if split == "train":
+        assert min(kinds["two scripts", works] for works in ((True, True), (False, True), (True, False))) > 8
+    if split.endswith("traces"):
+        assert all(all(works) for _, works in kinds)
+
+
+def test_traces_have_what_reward_is_to_find_but_seldom(drawn):
+    """Guards against a behaviour that traces never have, and against one that they have already learned."""
+    share = Counter()
+    for p in drawn["traces"]:
+        if p.kind == "search":
+            share["calls of a search", p.by_code.count("<code>")] += 1
+            continue
+        first, second = (code for code, _ in p.scripts)
+        share["scripts"] += 1
+        share["second"] += snippets(p.by_code)[0][0] == second
+        share["checked"] += "Is that right?" in p.by_code
+        outputs = [output for _, output in snippets(p.by_code)]
+        if "[busy]" in outputs:
+            share["busy"] += 1
+            share["retried"] += len(outputs) > 1
+    assert 0.35 < share["second"] / share["scripts"] < 0.45
+    assert 0.1 < share["retried"] / share["busy"] < 0.3 and share["busy"] > 300
+    assert 0.03 < share["checked"] / share["scripts"] < 0.1
+    assert min(share["calls of a search", n] for n in (1, 2, 3, 4)) > 50 and not share["calls of a search", 5]
+
+
+def test_no_number_of_a_problem_shows_whether_a_script_fails(drawn):
+    """Guards against sizes that traces have not: their digits would be copied wrong. Every length and every
+    first digit of an operand occurs in traces of its family."""
+    seen = defaultdict(set)
+    for i in range(6000):
+        p = embedded_problem("traces", 1, i)
+        for position, operand in enumerate(p.operands):
+            seen[p.family, position].add((len(str(operand)), str(operand)[0]))
+    unseen = Counter()
+    for p in drawn["train"]:
+        for position, operand in enumerate(p.operands):
+            unseen[(len(str(operand)), str(operand)[0]) in seen[p.family, position]] += 1
+    assert not unseen[False]
 
 
 def test_there_are_many_families_phrasings_and_operands(drawn):
@@ -185,13 +214,12 @@ def test_there_are_many_families_phrasings_and_operands(drawn):
         for operand in p.operands:
             assert re.search(rf"(?<!\d){operand}(?!\d)", p.question), p
     families = {p.family for p in train}
-    assert len(families) >= 12 and all(len(v) >= 3 for v in phrasings.values())
+    assert len(families) >= 9 and all(len(v) >= 3 for v in phrasings.values())
     assert not families & {p.family for p in drawn["ood_families"]}
     assert families == {p.family for p in drawn["test"]} == {p.family for p in drawn["ood_large"]}
-    assert len({(p.family, p.operands) for p in train}) > 1900
     for family in families:
         mine = [p.operands for p in train if p.family == family]
-        assert len(set(mine)) > 0.97 * len(mine), family
+        assert len(set(mine)) > 0.9 * len(mine), family
 
 
 def test_splits_share_no_problem(drawn):
@@ -199,17 +227,16 @@ def test_splits_share_no_problem(drawn):
     def key(p):
         return p.family, tuple(sorted(p.operands))
     keys = {split: {key(p) for p in problems} for split, problems in drawn.items()}
-    for a in SPLITS:
-        for b in SPLITS:
-            assert a == b or not keys[a] & keys[b], (a, b)
+    for a in ("traces", "train"):
+        for b in ("held_out_traces", "test", "ood_large", "ood_families"):
+            assert not keys[a] & keys[b], (a, b)
     other_seed = {key(embedded_problem("train", 1, i)) for i in range(2000)}
     assert not other_seed & keys["test"] and other_seed != keys["train"]
 
 
 def test_large_operands_lie_outside_the_training_range(drawn):
-    """Guards against "larger numbers" that training has seen. (A modulus up to 9 and the exponent of
-    power_sum are choices, not sizes; the last index of a recurrence is its first one plus a number of steps,
-    both larger.)"""
+    """Guards against "larger numbers" that training has seen. (The exponent of power_sum is a choice, not a
+    size.)"""
     seen = defaultdict(set)
     for p in [embedded_problem("train", 2, i) for i in range(5000)] + drawn["train"]:
         for position, operand in enumerate(p.operands):
@@ -217,8 +244,7 @@ def test_large_operands_lie_outside_the_training_range(drawn):
     shared = Counter()
     for p in drawn["ood_large"]:
         for position, operand in enumerate(p.operands):
-            choice = (p.family, position) in (("power_sum", 2), ("count_pairs", 1), ("recurrence", 2))
-            if not choice and operand in seen[p.family, position]:
+            if (p.family, position) != ("power_sum", 2) and operand in seen[p.family, position]:
                 shared[p.family, position] += 1
     assert not shared
 

@@ -35,6 +35,7 @@ from search_constants import FAST, HARD_REFERENCES, paid_for_different_reference
 import eval as evaluation  # noqa: E402
 from data import boxed, extract_answer  # noqa: E402
 from eval import (  # noqa: E402
+    behaviour_metrics,
     collapse_metrics,
     describe_trajectory,
     exact_value,
@@ -42,6 +43,7 @@ from eval import (  # noqa: E402
     majority,
     one_spelling,
     problem_metrics,
+    rollout_metrics,
     stated_answer,
     without_unit,
 )
@@ -758,10 +760,10 @@ def response(tokenizer, *parts, reason="eos"):
     return t
 
 
-def signatures_of(tokenizer, trajectories, family):
+def signatures_of(tokenizer, trajectories, kind):
     rows = []
     for t in trajectories:
-        row = describe_trajectory(t, tokenizer, {"answer": "2", "family": family})
+        row = describe_trajectory(t, tokenizer, {"answer": "2", "family": "", "kind": kind})
         row["tool_seconds"] = [call.seconds for call in t.tool_calls]
         rows.append(json.loads(json.dumps(row)))
     return failure_signatures(rows)
@@ -792,7 +794,7 @@ BOX = "\n<answer>\\boxed{2}</answer>"
 def test_failure_signatures_are_what_they_are_called(tokenizer, parts, reason, signatures):
     """Guards against signatures that fire on right behaviour: an output that meets the limit is no void
     turn, a corrected failure is corrected."""
-    found = signatures_of(tokenizer, [response(tokenizer, *parts, reason=reason)], "inverse")
+    found = signatures_of(tokenizer, [response(tokenizer, *parts, reason=reason)], "two scripts")
     assert {name: found[name] for name in signatures} == signatures
     assert found["unneeded_code_seconds"] is None
 
@@ -801,7 +803,7 @@ def test_unneeded_code_costs_its_snippets_and_outputs(tokenizer):
     """Guards against a cost that leaves the interpreter's tokens out or counts responses without code."""
     plain, short, long = (response(tokenizer, *parts)
                           for parts in ((BOX,), (TWO, BOX), ("Hm.", TWO, FAILED, BOX)))
-    found = signatures_of(tokenizer, [plain, short, long], "addition")
+    found = signatures_of(tokenizer, [plain, short, long], "by hand")
     texts = [len(encode_text(tokenizer, text)) + 1 for text in (BOX, "Hm." + BOX)]
     assert found["unneeded_code_seconds"] == pytest.approx((0.5 + 1.0) / 2)
     assert found["unneeded_code_tokens"] == pytest.approx(
@@ -813,8 +815,72 @@ def test_hostile_snippets_do_not_stop_the_metrics(tokenizer):
     codes = ["-" * 50_000 + "1", "1" + "+1" * 50_000, "(" * 300, "x\0y", "\ud800", "a" + ".b" * 2000, "if 1:"]
     t = response(tokenizer, BOX)
     t.tool_calls = [ToolCall(code, "", "error", 0, 0, 0.0) for code in codes]
-    found = signatures_of(tokenizer, [t], "inverse")
+    found = signatures_of(tokenizer, [t], "two scripts")
     assert found["purposes"] == {"unreadable": 1.0} and found["literal_prints"] is None
+
+
+BUSY = ("print(1 + 1)", "busy", "[busy]")
+WRONG = ("print(1 + 2)", "ok", "3\n")
+
+
+def test_a_busy_tool_is_no_failure_and_no_failure_is_left_out(tokenizer):
+    """Guards against a busy tool that counts as a script's error, against self-correction that forgets
+    responses which stop after an error, and against a retry that is asked for where no call is left."""
+    trajectories = [
+        response(tokenizer, BUSY, TWO, BOX),
+        response(tokenizer, BUSY, BOX),
+        response(tokenizer, BUSY, BUSY, BUSY, BOX),  # after the third no call is left
+        response(tokenizer, FAILED, TWO, BOX),
+        response(tokenizer, FAILED, FAILED, BOX),
+        response(tokenizer, BOX)]
+    for t in trajectories:
+        t.correct = True
+    trajectories[1].correct = False
+    found = rollout_metrics(trajectories, max_calls=3)
+    assert (found["retry_busy"], found["retry_busy_count"]) == (3 / 4, 4)
+    assert found["accuracy_after_retry"] == 1.0
+    assert (found["self_correction"], found["self_correction_count"]) == (1 / 3, 3)
+    assert found["corrected_share"] == 2 / 5
+    assert (found["accuracy_with_call"], found["accuracy_without_call"]) == (4 / 5, 1.0)
+
+
+def embedded(kind, scripts=(), answer="2"):
+    return {"kind": kind, "answer": answer, "scripts": list(scripts), "operands": (4821,)}
+
+
+def test_behaviours_are_what_they_are_called(tokenizer):
+    """Guards against a script that counts as another one because its numbers were miscopied, and against
+    errors that count as wrong outputs."""
+    first, second = ("print(1 / 0)", False), ("print(1 + 1)", True)
+    problems = [embedded("two scripts", [first, second])] * 4 + [embedded("one script", [second])] * 2
+    trajectories = [
+        response(tokenizer, TWO, BOX),
+        response(tokenizer, ("print(4 + 1)", "ok", "5\n"), TWO, BOX),  # the right one, miscopied; then silent
+        response(tokenizer, FAILED, TWO, BOX),
+        response(tokenizer, ("2", "ok", ""), BOX),  # no script of traces
+        response(tokenizer, WRONG, BOX),
+        response(tokenizer, BOX)]
+    for i, t in enumerate(trajectories):
+        t.prompt_index = i
+    found = behaviour_metrics(trajectories, problems)
+    assert (found["right_script"], found["right_script_count"]) == (2 / 4, 4)
+    assert found["copied_script"] == 4 / 7
+    assert (found["self_correction_silent"], found["self_correction_silent_count"]) == (1 / 3, 3)
+    assert found["search_solved"] is None
+    assert behaviour_metrics(trajectories, [{"answer": "2"}] * 6)["copied_script"] is None
+
+
+def test_questions_of_a_search_are_followed(tokenizer):
+    """Guards against a middle that is not of what is left."""
+    def asked(guess, verdict):
+        return f"print(ask(4821,{guess}))", "ok", verdict
+    t = response(tokenizer, asked(6, "low"), asked(12, "high"), asked(9, "equal"), BOX)
+    # 1..12: 3 are enough on a side; 7..12: 12 leaves none above; 7..11: 9 leaves two on each.
+    found = behaviour_metrics([t], [embedded("search")])
+    assert (found["middle_probe"], found["middle_probe_count"]) == (2 / 3, 3)
+    assert (found["search_solved"], found["search_solved_count"]) == (0.0, 1)
+    edge = response(tokenizer, asked(3, "low"), asked(5, "high"), asked(4, "equal"), BOX)
+    assert behaviour_metrics([edge], [embedded("search")])["middle_probe_count"] == 2
 
 
 def test_purposes_agree_with_the_labels_by_hand_as_often_as_the_results_say():

@@ -1,4 +1,4 @@
-"""Is results/RESULTS.md what the committed outputs say?"""
+"""Is results/archive/RESULTS.md what the committed outputs say?"""
 import importlib.util
 import subprocess
 import sys
@@ -9,11 +9,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_findings_are_made_of_the_committed_outputs(tmp_path):
     """Guards against numbers typed in by hand, and tables of an earlier set of runs."""
-    command = [sys.executable, ROOT / "runs" / "experiments.py", ROOT / "results" / "experiments", tmp_path]
+    command = [sys.executable, ROOT / "runs" / "experiments.py", ROOT / "results" / "archive" / "experiments", tmp_path]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert made == (ROOT / "results" / "RESULTS.md").read_text()
+    assert made == (ROOT / "results" / "archive" / "RESULTS.md").read_text()
     figures = list(tmp_path.iterdir())
-    assert figures and all((ROOT / "results" / "figures" / f.name).read_text() == f.read_text() for f in figures)
+    assert figures and all((ROOT / "results" / "archive" / "figures" / f.name).read_text() == f.read_text() for f in figures)
 
 
 def test_a_gain_is_paired_by_problem_and_seed():

@@ -244,7 +244,7 @@ def smollm(tmp_path_factory):
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        [embedded_problem("train", 0, i).by_code for i in range(300)] + ["</code></answer>"] * 99,
+        [embedded_problem("traces", 0, i).by_code for i in range(300)] + ["</code></answer>"] * 99,
         trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[
             "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]))
     template = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind"

@@ -548,6 +548,98 @@ def test_without_tools_tags_mean_nothing(model, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Text that is forced on the policy, and the tool of the embedded problems
+
+
+def test_a_prefill_begins_every_response_masked_and_a_call_may_begin_in_it(model, tokenizer):
+    """Guards against forced tokens that are trained on, a prompt that is shared without the prefill, and a
+    call whose opening tag nobody sampled."""
+    prefill = "Now.\n<code>\n```python\n"
+    forced = encode_text(tokenizer, prefill)
+    said = encode_text(tokenizer, "print(7)\n```\n</code>") + [tokenizer.eos_token_id]
+    sandbox = StubSandbox("7")
+    done = run(model, tokenizer, ragged_prompts(4), sandbox, n_samples=3, n_slots=5, prefill=prefill,
+               logits_processor=scripted(said), max_response_tokens=120)
+    for t in done:
+        assert t.response_ids[:len(forced)] == forced
+        assert t.loss_mask[:len(forced)] == [0] * len(forced) and t.logprobs[:len(forced)] == [0.0] * len(forced)
+        assert [call.code for call in t.tool_calls] == ["print(7)"] and t.is_complete
+        assert sum(t.loss_mask) == len(said)
+        assert decode(tokenizer, t.response_ids[t.tool_calls[0].start:]).startswith("<code>\n```python\nprint(7)")
+
+
+def test_a_prefilled_row_goes_on_as_one_that_sampled_the_prefill(make_models, tokenizer):
+    """Guards against positions or keys that are shifted by the prefill."""
+    ours, theirs = make_models("qwen3")
+    done = run(ours, tokenizer, ragged_prompts(5), tools=False, prefill="What is 12?", n_slots=3, n_samples=2,
+               max_response_tokens=40)
+    for t in done:
+        scored = torch.log_softmax(reference_logits(theirs, t), -1)
+        for i, sampled in enumerate(t.loss_mask):
+            if sampled:
+                assert t.logprobs[i] == pytest.approx(scored[i, t.response_ids[i]].item(), abs=5e-5)
+
+
+def test_a_prefill_that_leaves_no_room_is_refused(model, tokenizer):
+    """Guards against responses in which nothing is sampled."""
+    with pytest.raises(UserError, match="leaves nothing"):
+        run(model, tokenizer, [[5]], tools=False, prefill="1" * 20, max_response_tokens=20)
+
+
+def test_only_after_a_busy_call_a_response_is_made_to_go_on(model, tokenizer):
+    """Guards against a forced retry after calls that ran or failed, and against one that is trained on."""
+    statuses = iter(["busy", "error", "ok"])
+    sandbox = StubSandbox(lambda code: SandboxResult(next(statuses), "x"))
+    call = encode_text(tokenizer, "<code>\n1\n</code>")
+    closing = encode_text(tokenizer, "2\n</code>")
+    script = call + closing + call + [tokenizer.eos_token_id]
+    t, = run(model, tokenizer, [[5]], sandbox, logits_processor=scripted(script), max_response_tokens=200,
+             after_busy="\nOnce more.\n<code>\n")
+    assert [c.code for c in t.tool_calls] == ["1", "2", "1"]
+    assert decode(tokenizer, t.response_ids).count("Once more.") == 1
+    assert sum(t.loss_mask) == len(script)
+
+
+def test_the_service_is_busy_by_its_seed_alone():
+    """Guards against a script that is never busy, and a share of busy calls that is not --busy."""
+    service = rollout.Service(StubSandbox("7"), busy=0.3)
+    seeds = range(5000)
+    for code in ("print(7)", "# ask(1,2)\nprint(7)", "print(ask(1,2)); print(7)", "ask = print\nask(1,2)"):
+        results = [asyncio.run(service.run(code, seed)) for seed in seeds]
+        busy = [seed for seed, result in zip(seeds, results) if result.status == "busy"]
+        assert busy == [seed for seed in seeds if seed % 1000 >= 700]
+        assert {result.output for result in results} == {"[busy]", "7"}
+    never = rollout.Service(StubSandbox("7"), busy=0.0)
+    assert asyncio.run(never.run("print(7)", rollout.BUSY_SEED)).status == "ok"
+
+
+def test_a_box_answers_questions_alone_and_no_script_reaches_it():
+    """Guards against a search in one call, and against a sandbox that knows boxes."""
+    async def ask_all():
+        async with Sandbox() as sandbox:
+            service = rollout.Service(sandbox, busy=0.5)
+            for box in (1000, 4821, 9999):
+                number = rollout.hidden_number(box)
+                assert 1 <= number <= rollout.HIGHEST
+                for guess in range(1, 13):
+                    result = await service.run(f"print(ask({box},{guess}))", seed=999)  # never busy
+                    assert result.output == rollout.compare(guess, number) and result.status == "ok"
+            loop = "for x in range(1,13):\n    if ask(1000,x)=='equal':\n        print(x)"
+            for code in (loop, "print(ask(1000,1)==ask(1000,2))", "x=ask(1000,1)\nprint(x)"):
+                result = await service.run(code, seed=0)
+                assert result.status == "error" and "NameError" in result.output
+    asyncio.run(ask_all())
+
+
+def test_questions_to_a_box_are_not_replayed():
+    """Guards against --interpreter replay on the embedded problems: a question is no script, and is none with
+    others in front of it."""
+    calls = [rollout.ToolCall("print(ask(4821,7))", "low", "ok", 0, 0, 0), rollout.ToolCall("x = 1", "", "ok", 0, 0, 0)]
+    assert rollout.after_earlier("print(ask(4821,9))", calls) == "print(ask(4821,9))"
+    assert "ask" not in rollout.after_earlier("print(x)", calls) and "x = 1" in rollout.after_earlier("print(x)", calls)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 

@@ -1,0 +1,263 @@
+"""What does the embedded default reach? results/default/README.md and the figure of README, from runs of several seeds.
+
+    python runs/default.py results/default/seed-* --figure results/default/finds.svg > results/default/README.md
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from eval import markdown  # noqa: E402
+from sandbox import UserError  # noqa: E402
+
+ROWS = {  # label of an evaluation -> what it is
+    "test, untrained before": "untrained",
+    "test before": "warm start, sampled",
+    "test, greedy before": "warm start, greedy",
+    "test, call forced before": "warm start, call forced",
+    "test, call + retry forced before": "warm start, call and retry forced",
+    "test, best known before": "best policy known (a script)",
+    "test after": "after PPO, sampled",
+    "test, greedy after": "after PPO, greedy",
+    "ood_large before": "larger numbers, warm start",
+    "ood_large after": "larger numbers, after PPO",
+    "ood_families before": "a family never trained on, warm start",
+    "ood_families after": "a family never trained on, after PPO",
+}
+COLUMNS = {  # key of the metrics -> heading
+    "accuracy": "accuracy",
+    "code_ratio": "calls",
+    "accuracy_with_call": "right given a call",
+    "retry_busy": "asks a busy tool again",
+    "right_script": "the script that works",
+    "search_solved": "search solved",
+    "middle_probe": "asks in the middle",
+    "copied_script": "script copied right",
+}
+# What the figure shows, and in which colour (Okabe and Ito: told apart by the colour-blind)
+CURVES = {
+    "code_ratio": ("calls the tool", "#0072B2"),
+    "retry_busy": ("asks a busy tool again", "#D55E00"),
+    "right_script": ("writes the script that works", "#009E73"),
+    "search_solved": ("solves the search", "#CC79A7"),
+}
+
+
+def load(folder):
+    """{"seed", "commit", "steps", "evaluations", "minutes"} of a finished run."""
+    try:
+        record = json.loads((Path(folder) / "arguments.json").read_text())
+        rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {error}") from None
+    if "seconds_total" not in rows[-1]:
+        raise UserError(f"{folder}: not a finished run")
+    return {
+        "seed": record["arguments"]["seed"],
+        "commit": record["commit"],
+        "steps": [row for row in rows if "step" in row],
+        "evaluations": {row["evaluation"]: row for row in rows if "evaluation" in row},
+        "minutes": rows[-1]["seconds_total"] / 60,
+    }
+
+
+def spread(values, scale=100):
+    """mean [least, most]."""
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{np.mean(known):.1f} [{min(known):.1f}, {max(known):.1f}]"
+
+
+def evaluations_table(runs):
+    rows = []
+    for label, name in ROWS.items():
+        metrics = [run["evaluations"][label] for run in runs]
+        cells = [spread([m[column] for m in metrics]) for column in COLUMNS]
+        rows.append([name, *cells])
+    return markdown(["%, mean of seeds [least, most]", *COLUMNS.values()], rows)
+
+
+def families_table(runs):
+    """Of each family of the test problems what the seeds' responses say, before -> after."""
+    cells = {}
+    for label in ("test before", "test after"):
+        by_family = {}
+        for run in runs:
+            for family, metrics in run["evaluations"][label]["families"].items():
+                by_family.setdefault(family, []).append(metrics)
+        for family, members in by_family.items():
+            for key in ("accuracy", "code_ratio", "accuracy_with_call", "accuracy_without_call"):
+                values = [m[key] for m in members if m[key] is not None]
+                text = f"{100 * np.mean(values):.0f}" if values else "-"
+                cells.setdefault(family, {}).setdefault(key, []).append(text)
+    rows = []
+    for family, columns in sorted(cells.items()):
+        rows.append([family, *[" -> ".join(texts) for texts in columns.values()]])
+    return markdown(["family", "accuracy %", "calls %", "right given a call %", "right by hand %"], rows)
+
+
+def rates(run, label):
+    """Share of right responses to each problem, nan where the sandbox failed."""
+    pairs = run["evaluations"][label]["per_problem"]
+    return [right / n if n else np.nan for n, right in pairs]
+
+
+def gain(runs, after, before, draws=4000):
+    """(gain in points, low, high) of one evaluation over another on the same problems: the 95 %
+    interval of a bootstrap over problems and seeds."""
+    differences = [np.subtract(rates(run, after), rates(run, before)) for run in runs]
+    differences = 100 * np.array(differences)  # (seeds, problems)
+    n_seeds, n_problems = differences.shape
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        seeds = rng.integers(0, n_seeds, n_seeds)
+        problems = rng.integers(0, n_problems, n_problems)
+        means.append(np.nanmean(differences[np.ix_(seeds, problems)]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return np.nanmean(differences), low, high
+
+
+def pooled(runs, label, key):
+    """A rate over the cases of all seeds, and their number."""
+    count = sum(run["evaluations"][label][f"{key}_count"] for run in runs)
+    cases = [run["evaluations"][label] for run in runs if run["evaluations"][label][key] is not None]
+    return sum(m[key] * m[f"{key}_count"] for m in cases) / max(1, count), count
+
+
+def targets_table(runs):
+    """What was wanted, and what came out."""
+    def each(label, key="accuracy"):
+        return [100 * run["evaluations"][label][key] for run in runs]
+
+    def verdict(is_reached):
+        return "reached" if is_reached else "**missed**"
+
+    def numbers(values):
+        return ", ".join(f"{value:.1f}" for value in values)
+
+    rows = []
+
+    def add(name, wanted, measured, is_reached):
+        rows.append([name, wanted, measured, verdict(is_reached)])
+
+    sampled = each("test before")
+    greedy = each("test, greedy before")
+    forced = each("test, call forced before")
+    oracle = each("test, best known before")
+    after = each("test after")
+    add("warm start, sampled", "25-45 %", numbers(sampled), all(25 <= x <= 45 for x in sampled))
+    add("warm start, greedy", "at most 55 %", numbers(greedy), max(greedy) <= 55)
+    add("call forced, no RL", "at most 65 %", numbers(forced), max(forced) <= 65)
+    add("call and retry forced, no RL", "said", numbers(each("test, call + retry forced before")), True)
+    add("best policy known", "at least 97 %", numbers(oracle), min(oracle) >= 97)
+    add(f"after {len(runs[0]['steps'])} PPO steps, sampled", "each seed at least 88 %", numbers(after), min(after) >= 88)
+    mean, low, high = gain(runs, "test after", "test, call forced before")
+    add("PPO minus call forced, paired", "interval above 20 points",
+        f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", low > 20)
+    mean, low, high = gain(runs, "test after", "test, call + retry forced before")
+    add("PPO minus call and retry forced", "said", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", True)
+    for key, name, wanted in (("retry_busy", "asks a busy tool again", 95),
+                              ("right_script", "the script that works, where one fails", 95),
+                              ("search_solved", "search solved given a call", 85)):
+        first, n_first = pooled(runs, "test before", key)
+        last, n_last = pooled(runs, "test after", key)
+        add(name, f"at least {wanted} %", f"{100 * first:.0f} (of {n_first}) -> {100 * last:.1f} (of {n_last})",
+            100 * last >= wanted)
+    entropy = [np.mean([row["entropy"] for row in run["steps"][-5:]]) for run in runs]
+    add("entropy, last five steps", "at least 0.02", ", ".join(f"{x:.3f}" for x in entropy), min(entropy) >= 0.02)
+    minutes = [run["minutes"] for run in runs]
+    add("minutes, whole run", "at most 8", numbers(minutes), max(minutes) <= 8)
+    return markdown(["", "wanted", f"measured (seeds {', '.join(str(run['seed']) for run in runs)})", ""], rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# The figure
+
+WIDTH, HEIGHT = 640, 330
+LEFT, RIGHT, TOP, BOTTOM = 46, 210, 16, 40
+
+
+def figure(runs):
+    """SVG: over PPO steps the rates of four behaviours, mean and range of the seeds; circles at
+    the left are the warm start's on test problems; dashed is accuracy with the call forced."""
+    n_steps = len(runs[0]["steps"])
+
+    def x(step):
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / n_steps
+
+    def y(percent):
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * percent / 100
+
+    def line(xs, ys, **style):
+        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
+        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
+        return f'<polyline points="{points}" fill="none" {styles}/>'
+
+    def text(left, top, words, **style):
+        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
+        return f'<text x="{left:.1f}" y="{top:.1f}" {styles}>{words}</text>'
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+             f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    for percent in (0, 20, 40, 60, 80, 100):
+        parts.append(line([0, n_steps], [percent, percent], stroke="#ddd"))
+        parts.append(text(LEFT - 8, y(percent) + 4, f"{percent} %", text_anchor="end"))
+    for step in range(0, n_steps + 1, 5):
+        parts.append(text(x(step), y(0) + 16, str(step), text_anchor="middle"))
+    parts.append(text(x(n_steps / 2), HEIGHT - 6, "PPO step (256 responses each)", text_anchor="middle"))
+
+    forced = 100 * np.mean([run["evaluations"]["test, call forced before"]["accuracy"] for run in runs])
+    parts.append(line([0, n_steps], [forced, forced], stroke="#555", stroke_dasharray="6 4"))
+    labels = [(forced, "right with the call forced, no RL", "#555")]
+
+    accuracy = ("right", "#000000")
+    for key, (name, colour) in {"accuracy": accuracy, **CURVES}.items():
+        # Means of neighbouring steps: of some behaviours a step has twenty cases.
+        values = np.array([[row[key] if row[key] is not None else np.nan for row in run["steps"]] for run in runs])
+        mean = 100 * np.nanmean(values, axis=0)
+        smooth = [np.nanmean(mean[max(0, i - 1):i + 2]) for i in range(n_steps)]
+        parts.append(line([i + 0.5 for i in range(n_steps)], smooth, stroke=colour, stroke_width=2))
+        before = 100 * np.mean([run["evaluations"]["test before"][key] for run in runs])
+        parts.append(f'<circle cx="{x(0):.1f}" cy="{y(before):.1f}" r="3.5" fill="{colour}"/>')
+        labels.append((smooth[-1], name, colour))
+
+    # Names stand in the order of the ends of their curves, and do not cover each other.
+    lowest = TOP
+    for height, name, colour in sorted(labels, reverse=True):
+        top = max(y(height) + 4, lowest)
+        parts.append(text(x(n_steps) + 8, top, name, fill=colour))
+        lowest = top + 15
+    return "\n".join(parts) + "\n</svg>\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, one per seed")
+    parser.add_argument("--figure", default="", help="SVG file")
+    args = parser.parse_args()
+
+    runs = [load(folder) for folder in args.runs]
+    commits = ", ".join(sorted({run["commit"][:7] for run in runs}))
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    n_problems = runs[0]["evaluations"]["test after"]["problems"]
+    print(f"# The embedded default\n\n"
+          f"`bash runs/default.sh`: seeds {seeds} of warm start and PPO, commit {commits}. "
+          f"This page: `python runs/default.py results/default/seed-*`.\n"
+          f"{n_problems} test problems, fresh, the same for every seed; of the last checkpoint.\n")
+    print(f"## What was wanted\n\n{targets_table(runs)}\n")
+    print(f"## Evaluations\n\n{evaluations_table(runs)}\n")
+    print(f"## By family\n\nMeans of the seeds, warm start -> after PPO.\n\n{families_table(runs)}")
+    if args.figure:
+        Path(args.figure).write_text(figure(runs))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
