@@ -44,10 +44,12 @@ from rollout import (
     CODE_CLOSE,
     CODE_OPEN,
     DTYPES,
+    TEMPLATE_KWARGS,
     ToolCall,
     Trajectory,
     choose_dtype,
     generate,
+    json_object,
     load_config,
     load_model,
     load_tokenizer,
@@ -1318,6 +1320,7 @@ def add_format_arguments(parser):
     add = parser.add_argument_group("prompts, precision, tool calls").add_argument
     add("--prompt_template", default="plain",
         help="plain, retool, or a file with {question}")
+    add("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: a GPU for each rank of this machine, else the CPU")
     add("--dtype", type=choose_dtype, choices=DTYPES, default="fp32", metavar="{fp32,bf16,auto}",
@@ -1495,7 +1498,7 @@ async def main(process):
         else:
             sets[name] = load_problems(name)
 
-    tokenizers = {path: load_tokenizer(path) for path in args.model}
+    tokenizers = {path: load_tokenizer(path, args.template_kwargs) for path in args.model}
     for path, tokenizer in tokenizers.items():
         check_positions(load_config(path, tokenizer), args)
 
