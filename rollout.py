@@ -127,13 +127,21 @@ def find_call(text, n_read):
 # ---------------------------------------------------------------------------------------------
 # Text <-> segments, for SFT and rollout alike
 
-FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+# ```python, ``` Python, ```py3, or ``` alone
+FENCE = re.compile(r"\s*```[ \t]*(?:py(?:thon)?[\d.]*[ \t]*)?\r?\n", re.IGNORECASE)
 
 
 def strip_fence(snippet):
-    """Python source without its fence."""
-    match = FENCE.fullmatch(snippet)
-    return match.group(1) if match else snippet.strip("\n")
+    """Python source without its fence, which may be unclosed."""
+    opening = FENCE.match(snippet)
+    if not opening:
+        return snippet.strip("\n")
+
+    source = snippet[opening.end():]
+    code, closing, after = source.rpartition("```")
+    if not closing or after.strip():
+        return source.strip("\r\n")
+    return code.rstrip(" \t").removesuffix("\n").removesuffix("\r")
 
 
 def split_segments(text):
