@@ -87,22 +87,31 @@ BLOCKS = re.compile("|".join(f"{re.escape(tag)}.*?(?:{re.escape(CLOSING[tag])}|\
                              for tag in CLOSING if tag != ANSWER_OPEN), re.DOTALL)
 
 
+# \boxed 4, to the end of the formula, tag or line around it, or the next box. A word is prose.
+BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)[ \t]+(?![A-Za-z]{2})([^\s{$].*?)"
+    r"(?=\$|\\[)\]]|</?[a-z]+>|\\(?:boxed|fbox)|$)", re.MULTILINE)
+
+
 def boxed(text):
-    r"""The content of the last complete \boxed{...}, nested braces included, or None."""
+    r"""The content of the last complete \boxed{...}, nested braces included; where there is none,
+    of the last \fbox{...}, or else of the last \boxed without braces; or None."""
     boxes = []
     opened = []  # one pass with a stack: many \boxed{ must not stall the reward
-    for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
         if brace[0] != "}":
             opened.append(brace)
         elif opened:
             opening = opened.pop()
             if opening[0] != "{":
-                boxes.append((opening.end(), brace.start()))
+                is_boxed = opening[0].startswith(r"\boxed")
+                boxes.append((is_boxed, opening.end(), brace.start()))
 
-    if not boxes:
-        return None
-    start, end = max(boxes)  # the one that starts last
-    return text[start:end].strip()
+    if boxes:
+        _, start, end = max(boxes)  # the one that starts last
+        return text[start:end].strip()
+    bare = BARE_BOX.findall(text)
+    return bare[-1].strip() if bare else None
 
 
 def extract_answer(response):

@@ -574,10 +574,31 @@ def test_a_killed_judge_comes_back(judged):
     ("5", None),
     ("", None),
     (r"\boxed5", None),
+    (r"\fbox{4}", "4"),
+    (r"\fbox {$\frac{1}{2}$}", r"$\frac{1}{2}$"),
+    (r"\fbox{4} \boxed{5} \fbox{6}", "5"),
+    (r"\fbox{\boxed{5}}", "5"),
+    (r"\fbox{4} \fbox{5} \boxed 6", "5"),
+    (r"\boxed 4", "4"),
+    (r"$\boxed 4$.", "4"),
+    (r"\(\boxed -4\) so", "-4"),
+    (r"\[\boxed  \frac{1}{2}\]", r"\frac{1}{2}"),
+    ("So \\boxed (1, 2)\nfor x < 3", "(1, 2)"),
+    (r"<answer>\boxed x < 3</answer>", "x < 3"),
+    (r"\boxed A", "A"),
+    (r"\boxed 3 then \boxed 4", "4"),
+    (r"\boxed 12\pi \sqrt 2", r"12\pi \sqrt 2"),
+    (r"\boxed 4 of them", "4 of them"),
+    (r"\boxed{4}, in a \boxed 5", "4"),
+    (r"in \boxed form", None),
+    (r"\boxed {4", None),
+    (r"\boxed", None),
+    ("\\boxed \n4", None),
     (r"\boxed{}", ""),
 ])
 def test_boxed_is_the_last_complete_one(text, answer):
-    """Guards against regular expressions that stop at the first brace, and the first of several answers."""
+    """Guards against regular expressions that stop at the first brace, the first of several answers, and a reward
+    lost to \\fbox{4} or \\boxed 4."""
     assert boxed(text) == answer
 
 
@@ -601,6 +622,8 @@ def test_boxed_reads_a_text_once():
     r"""Guards against a policy that writes \boxed{ until the context ends: as many scans of it all."""
     begin = time.monotonic()
     assert boxed(r"\boxed{" * 100_000) is None and boxed(r"\boxed{" * 50_000 + "}" * 50_000) == ""
+    for text in (r"\boxed 4 ", r"\boxed ", r"\boxed 4<", "<a", " ", "\n"):
+        boxed(r"\boxed 4" + text * 100_000)
     assert time.monotonic() - begin < 5
 
 
