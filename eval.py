@@ -283,8 +283,9 @@ def one_spelling(text):
     # 1{,}234 -> 1,234
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\! *)?|,\\! *)(?=\d{3})", ",", text)
 
-    # 1234, where a thin space stands between the thousands
-    text = text.replace(r"\thinspace ", "\u2009").replace("\u202f", "\u2009")
+    # 1234, where a thin or no-break space stands between the thousands
+    text = text.replace(r"\thinspace ", "\u2009")
+    text = text.replace("\u202f", "\u2009").replace("\u00a0", "\u2009")
     text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:\u2009\d{3})+(?!\d)", without_thin_spaces, text)
 
     # 1,234 -> 1234, but (1,234) is a pair.
