@@ -45,6 +45,7 @@ from rollout import (
     CODE_OPEN,
     DTYPES,
     TEMPLATE_KWARGS,
+    Pieces,
     ToolCall,
     Trajectory,
     choose_dtype,
@@ -1023,6 +1024,7 @@ def report_page(runs):
 def describe_trajectory(t, tokenizer, problem):
     """A trajectory as a JSON row for people and `--report`. The columns after "tokens" have an
     entry per response token, to three digits. problem: the row that it answers."""
+    pieces = Pieces(tokenizer)
     description = {
         "prompt": tokenizer.decode(t.prompt_ids),
         "response": tokenizer.decode(t.response_ids),
@@ -1035,7 +1037,7 @@ def describe_trajectory(t, tokenizer, problem):
         "sample_index": t.sample_index,
         "calls": [[call.start, call.end] for call in t.tool_calls],
         "codes": [call.code for call in t.tool_calls],
-        "tokens": [tokenizer.decode([token]) for token in t.response_ids],
+        "tokens": [pieces[token] for token in t.response_ids],
         "loss_mask": t.loss_mask,
     }
 

@@ -25,10 +25,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import eval as evaluation
 import rollout
 from data import embedded_problem, encode_prompt
 from rollout import (
     Pieces,
+    Trajectory,
     encode_interpreter,
     encode_response,
     encode_text,
@@ -170,7 +172,6 @@ def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer
 def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_turns(tokenizer, tmp_path, monkeypatch):
     """Guards against a policy from a base model that talks on for ever elsewhere: its config.json and
     generation_config.json named the end of a text alone, not the end of turn that it was trained to write."""
-    import eval as evaluation
     import ppo
     import sft
     base = copy.deepcopy(tokenizer)
@@ -433,7 +434,6 @@ def test_variables_of_a_chat_template_are_set_for_good(tokenizer, tmp_path, caps
 @pytest.mark.parametrize("text", ["enable_thinking=false", "[1]", "3", "null", '{"a": NaN}', '{"a": 1e999}', "{'a': 1}"])
 def test_template_kwargs_are_a_json_object(text, capsys):
     """Guards against a traceback, or a setting that is not the one that was meant."""
-    import eval as evaluation
     parser = argparse.ArgumentParser()
     evaluation.add_format_arguments(parser)
     assert parser.parse_args(["--template_kwargs", '{"a": {"b": 1e3}}']).template_kwargs == '{"a": {"b": 1e3}}'
@@ -508,6 +508,13 @@ def test_segments_join_without_a_space_that_nobody_wrote(spaced):
             assert decode(spaced, ids).strip(" ") == ("x" + text + after).strip(" "), (text, after)
             if after.isascii() and text.isascii():
                 assert "".join(pieces[token] for token in ids[1:]) == text + after
+
+
+def test_the_words_of_a_report_stand_apart(spaced):
+    """Guards against a page of responses whose words are joined: alone, a SentencePiece token loses its space."""
+    t = Trajectory(0, 0, [1], encode_text(spaced, "So it is 4.\n x = é"))
+    row = evaluation.describe_trajectory(t, spaced, {"answer": "4", "family": "none"})
+    assert "".join(row["tokens"]).encode("ascii", "ignore") == b"So it is 4.\n x = "
 
 
 def test_a_printed_matrix_stands_as_it_was_printed(spaced):
