@@ -235,6 +235,8 @@ def read_row(row, layouts=LAYOUTS):
         question = dig(row, question_path)
         answer = dig(row, answer_path)
         solution = dig(row, solution_path) if solution_path else ""
+        if answer_path == solution_path == "answer" and isinstance(answer, (int, float)):
+            solution = ""
         if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
             continue
         if not isinstance(solution, str):

@@ -315,6 +315,9 @@ def write(path, *lines):
 @pytest.mark.parametrize("row, question, answer", [
     ({"question": "Q", "answer": "5 + <<2+3=5>>5\n#### 1,005"}, "Q", "1,005"),
     ({"question": "Q", "answer": "7"}, "Q", "7"),
+    ({"question": "Q", "answer": 7}, "Q", "7"),
+    ({"question": "Q", "answer": -0.5}, "Q", "-0.5"),
+    ({"problem": "Q", "answer": 7, "solution": 9}, "Q", "7"),
     ({"input": "Q é", "output": "45"}, "Q é", "45"),
     ({"input": "Q", "output": 45}, "Q", "45"),
     ({"problem": "Q", "solution": r"thus \boxed{\frac{1}{2}}", "level": 5}, "Q", r"\frac{1}{2}"),
