@@ -175,6 +175,8 @@ PROMPT_FRAME = re.compile("|".join([
     # DAPO-Math-17k
     r"\ASolve the following math problem step by step\. The last line [^\n]*\n+",
     r'\s{0,9}Remember to put your answer on its own line after "Answer:".*',
+    # Eurus-2-RL-Data
+    r"\s{0,9}Present the answer in LaTe[xX] format: \\boxed\{Your answer\}\s*\Z",
     # OpenThoughts
     r"\AReturn your final response within \\boxed\{\}\.\s*",
 ]), re.DOTALL)

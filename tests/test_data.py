@@ -347,6 +347,9 @@ SYSTEM = "Solve it. Put the answer in \\boxed{}."
     {"messages": [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Q"},
                   {"role": "assistant", "content": r"\boxed{5}"}]},
     {"messages": [{"content": "Q"}, {"content": r"\boxed{5}"}]},
+    {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q\n\nPresent the answer in LaTex "
+                                                        "format: \\boxed{Your answer}"}],
+     "reward_model": {"ground_truth": "5"}},
     {"messages": [{"role": "developer", "content": SYSTEM}, {"role": "problem", "content": "Q"},
                   {"role": "solution", "content": r"\boxed{5}"}]},
 ])
