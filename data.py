@@ -196,7 +196,22 @@ def dig(row, path):
             value = None if at is None else value[at]
         else:
             return None
-    return value
+    return joined_text(value)
+
+
+def joined_text(value):
+    """A message's content that is a list of parts, all of them text, as one text; else the value
+    as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            return value
+        texts.append(part.get("text"))
+    if not all(isinstance(text, str) for text in texts):
+        return value
+    return "\n".join(texts)
 
 
 def find_exchange(messages):

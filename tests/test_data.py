@@ -347,6 +347,9 @@ SYSTEM = "Solve it. Put the answer in \\boxed{}."
     {"messages": [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Q"},
                   {"role": "assistant", "content": r"\boxed{5}"}]},
     {"messages": [{"content": "Q"}, {"content": r"\boxed{5}"}]},
+    {"messages": [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+                  {"role": "user", "content": [{"type": "text", "text": "Q", "image": None}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": "so"}, {"text": r"\boxed{5}"}]}]},
     {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q\n\nPresent the answer in LaTex "
                                                         "format: \\boxed{Your answer}"}],
      "reward_model": {"ground_truth": "5"}},
@@ -381,7 +384,10 @@ def test_a_file_with_one_question_for_different_answers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "bad", [{"question": "Q"}, {"foo": 1}, {"problem": "Q", "solution": "no box"},
             {"question": " ", "answer": "5"}, {"question": "Q", "answer": ""},
-            {"problem": "Q", "answer": None}, {"input": "Q", "output": None}, [1, 2], "5", '"text"', "null"])
+            {"problem": "Q", "answer": None},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image"}]}], "answer": "5"},
+            {"prompt": [{"content": [{"type": "text", "text": None}]}], "reward_model": {"ground_truth": "5"}},
+            {"prompt": [{"content": ["Q"]}], "reward_model": {"ground_truth": "5"}}, {"input": "Q", "output": None}, [1, 2], "5", '"text"', "null"])
 def test_a_row_without_its_fields_is_named(tmp_path, bad):
     """Guards against problems without a reference, which score -1 for ever, and messages that do not say
     where."""
