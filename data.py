@@ -196,7 +196,7 @@ def dig(row, path):
             value = None if at is None else value[at]
         else:
             return None
-    return joined_text(value)
+    return joined_text(value) if "." in path else value
 
 
 def joined_text(value):

@@ -722,6 +722,12 @@ def test_a_fence_is_read_once():
 # Errors
 
 
+def test_an_error_without_a_message_is_named():
+    """Guards against a traceback from the line that was to replace one."""
+    lines = [rollout.first_line(error) for error in (ValueError("a\nb"), ValueError(""), OSError(), ValueError(" \n"))]
+    assert lines == ["a", "ValueError", "OSError", "ValueError"]
+
+
 def test_impossible_requests_are_refused(model, tokenizer):
     """Guards against positions beyond the model's, which compute garbage instead of failing."""
     positions = model.config.max_position_embeddings
