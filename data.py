@@ -91,22 +91,31 @@ BLOCKS = re.compile("|".join(f"{re.escape(tag)}.*?(?:{re.escape(CLOSING[tag])}|\
                              for tag in CLOSING if tag != ANSWER_OPEN), re.DOTALL)
 
 
+# \boxed 4, to the end of the formula, tag or line around it, or the next box. A word is prose.
+BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)[ \t]+(?![A-Za-z]{2})([^\s{$].*?)"
+    r"(?=\$|\\[)\]]|</?[a-z]+>|\\(?:boxed|fbox)|$)", re.MULTILINE)
+
+
 def boxed(text):
-    r"""The content of the last complete \boxed{...}, nested braces included, or None."""
+    r"""The content of the last complete \boxed{...}, nested braces included; where there is none,
+    of the last \fbox{...}, or else of the last \boxed without braces; or None."""
     boxes = []
     opened = []  # one pass with a stack: many \boxed{ must not stall the reward
-    for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
         if brace[0] != "}":
             opened.append(brace)
         elif opened:
             opening = opened.pop()
             if opening[0] != "{":
-                boxes.append((opening.end(), brace.start()))
+                is_boxed = opening[0].startswith(r"\boxed")
+                boxes.append((is_boxed, opening.end(), brace.start()))
 
-    if not boxes:
-        return None
-    start, end = max(boxes)  # the one that starts last
-    return text[start:end].strip()
+    if boxes:
+        _, start, end = max(boxes)  # the one that starts last
+        return text[start:end].strip()
+    bare = BARE_BOX.findall(text)
+    return bare[-1].strip() if bare else None
 
 
 def extract_answer(response):
@@ -170,6 +179,8 @@ PROMPT_FRAME = re.compile("|".join([
     # DAPO-Math-17k
     r"\ASolve the following math problem step by step\. The last line [^\n]*\n+",
     r'\s{0,9}Remember to put your answer on its own line after "Answer:".*',
+    # Eurus-2-RL-Data
+    r"\s{0,9}Present the answer in LaTe[xX] format: \\boxed\{Your answer\}\s*\Z",
     # OpenThoughts
     r"\AReturn your final response within \\boxed\{\}\.\s*",
 ]), re.DOTALL)
@@ -189,7 +200,22 @@ def dig(row, path):
             value = None if at is None else value[at]
         else:
             return None
-    return value
+    return joined_text(value) if "." in path else value
+
+
+def joined_text(value):
+    """A message's content that is a list of parts, all of them text, as one text; else the value
+    as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            return value
+        texts.append(part.get("text"))
+    if not all(isinstance(text, str) for text in texts):
+        return value
+    return "\n".join(texts)
 
 
 def find_exchange(messages):
@@ -230,6 +256,8 @@ def read_row(row, layouts=LAYOUTS):
         question = dig(row, question_path)
         answer = dig(row, answer_path)
         solution = dig(row, solution_path) if solution_path else ""
+        if answer_path == solution_path == "answer" and isinstance(answer, (int, float)):
+            solution = ""
         if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
             continue
         if not isinstance(solution, str):

@@ -45,11 +45,14 @@ from rollout import (
     DTYPES,
     HIGHEST,
     QUESTION,
+    TEMPLATE_KWARGS,
+    Pieces,
     Service,
     ToolCall,
     Trajectory,
     choose_dtype,
     generate,
+    json_object,
     load_config,
     load_model,
     load_tokenizer,
@@ -283,8 +286,9 @@ def one_spelling(text):
     # 1{,}234 -> 1,234
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}(?:\\! *)?|,\\! *)(?=\d{3})", ",", text)
 
-    # 1234, where a thin space stands between the thousands
-    text = text.replace(r"\thinspace ", "\u2009").replace("\u202f", "\u2009")
+    # 1234, where a thin or no-break space stands between the thousands
+    text = text.replace(r"\thinspace ", "\u2009")
+    text = text.replace("\u202f", "\u2009").replace("\u00a0", "\u2009")
     text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:\u2009\d{3})+(?!\d)", without_thin_spaces, text)
 
     # 1,234 -> 1234, but (1,234) is a pair.
@@ -1121,6 +1125,7 @@ def report_page(runs):
 def describe_trajectory(t, tokenizer, problem):
     """A trajectory as a JSON row for people and `--report`. The columns after "tokens" have an
     entry per response token, to three digits. problem: the row that it answers."""
+    pieces = Pieces(tokenizer)
     description = {
         "prompt": tokenizer.decode(t.prompt_ids),
         "response": tokenizer.decode(t.response_ids),
@@ -1134,7 +1139,7 @@ def describe_trajectory(t, tokenizer, problem):
         "sample_index": t.sample_index,
         "calls": [[call.start, call.end] for call in t.tool_calls],
         "codes": [call.code for call in t.tool_calls],
-        "tokens": [tokenizer.decode([token]) for token in t.response_ids],
+        "tokens": [pieces[token] for token in t.response_ids],
         "loss_mask": t.loss_mask,
     }
 
@@ -1422,6 +1427,7 @@ def add_format_arguments(parser):
     add = parser.add_argument_group("prompts, precision, tool calls").add_argument
     add("--prompt_template", default="plain",
         help="plain, retool, or a file with {question}")
+    add("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: a GPU for each rank of this machine, else the CPU")
     add("--dtype", type=choose_dtype, choices=DTYPES, default="fp32", metavar="{fp32,bf16,auto}",
@@ -1603,7 +1609,7 @@ async def main(process):
         else:
             sets[name] = load_problems(name)
 
-    tokenizers = {path: load_tokenizer(path) for path in args.model}
+    tokenizers = {path: load_tokenizer(path, args.template_kwargs) for path in args.model}
     for path, tokenizer in tokenizers.items():
         check_positions(load_config(path, tokenizer), args)
 

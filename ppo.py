@@ -974,7 +974,7 @@ async def main(process):
         checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
         # Only where there is a checkpoint is it known that model/ was written to its end.
         start_model = str(saved_model) if checkpoint else args.model or args.warm_start
-        config, tokenizer = sft.starting_point(start_model)
+        config, tokenizer = sft.starting_point(start_model, args.template_kwargs)
         evaluation.check_positions(config, args)
         if args.critic_model:
             if load_tokenizer(args.critic_model).get_vocab() != tokenizer.get_vocab():
@@ -1004,7 +1004,7 @@ async def main(process):
             model_path = args.model or args.warm_start
         else:
             model_path = str(await sft.warm_start(args, process))
-        tokenizer = load_tokenizer(model_path)
+        tokenizer = load_tokenizer(model_path, args.template_kwargs)
         if args.export:
             if process.rank == 0:
                 export(checkpoint, model_path, args.dtype, args.export, tokenizer)

@@ -172,13 +172,21 @@ def find_call(text, n_read):
 # ---------------------------------------------------------------------------------------------
 # Text <-> segments, for SFT and rollout alike
 
-FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+# ```python, ``` Python, ```py3, or ``` alone
+FENCE = re.compile(r"\s*```[ \t]*(?:py(?:thon)?[\d.]*[ \t]*)?\r?\n", re.IGNORECASE)
 
 
 def strip_fence(snippet):
-    """Python source without its fence."""
-    match = FENCE.fullmatch(snippet)
-    return match.group(1) if match else snippet.strip("\n")
+    """Python source without its fence, which may be unclosed."""
+    opening = FENCE.match(snippet)
+    if not opening:
+        return snippet.strip("\n")
+
+    source = snippet[opening.end():]
+    code, closing, after = source.rpartition("```")
+    if not closing or after.strip():
+        return source.strip("\r\n")
+    return code.rstrip(" \t").removesuffix("\n").removesuffix("\r")
 
 
 def split_segments(text):
@@ -1288,7 +1296,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def first_line(error):
-    return str(error).strip().splitlines()[0]
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @functools.cache
@@ -1346,20 +1356,30 @@ def need_hub():
         os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
-def load_tokenizer(path):
-    """A checkpoint's tokenizer. Its EOS becomes what ends an answer in the chat template."""
+def load_tokenizer(path, template_kwargs=""):
+    """A checkpoint's tokenizer. Its EOS becomes what ends an answer in the chat template, whose
+    variables template_kwargs, a JSON object or "", are set for good."""
     tokenizer = from_checkpoint(AutoTokenizer, path)
     # Without tokenizer files a folder gives an empty one, not an error.
     if len(tokenizer) < 2 or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"{path}: no usable tokenizer there (needs vocabulary, EOS, chat template)")
 
-    # A template that writes today's date makes other prompts tomorrow. A template given by several
-    # names is a dict.
-    if isinstance(tokenizer.chat_template, dict):
+    # A template given by several names is a dict.
+    templates = tokenizer.chat_template
+    is_dict = isinstance(templates, dict)
+    words = re.findall(r"\w+", " ".join(templates.values()) if is_dict else templates)
+    variables = json.loads(template_kwargs or "{}")
+    for name in variables:
+        if name not in words:
+            raise UserError(f"{path}: --template_kwargs: its chat template knows no {name!r}")
+
+    # A template that writes today's date makes other prompts tomorrow.
+    if is_dict:
         tokenizer.chat_template = {
-            name: with_fixed_date(template) for name, template in tokenizer.chat_template.items()}
+            name: with_variables(with_fixed_date(template), variables)
+            for name, template in templates.items()}
     else:
-        tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
+        tokenizer.chat_template = with_variables(with_fixed_date(templates), variables)
 
     # What special token does the template write after an answer? Where two answers differ, the
     # answer has begun: whatever the template puts in front of it lies before.
@@ -1378,7 +1398,8 @@ def load_tokenizer(path):
     # A template that fails on a question is refused here, before a run starts.
     prompt = tokenizer.decode(encode_chat(tokenizer, question["content"]))
     if "<think>" in prompt.rpartition("</think>")[2]:
-        warn(f"{path}: the chat template opens a thought (<think>) that every answer begins in")
+        warn(f"{path}: the chat template opens a thought (<think>) that every answer begins in; "
+             "--template_kwargs may close it")
     return tokenizer
 
 
@@ -1409,9 +1430,35 @@ def with_fixed_date(chat_template):
     # The line break after the macro is not part of the prompt: the template's blocks take one.
     macro = "{%- macro strftime_now(format) %}{{ " + text + " }}{% endmacro %}\n"
     # A tokenizer that was saved has it already.
-    if chat_template.startswith(macro):
+    if macro in chat_template:
         return chat_template
     return macro + chat_template
+
+
+TEMPLATE_KWARGS = 'JSON object of variables for the chat template: {"enable_thinking": false}'
+
+
+def json_object(text):
+    """An argparse type: the text, if it is a JSON object or empty."""
+    try:
+        value = json.loads(text or "{}")
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}: must be a JSON object, {{"name": value}}')
+    return text
+
+
+def with_variables(chat_template, variables):
+    """The chat template behind lines that set some of its variables."""
+    for name, value in variables.items():
+        # The comment tells a line that a saved tokenizer has already from the template's own.
+        line = "{# --template_kwargs #}{% set " + name + " = "
+        chat_template = re.sub(rf"^{re.escape(line)}.*\n", "", chat_template, flags=re.MULTILINE)
+        # What Python writes for a value of JSON, Jinja reads.
+        chat_template = f"{line}{value!r} %}}\n{chat_template}"
+    return chat_template
 
 
 def render_chat(tokenizer, messages, for_answer=False):
@@ -1631,7 +1678,7 @@ def print_tick(engine, admitted):
 async def demo(args):
     if args.samples < 1 or args.max_calls < 0 or not args.temperature >= 0:
         raise UserError("--samples must be at least 1, --max_calls and --temperature at least 0")
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.template_kwargs)
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -1673,6 +1720,7 @@ def main():
     parser.add_argument("--max_calls", type=int, default=8)
     parser.add_argument(
         "--busy", type=float, help="give it the embedded problems' tool, busy so often (0 to 1)")
+    parser.add_argument("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS)
     parser.add_argument("--ticks", action="store_true", help="print what every tick feeds")
     try:
         asyncio.run(demo(parser.parse_args()))

@@ -862,16 +862,21 @@ def run_snippet(code, seed, memory_mb):
         message = describe(error)
         if isinstance(error, MemoryError):
             message += f"[memory limit of {memory_mb} MiB reached]\n"
-        with contextlib.suppress(OSError, ValueError):  # the output is full, or closed
-            out.flush()
+        flush_all(out)
         emit(message)
 
     # What os._exit leaves out. _shutdown, unlike join, wakes the idle workers of executors.
     threading._shutdown()
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):
-        out.flush()
+    flush_all(out)
     return exit_code
+
+
+def flush_all(out):
+    """Write out what `out` holds, and what the snippet may have put in its place."""
+    for stream in (out, sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):  # the output is full, closed, or no stream at all
+            stream.flush()
 
 
 def remember_source(name, code):
@@ -893,6 +898,10 @@ def split_earlier(code):
     return [], code
 
 
+# Streams of earlier snippets. The last reference to one must stay: it would close our own output.
+REPLACED = []
+
+
 def replay(earlier, namespace):
     """Run earlier snippets, each compiled by itself; what they print goes nowhere, and an exit ends
     only the snippet in which it stands."""
@@ -909,8 +918,13 @@ def replay(earlier, namespace):
             remember_source(name, code)
             sys.stdin = io.StringIO()  # exit() closes it
             os._exit = sys.exit
-            with contextlib.suppress(SystemExit):
-                exec(compile(code, name, "exec", dont_inherit=True), namespace)
+            try:
+                with contextlib.suppress(SystemExit):
+                    exec(compile(code, name, "exec", dont_inherit=True), namespace)
+            finally:
+                flush_all(out)
+                REPLACED.append((sys.stdout, sys.stderr))
+                sys.stdout = sys.stderr = out
             atexit._run_exitfuncs()
     finally:
         os._exit = end_process

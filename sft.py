@@ -96,6 +96,7 @@ from rollout import (
     INTERPRETER_CLOSE,
     INTERPRETER_OPEN,
     TAG,
+    TEMPLATE_KWARGS,
     TOOLS,
     Packing,
     Service,
@@ -103,6 +104,7 @@ from rollout import (
     break_tags,
     encode_response,
     encode_text,
+    json_object,
     load_config,
     load_model,
     load_tokenizer,
@@ -479,7 +481,7 @@ def train_on_traces(traces, held_out, recipe, args, folder, process):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
     args: only for what decides no result, as `shard` and --sft_save_every."""
     # Positions are checked before minutes of training.
-    config, tokenizer = starting_point(recipe.model)
+    config, tokenizer = starting_point(recipe.model, recipe.template_kwargs)
 
     def examples_of(rows):
         return [trace_example(
@@ -545,6 +547,7 @@ def warm_start_recipe(args):
         model=args.model,
         weights=[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         template=load_template(args.prompt_template),
+        template_kwargs=args.template_kwargs,
         sft_traces=args.sft_traces,
         code_share=args.code_share,
         sft_steps=args.sft_steps,
@@ -663,11 +666,13 @@ def embedded_config(tokenizer):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
-def starting_point(path):
+def starting_point(path, template_kwargs=""):
     """(configuration, tokenizer) of a checkpoint, or for an empty path the embedded ones."""
     if path:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, template_kwargs)
         return load_config(path, tokenizer), tokenizer
+    if json.loads(template_kwargs or "{}"):
+        raise UserError("--template_kwargs: the embedded chat template has no variables")
     tokenizer = embedded_tokenizer()
     return embedded_config(tokenizer), tokenizer
 
@@ -1358,6 +1363,7 @@ def add_curate_arguments(parser):
     add("--max_tokens", type=at_least(1), default=16384, help="longer traces are left out")
     add("--decontaminate", nargs="*", default=[], help="evaluation sets that must not occur")
     add("--model", default="", help="model of --rewriter local or api")
+    add("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS + " (local)")
     add("--temperature", type=in_range(0.0), default=0.7, help="temperature of a rewriting model")
     add("--api_url", default="",
         help="base URL of the endpoint, for the key OPENAI_API_KEY; empty: OpenAI's")
@@ -1397,7 +1403,8 @@ async def main(process):
     process.deadline = time.monotonic() + 60 * (args.minutes or math.inf)
     use_device(process, args.device, may_use_cpu=not args.model, tf32=args.tf32)
     check_mesh(args.replicas, process.world)
-    starting_point(args.model)  # a bad checkpoint is found out before the curation
+    # A bad checkpoint is found out before the curation.
+    starting_point(args.model, args.template_kwargs)
     folder = await warm_start(args, process, args.traces)
     print(f"checkpoint: {folder}")
 

@@ -191,7 +191,7 @@ def api_model(args):
 def local_model(args):
     """complete(prompts, seeds) -> texts of a checkpoint, None where one is unfinished."""
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.template_kwargs)
     model = load_model(args.model, device, dtype).eval()
     positions = model.config.max_position_embeddings
 

@@ -341,6 +341,9 @@ def write(path, *lines):
 @pytest.mark.parametrize("row, question, answer", [
     ({"question": "Q", "answer": "5 + <<2+3=5>>5\n#### 1,005"}, "Q", "1,005"),
     ({"question": "Q", "answer": "7"}, "Q", "7"),
+    ({"question": "Q", "answer": 7}, "Q", "7"),
+    ({"question": "Q", "answer": -0.5}, "Q", "-0.5"),
+    ({"problem": "Q", "answer": 7, "solution": 9}, "Q", "7"),
     ({"input": "Q é", "output": "45"}, "Q é", "45"),
     ({"input": "Q", "output": 45}, "Q", "45"),
     ({"problem": "Q", "solution": r"thus \boxed{\frac{1}{2}}", "level": 5}, "Q", r"\frac{1}{2}"),
@@ -370,6 +373,12 @@ SYSTEM = "Solve it. Put the answer in \\boxed{}."
     {"messages": [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Q"},
                   {"role": "assistant", "content": r"\boxed{5}"}]},
     {"messages": [{"content": "Q"}, {"content": r"\boxed{5}"}]},
+    {"messages": [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+                  {"role": "user", "content": [{"type": "text", "text": "Q", "image": None}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": "so"}, {"text": r"\boxed{5}"}]}]},
+    {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q\n\nPresent the answer in LaTex "
+                                                        "format: \\boxed{Your answer}"}],
+     "reward_model": {"ground_truth": "5"}},
     {"messages": [{"role": "developer", "content": SYSTEM}, {"role": "problem", "content": "Q"},
                   {"role": "solution", "content": r"\boxed{5}"}]},
 ])
@@ -401,7 +410,10 @@ def test_a_file_with_one_question_for_different_answers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "bad", [{"question": "Q"}, {"foo": 1}, {"problem": "Q", "solution": "no box"},
             {"question": " ", "answer": "5"}, {"question": "Q", "answer": ""},
-            {"problem": "Q", "answer": None}, {"input": "Q", "output": None}, [1, 2], "5", '"text"', "null"])
+            {"problem": "Q", "answer": None},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image"}]}], "answer": "5"},
+            {"prompt": [{"content": [{"type": "text", "text": None}]}], "reward_model": {"ground_truth": "5"}},
+            {"prompt": [{"content": ["Q"]}], "reward_model": {"ground_truth": "5"}}, {"input": "Q", "output": None}, [1, 2], "5", '"text"', "null"])
 def test_a_row_without_its_fields_is_named(tmp_path, bad):
     """Guards against problems without a reference, which score -1 for ever, and messages that do not say
     where."""

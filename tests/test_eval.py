@@ -450,7 +450,8 @@ OTHER_SPELLINGS = [
     (r"(r,\theta)=(3,\frac{\pi}{2})", r"(3,\frac{\pi}{2})"),
     (r"x \lt 3", "x<3"), (r"x\gt 3", r"(3,\infty)"), (r"1\lt x\leqslant 3", "(1,3]"), (r"x \geqslant 3", r"x\ge 3"),
     (r"11,\! 111,\! 100", "11111100"), (r"11{,}\! 111{,}\!100", "11111100"),
-    ("11\u2009111\u2009100", "11111100"), ("11\u202f111", "11111"), (r"11\thinspace 111", "11111"),
+    ("11\u2009111\u2009100", "11111100"), ("11\u202f111", "11111"), ("11\u00a0111", "11111"),
+    (r"11\thinspace 111", "11111"),
     ("exp(2)", "e^2"), (r"\exp(2)", "e^2"), (r"\exp{2x}", "e^{2x}"), ("3exp(-x)", "3e^{-x}"), (r"\exp(x+1)+1", "e^{x+1}+1"),
     (r"\displaystyle\frac{1}{2}", "0.5"), (r"\displaystyle \sqrt{2}+1", r"1+\sqrt{2}"), (r"\textstyle 5", "5"),
     (r"{\bf 5}", "5"), (r"{\rm B}", "B"), (r"\boldsymbol{x+1}", "x+1"), (r"\bm{5}", "5"), (r"{\bf (1,2)}", "(1,2)"), (r"5{\rm cm}", "5 cm"),
@@ -463,7 +464,7 @@ NO_OTHER_SPELLINGS = [
     (r"\fbox{4}", "5"), ("(p,q)=(3,2)", "(2,3)"), ("(p,q)=(3,2)", "3,2"), ("(p,q)=(3,2)", "(q,p)=(3,2)"),
     ("(p,q)=5", "(5,5)"), ("(p,q)", "(3,2)"), ("(1,2)=(3,2)", "(3,2)"), ("(p,q)=(3,2)=(4,2)", "(3,2)"),
     (r"x \lt 3", "x>3"), (r"x \lt 3", r"x\le 3"), (r"x\gt 3", "3"), (r"11,\! 111", "11,111,000"), ("11\u200911", "1111"),
-    ("1 234", "1234"), ("1\u2009234\u20095", "12345"), ("(1\u2009234)", "(1,234)"),
+    ("1 234", "1234"), ("1\u2009234\u20095", "12345"), ("1\u00a023", "123"), ("(1\u2009234)", "(1,234)"),
     ("exp(2)", "2e"), ("exp(2)", "e^{-2}"), ("exp(0)", "1"), ("exp(2)x", "e^{2x}"), (r"\exp(\ln(5))", "5"),
     ("€5", "$5"), ("£5", "€5"), ("£5", "$5"), ("£5", "6"), ("£5", "5 kg"), ("½", "2"), ("3½", "1.5"), ("x½", "x"),
     ("5²", "25"), ("2¹⁰", "1024"), ("x²", "x2"), ("x²", "2x"), ("x²", "x_2"), ("cm²", "cm"), ("x₁", "x1"), ("101₂", "5"),
@@ -576,10 +577,31 @@ def test_a_killed_judge_comes_back(judged):
     ("5", None),
     ("", None),
     (r"\boxed5", None),
+    (r"\fbox{4}", "4"),
+    (r"\fbox {$\frac{1}{2}$}", r"$\frac{1}{2}$"),
+    (r"\fbox{4} \boxed{5} \fbox{6}", "5"),
+    (r"\fbox{\boxed{5}}", "5"),
+    (r"\fbox{4} \fbox{5} \boxed 6", "5"),
+    (r"\boxed 4", "4"),
+    (r"$\boxed 4$.", "4"),
+    (r"\(\boxed -4\) so", "-4"),
+    (r"\[\boxed  \frac{1}{2}\]", r"\frac{1}{2}"),
+    ("So \\boxed (1, 2)\nfor x < 3", "(1, 2)"),
+    (r"<answer>\boxed x < 3</answer>", "x < 3"),
+    (r"\boxed A", "A"),
+    (r"\boxed 3 then \boxed 4", "4"),
+    (r"\boxed 12\pi \sqrt 2", r"12\pi \sqrt 2"),
+    (r"\boxed 4 of them", "4 of them"),
+    (r"\boxed{4}, in a \boxed 5", "4"),
+    (r"in \boxed form", None),
+    (r"\boxed {4", None),
+    (r"\boxed", None),
+    ("\\boxed \n4", None),
     (r"\boxed{}", ""),
 ])
 def test_boxed_is_the_last_complete_one(text, answer):
-    """Guards against regular expressions that stop at the first brace, and the first of several answers."""
+    """Guards against regular expressions that stop at the first brace, the first of several answers, and a reward
+    lost to \\fbox{4} or \\boxed 4."""
     assert boxed(text) == answer
 
 
@@ -603,6 +625,8 @@ def test_boxed_reads_a_text_once():
     r"""Guards against a policy that writes \boxed{ until the context ends: as many scans of it all."""
     begin = time.monotonic()
     assert boxed(r"\boxed{" * 100_000) is None and boxed(r"\boxed{" * 50_000 + "}" * 50_000) == ""
+    for text in (r"\boxed 4 ", r"\boxed ", r"\boxed 4<", "<a", " ", "\n"):
+        boxed(r"\boxed 4" + text * 100_000)
     assert time.monotonic() - begin < 5
 
 

@@ -1,6 +1,8 @@
 """Which checkpoints are computed right, and are the others refused in one line?"""
+import argparse
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +17,20 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
+import eval as evaluation
 import rollout
 from data import embedded_problem, encode_prompt
 from rollout import (
     Pieces,
+    Trajectory,
     encode_interpreter,
     encode_response,
     encode_text,
@@ -162,7 +172,6 @@ def test_any_of_several_ends_stops_a_row_and_sft_trains_the_template_s(tokenizer
 def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_turns(tokenizer, tmp_path, monkeypatch):
     """Guards against a policy from a base model that talks on for ever elsewhere: its config.json and
     generation_config.json named the end of a text alone, not the end of turn that it was trained to write."""
-    import eval as evaluation
     import ppo
     import sft
     base = copy.deepcopy(tokenizer)
@@ -178,7 +187,7 @@ def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_tur
 
     process = SimpleNamespace(rank=0, device="cpu", world=1)
     recipe = SimpleNamespace(model=path, sft_seed=0, template="{question}", max_interpreter_tokens=9,
-                             sft_mask_interpreter="on", mask_failed="on")
+                             sft_mask_interpreter="on", mask_failed="on", template_kwargs="")
     trace = {"question": "1+1?", "response": "It is 2.", "failed_calls": []}
     for name in ("shard", "train", "sync_weights"):
         monkeypatch.setattr(sft, name, lambda *arguments: None)
@@ -389,6 +398,50 @@ def test_a_prompt_that_ends_inside_a_thought_is_said_once(tokenizer, tmp_path, c
     assert capsys.readouterr().err.count("opens a thought") == int(is_said)
 
 
+THINKS = turns("{{ " + ROLE + " + m['content'] }}<|end|>", GENERATION + (
+    "{% macro show(x) %}{{ x }}{{ effort }}{% endmacro %}{% if enable_thinking is defined and enable_thinking is false "
+    "%}{{ '<think>\n\n</think>\n\n' }}{% else %}{{ '<think>\n' }}{% endif %}{{ show(effort) }}"))
+
+
+def test_variables_of_a_chat_template_are_set_for_good(tokenizer, tmp_path, capsys):
+    """Guards against thoughts that were switched off in training and are on in evaluation or in other programs."""
+    loaded = brought(tokenizer, tmp_path, "\n" + THINKS)
+    before = "\n<|im_start|>user\n1+1?<|end|><|im_start|>assistant\n"
+    assert decode(loaded, encode_prompt(loaded, "{question}", "1+1?")) == before + "<think>\n"
+    assert "--template_kwargs may close it" in capsys.readouterr().err
+    shutil.copytree(tmp_path, tmp_path / "saved")
+    value = 'a\'b"\\c %} {{ d }}\n😀é\u2028'
+    for kwargs, shown in [({"enable_thinking": False}, ""), ({"effort": value, "enable_thinking": False}, value * 2),
+                          ({"effort": [1.5, -2, None, True, {}], "enable_thinking": False},
+                           "[1.5, -2, None, True, {}]" * 2)]:
+        loaded = load_tokenizer(str(tmp_path), rollout.json_object(json.dumps(kwargs)))
+        loaded.save_pretrained(tmp_path / "saved")
+        again = load_tokenizer(str(tmp_path / "saved"))
+        twice = load_tokenizer(str(tmp_path / "saved"), json.dumps(kwargs))
+        assert loaded.chat_template == again.chat_template == twice.chat_template
+        plain = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        rendered = plain.apply_chat_template([{"role": "user", "content": "1+1?"}], tokenize=False,
+                                             add_generation_prompt=True)
+        assert rendered == before + "<think>\n\n</think>\n\n" + shown
+        assert again.encode(rendered, add_special_tokens=False) == encode_prompt(again, "{question}", "1+1?")
+    # A value of a saved tokenizer gives way to another one.
+    other = load_tokenizer(str(tmp_path / "saved"), '{"enable_thinking": true, "effort": 3}')
+    assert decode(other, encode_prompt(other, "{question}", "1+1?")) == before + "<think>\n33"
+    with pytest.raises(UserError, match="--template_kwargs: its chat template knows no 'enable_thiking'$"):
+        load_tokenizer(str(tmp_path), '{"enable_thiking": false}')
+
+
+@pytest.mark.parametrize("text", ["enable_thinking=false", "[1]", "3", "null", '{"a": NaN}', '{"a": 1e999}', "{'a': 1}"])
+def test_template_kwargs_are_a_json_object(text, capsys):
+    """Guards against a traceback, or a setting that is not the one that was meant."""
+    parser = argparse.ArgumentParser()
+    evaluation.add_format_arguments(parser)
+    assert parser.parse_args(["--template_kwargs", '{"a": {"b": 1e3}}']).template_kwargs == '{"a": {"b": 1e3}}'
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--template_kwargs", text])
+    assert f"--template_kwargs: {text}: must be a JSON object" in capsys.readouterr().err
+
+
 def test_a_template_that_loses_one_question_alone_is_refused_there(tokenizer, tmp_path):
     """Guards against a template that cuts what stands behind a word, so that some questions lose their end."""
     loaded = brought(tokenizer, tmp_path, turns("{{ " + ROLE + " + m['content'].split('/think')[0] | trim }}"))
@@ -455,6 +508,13 @@ def test_segments_join_without_a_space_that_nobody_wrote(spaced):
             assert decode(spaced, ids).strip(" ") == ("x" + text + after).strip(" "), (text, after)
             if after.isascii() and text.isascii():
                 assert "".join(pieces[token] for token in ids[1:]) == text + after
+
+
+def test_the_words_of_a_report_stand_apart(spaced):
+    """Guards against a page of responses whose words are joined: alone, a SentencePiece token loses its space."""
+    t = Trajectory(0, 0, [1], encode_text(spaced, "So it is 4.\n x = é"))
+    row = evaluation.describe_trajectory(t, spaced, {"answer": "4", "family": "none"})
+    assert "".join(row["tokens"]).encode("ascii", "ignore") == b"So it is 4.\n x = "
 
 
 def test_a_printed_matrix_stands_as_it_was_printed(spaced):

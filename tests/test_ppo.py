@@ -905,6 +905,8 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--n_slots", "0"], "--n_slots: 0: must be at least 1"),
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
+    (["--template_kwargs", '{"enable_thinking": false}'], "--template_kwargs: the embedded chat template has no var"),
+    (["--template_kwargs", "enable_thinking=false"], "enable_thinking=false: must be a JSON object"),
     (["--run_dir", "FULL"], "not empty; nothing is overwritten"),
     (["--model", "FINE", "--max_prompt_tokens", "9"], "give --actor_lr (paper: 1e-06), --critic_lr (paper: 2e-06), --sandbox_timeout (paper: 5), --max_response"),
     (["--model", "FINE", *OWN, "--max_response_tokens", "9", "--sft_lr", "1"], "--sft_lr has no effect with"),

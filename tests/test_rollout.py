@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -783,10 +784,40 @@ def test_strip_fence_takes_the_block_or_everything():
     """Guards against a fence that is part of the program and against lost indentation."""
     assert strip_fence("\n```python\nx\n```\n") == "x" and strip_fence("```\nx\n```") == "x"
     assert strip_fence("\n  x\n") == "  x" and strip_fence("x = '```'") == "x = '```'"
+    assert strip_fence("```py\n\n x\n\n \t``` \n") == "\n x\n" and strip_fence("```\nx ```") == "x"
+
+
+@pytest.mark.parametrize("snippet, code", [
+    ("\r\n```python\r\nx\r\n  y\r\n```\r\n", "x\r\n  y"), ("```python3\nx\n```", "x"), ("```Python\nx\n```", "x"),
+    ("``` python\nx\n```", "x"), ("\n``` \tPY3 \nx\n```\n", "x"), ("```python3.11\n  x\n```", "  x"),
+    ("\n```python\nx\n", "x"), ("```python\nx = '```'\n", "x = '```'"), ("```\r\nx\r\n", "x"),
+    ("```pythonic\nx\n```", "```pythonic\nx\n```"), ("```json\n1\n```", "```json\n1\n```"), ("```python", "```python"),
+])
+def test_a_fence_is_one_however_it_is_written(snippet, code):
+    """Guards against a snippet that fails for the fence alone: with line ends of Windows, Python as it is spelled
+    elsewhere, or no end."""
+    assert strip_fence(snippet) == code
+
+
+def test_a_fence_is_read_once():
+    """Guards against a policy that writes spaces until the context ends: a regular expression that goes back would
+    look at all of them from each."""
+    begin = time.monotonic()
+    for blank in (" ", "\n", " \n", "```", "\t```", "\r\n"):
+        strip_fence("```python\n" + blank * 200_000 + "x")
+        strip_fence("```" + blank * 200_000 + "x")
+        strip_fence(blank * 200_000 + "```python" + blank * 200_000 + "\n```")
+    assert time.monotonic() - begin < 5
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Errors
+
+
+def test_an_error_without_a_message_is_named():
+    """Guards against a traceback from the line that was to replace one."""
+    lines = [rollout.first_line(error) for error in (ValueError("a\nb"), ValueError(""), OSError(), ValueError(" \n"))]
+    assert lines == ["a", "ValueError", "OSError", "ValueError"]
 
 
 def test_impossible_requests_are_refused(model, tokenizer):

@@ -184,6 +184,27 @@ def test_the_echo_begins_on_a_new_line(shared):
     assert (stopped.status, stopped.output) == ("error", "12\n5\n")
 
 
+WRAPPED = "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\nprint(5)\n"
+
+
+def test_output_in_a_stream_of_the_snippets_own_is_written_out(shared):
+    """Guards against output that is lost where a snippet puts a buffered stream in the place of sys.stdout, as
+    programs for other systems do to print UTF-8: Python itself writes it out at exit."""
+    shown = {WRAPPED: "5\n", "print(4, end='')\n" + WRAPPED: "45\n", WRAPPED + "sys.exit(0)": "5\n",
+             "import os, sys\nsys.stdout = os.fdopen(1, 'w')\nprint(5)": "5\n",
+             "import sys\nsys.stderr = open(2, 'w', 999, closefd=False)\nsys.stderr.write('5\\n')": "5\n",
+             "import sys\nsys.stdout = None": "", "import io, sys\nsys.stdout = io.StringIO()\nprint(5)": "",
+             "import sys\nclass W:\n    def flush(self): sys.exit(3)\nprint(5)\nsys.stdout = W()": "5\n"}
+    for code, result in zip(shown, shared(*shown)):
+        output = result.output.replace("[no output: use print(...) to see a result]", "")
+        assert (result.status, output) == ("ok", shown[code]), code
+    [failed] = shared(WRAPPED + "1 / 0")
+    assert failed.status == "error" and failed.output.startswith("5\nTraceback")
+    earlier = [WRAPPED, WRAPPED + "print('é', end='')\nraise SystemExit", WRAPPED]
+    now, again = (f"{module.EARLIER}{json.dumps(earlier)}\n{code}" for code in ("print(6)", WRAPPED))
+    assert [(result.status, result.output) for result in shared(now, again)] == [("ok", "6\n"), ("ok", "5\n")]
+
+
 def test_what_is_no_result_is_not_echoed(shared):
     """Guards against the length of what was written, read as one more number of the output, and against remarks."""
     silent = {"import sys\nsys.stdout.write('42')": "42", "import sys\nsys.stdout.write('42\\n')": "42\n",

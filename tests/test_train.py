@@ -216,9 +216,10 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
         key("--code_share", "0"),
         key("--sft_seed", "1"),
         key("--sft_lr", "0.1"),
-        key("--prompt_template", "retool")
+        key("--prompt_template", "retool"),
+        key("--template_kwargs", '{"a": 1}')
     }
-    assert len(others | {key()}) == 5
+    assert len(others | {key()}) == 6
 
 
 @pytest.mark.parametrize("file, before, after, changes", [
