@@ -79,7 +79,7 @@ OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
 MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
 STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
 MAX_FRAMES = 6
-MAX_THREADS = 128
+MAX_THREADS = 128  # of a snippet, its main one included; each takes STACK_BYTES of memory_mb
 WALL_FACTOR = 10
 JUDGE_SECONDS = 1.0
 ENVIRONMENT = dict(
@@ -91,6 +91,7 @@ ENVIRONMENT = dict(
     OMP_NUM_THREADS="1",
     OPENBLAS_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
+    MALLOC_ARENA_MAX="1",  # else each thread takes 64 MiB of address space for its malloc
 )
 
 # Of the zygote.
@@ -603,6 +604,7 @@ def prepare(math_verify=False):
     sys.dont_write_bytecode = True
     sys.set_int_max_str_digits(50_000)
     sys.setrecursionlimit(1000)
+    threading.stack_size(STACK_BYTES)  # else the host's `ulimit -s`, of memory_mb
     # These name no path of the host.
     warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)

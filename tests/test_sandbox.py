@@ -145,6 +145,17 @@ def test_memory_blow_up_is_a_memory_error():
         assert result.output.endswith("[memory limit of 128 MiB reached]\n")
 
 
+@linux_only
+def test_as_many_threads_as_promised_run_at_once(shared):
+    """Each thread's own malloc arena, and a stack as large as the host's `ulimit -s`, filled the address space
+    after seven threads: ThreadPoolExecutor(8) failed."""
+    meet = ("import threading\nfrom concurrent.futures import ThreadPoolExecutor\nall_here = threading.Barrier({0}, timeout=9)\n"
+            "with ThreadPoolExecutor({0}) as pool: print(len(set(pool.map(lambda _: all_here.wait(), range({0})))))")
+    counts = 8, 32, module.MAX_THREADS - 1                       # and the main thread
+    for count, result in zip(counts, shared(*(meet.format(count) for count in counts))):
+        assert (result.status, result.output) == ("ok", f"{count}\n"), count
+
+
 def test_stdin_is_empty(shared):
     """A snippet that waits for input must fail at once, not hang until its time limit."""
     [result] = shared("input('name? ')")
