@@ -156,6 +156,59 @@ def test_as_many_threads_as_promised_run_at_once(shared):
         assert (result.status, result.output) == ("ok", f"{count}\n"), count
 
 
+# Tasks that only wait, without any memory of their own, until the zygote has looked for the first time.
+CLONE_BOMB = """
+import ctypes, time
+libc = ctypes.CDLL(None)
+room = ctypes.addressof(ctypes.create_string_buffer(1 << 16))
+stack, tls, number = [ctypes.c_void_p(room + part * (1 << 14)) for part in (1, 2, 3)]
+tasks, begin = 1, time.monotonic()
+while time.monotonic() < begin + 0.09:
+    tasks += libc.clone(libc.pause, stack, 0x3D0F00, None, number, tls, number) > 0
+print(tasks)
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("as_nobody", [False, True])
+def test_a_clone_bomb_is_bounded_from_the_start(tmp_path, as_nobody):
+    """Thousands of tasks, made before the first look, took the last pids from the trainer; and root is exempt from
+    RLIMIT_NPROC. What the neighbour may start must not depend on it."""
+    code = (f"import asyncio, sys\nsys.path[:0] = {[str(REPO), str(REPO / 'tests')]!r}\nimport test_sandbox as t\n"
+            + "t.become_nobody()\n" * as_nobody
+            + "print([r.output for r in t.run_all(t.CLONE_BOMB, t.CLONE_BOMB, timeout=2.0)])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if as_nobody and "PermissionError" in result.stderr:
+        pytest.skip("cannot become an unprivileged user here")
+    assert result.stdout == f"{[f'{module.MAX_THREADS}' + chr(10)] * 2}\n", result
+
+
+@linux_only
+def test_a_fork_that_fails_is_tried_again(monkeypatch, tmp_path):
+    """Where pids are short for a moment, the zygote ended with all its snippets."""
+    flaky = """
+fork, forks = os.fork, itertools.count(1)
+def flaky_fork():
+    if next(forks) % 3 == 0:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = flaky_fork
+"""
+    source = Path(module.__file__).read_text()
+    start = '\nif __name__ == "__main__":'
+    assert source.count(start) == 1
+    (tmp_path / "sandbox.py").write_text(source.replace(start, flaky + start))
+
+    async def main():
+        async with Sandbox(timeout=5.0) as sandbox:
+            first = sandbox.process
+            results = await asyncio.gather(*(sandbox.run(f"print({i})") for i in range(12)))
+            assert [r.output for r in results] == [f"{i}\n" for i in range(12)]
+            assert sandbox.process is first and sandbox.deaths == 0
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "sandbox.py"))
+    asyncio.run(main())
+
+
 def test_stdin_is_empty(shared):
     """A snippet that waits for input must fail at once, not hang until its time limit."""
     [result] = shared("input('name? ')")
