@@ -23,10 +23,14 @@ main thread less what that waited for a core, whichever is more. So other load p
 it. WALL_FACTOR * `timeout` of wall time ends all.
 
 Covered too: floods of output, memory and threads, state passed between snippets, a killed or
-frozen zygote, a killed trainer. The same code and seed give the same text (clocks, os.urandom and
-addresses aside). NOT covered: holes in the kernel; timing and cache channels; stat(), which
-Landlock leaves open; where the report says NOT bound on threads, what a snippet starts before the
-first look at it. macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
+frozen zygote, a killed trainer. The same code and seed give the same text (clocks, os.urandom,
+addresses, process, thread and user ids, inodes aside).
+
+NOT covered: holes in the kernel; timing and cache channels; stat(), which Landlock leaves open;
+ids that the kernel counts up (of processes, threads, inodes), which tell how many others there
+were; the names of the host and of the interpreter's folders; what a snippet starts before the
+first look at it, where the report says "NOT bound on threads".
+macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
 
     python sandbox.py                     # does it start here?
     python tests/bench_sandbox.py         # speed against a fresh interpreter per snippet
@@ -260,21 +264,19 @@ class Sandbox:
 
         config = dataclasses.asdict(self)
         config.update(trainer_pid=os.getpid(), folders=library_folders(), path=sys.path)
-        command = [
-            sys.executable,
-            "-s",  # not -I, which ignores PYTHONHASHSEED
-            os.path.abspath(__file__),
-            "--zygote",
-            str(theirs.fileno()),
-            json.dumps(config),
-        ]
-        with theirs:
+        config_file = anonymous_file(json.dumps(config).encode())
+        config_file.seek(0)
+        # A snippet can read the command and the names of the files in stack traces. So this file
+        # is the zygote's stdin, and its command has no path of ours.
+        with theirs, config_file, open(__file__, "rb") as this_file:
+            fds = [theirs.fileno(), config_file.fileno()]
             self.process = subprocess.Popen(
-                command,
+                # -s, not -I, which ignores PYTHONHASHSEED
+                [sys.executable, "-s", "-", "--zygote", str(fds[0]), str(fds[1])],
                 env=ENVIRONMENT,
                 cwd="/",
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                stdin=this_file,
                 stdout=self.layers_file,
             )
         self.socket = ours
@@ -559,7 +561,7 @@ def zygote_main(sock, config):
     os.setpgid(0, 0)  # Ctrl-C in the trainer's terminal must not reach it
 
     folders = tuple(folder + "/" for folder in config["folders"])
-    sys.path[:] = [folder for folder in config["path"] if (folder + "/").startswith(folders)]
+    sys.path[:] = [folder for folder in config.pop("path") if (folder + "/").startswith(folders)]
     prepare(config["math_verify"])
     config.update(zygote_pid=os.getpid(), limits=limits(config))
     report = give_up(config)
@@ -567,13 +569,15 @@ def zygote_main(sock, config):
     if report["missing"] and not config["unsafe"]:
         return
     # Not before: entering a user namespace resets it.
-    die_with_parent(config["trainer_pid"])
+    die_with_parent(config.pop("trainer_pid"))
 
     # A collection would un-share all pages; in snippets it may be rare.
     gc.disable()
     gc.set_threshold(10_000, 10, 10)
     gc.freeze()
-    serve(sock, config)
+    request = serve(sock, config)
+    if request is not None:
+        run_child(config, *request)  # never returns
 
 
 def prepare(math_verify=False):
@@ -604,6 +608,7 @@ def prepare(math_verify=False):
             exec(JUDGE, {"texts": [text, text.replace("2", "7")]})
 
     sys.argv = [SNIPPET]
+    sys.orig_argv = [SNIPPET]
     sys.dont_write_bytecode = True
     sys.set_int_max_str_digits(50_000)
     sys.setrecursionlimit(1000)
@@ -668,12 +673,14 @@ def limits(config):
     if LINUX:
         mapped_pages = int(process_file("self", "statm").split()[0])
         space = mapped_pages * resource.getpagesize() + (config["memory_mb"] << 20)
-        pairs.update(SIGPENDING=(64, 64), MSGQUEUE=(0, 0), AS=(space, space + MEMORY_RESERVE))
+        # No queued signals: they are counted per user, so two snippets could talk by them.
+        pairs.update(SIGPENDING=(0, 0), MSGQUEUE=(0, 0), AS=(space, space + MEMORY_RESERVE))
     return pairs
 
 
 def serve(sock, config):
-    """The loop, until the trainer closes."""
+    """The loop, until the trainer closes: None. A forked child returns its request at once, for
+    a snippet can look into the frames below its own: here are those that run beside it."""
     # A child's end writes into this pipe, which wakes select().
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -712,7 +719,7 @@ def serve(sock, config):
             if not message:  # the trainer closed
                 for job in jobs.values():
                     reap(job)
-                return
+                return None
 
             request_id, seed, timeout = REQUEST.unpack(message)
             if timeout:
@@ -738,7 +745,7 @@ def serve(sock, config):
                 break
             del queue[request_id]
             if pid == 0:
-                run_child(config, seed, code_fd, output_fd)  # never returns
+                return seed, code_fd, output_fd
             os.close(code_fd)
             os.close(output_fd)
             look_at = started_at + min(timeout, LOOK_SECONDS)
@@ -811,7 +818,7 @@ def reap(job):
 
 
 def run_child(config, seed, code_fd, output_fd):
-    """Runs in the forked child and ends it: nothing may return to `serve`."""
+    """Runs in the forked child and ends it."""
     exit_code = 1
     try:
         try:
@@ -1411,7 +1418,7 @@ async def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
-        zygote_main(socket.socket(fileno=int(sys.argv[2])), json.loads(sys.argv[3]))
+        zygote_main(socket.socket(fileno=int(sys.argv[2])), json.load(open(int(sys.argv[3]))))
     else:
         try:
             asyncio.run(main())

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -288,6 +289,42 @@ def test_no_host_path_in_feedback(shared):
     for result in results:
         assert sys.prefix not in result.output and "/lib" not in result.output, result.output
     assert "RuntimeWarning" in results[2].output and "ZeroDivisionError" in results[3].output
+
+
+def test_nothing_of_the_trainer_shows_below_the_snippet():
+    """sys.orig_argv, stack traces and the frames that called the snippet's named this repository's folder and the
+    trainer's process, and held the list of the snippets beside it."""
+    command, stack, frames = run_all(
+        "import ctypes, sys\nprint(sys.orig_argv)\nget = getattr(ctypes.pythonapi, 'Py_GetArgcArgv', None)\n"
+        "n, words = ctypes.c_int(), ctypes.POINTER(ctypes.c_wchar_p)()\n"
+        "if get:\n    get(ctypes.byref(n), ctypes.byref(words))\n    print(words[1:n.value])",
+        "import faulthandler, traceback\ntraceback.print_stack()\nfaulthandler.dump_traceback(1)",
+        "import sys\nframe = sys._getframe(1)\nwhile frame:\n"
+        "    print(frame.f_code.co_filename, frame.f_code.co_name, frame.f_globals.get('__file__'))\n"
+        "    if frame.f_locals is not frame.f_globals: print(frame.f_locals)\n    frame = frame.f_back",
+        output_chars=100_000)
+    for result in command, stack, frames:
+        assert result.status == "ok" and str(REPO) not in result.output, result
+    assert command.output.startswith("['snippet.py']\n") and "snippet.py" in stack.output
+    for result in command, frames:
+        assert str(os.getpid()) not in re.findall(r"\b\d+\b", result.output)
+    assert "zygote_main" in frames.output and "jobs" not in frames.output
+
+
+@linux_only
+def test_pending_signals_carry_no_message(shared):
+    """They are counted per user: a snippet saw, by how many signals it could still queue, how many its neighbour
+    had queued. Signals that are not queued must arrive as before."""
+    queue = ("import os, signal, time\nsignals = range(signal.SIGRTMIN, signal.SIGRTMAX)\n"
+             "signal.pthread_sigmask(signal.SIG_BLOCK, signals)\ncount = 0\n"
+             "for number in [*signals] * 3:\n    try: signal.raise_signal(number); count += 1\n"
+             "    except BlockingIOError: pass\ntime.sleep(0.3)\nprint(count)")
+    for result in shared(queue, queue):
+        assert (result.status, result.output) == ("ok", "0\n")
+    [sent] = shared("import os, signal\nfor number in signal.SIGUSR1, signal.SIGALRM, signal.SIGRTMIN:\n"
+                    "    signal.signal(number, lambda n, _: print('got', int(n)))\n    os.kill(os.getpid(), number)\n"
+                    "signal.raise_signal(signal.SIGUSR1)")
+    assert (sent.status, sent.output) == ("ok", "got 10\ngot 14\ngot 34\ngot 10\n")
 
 
 def test_main_module_is_real(shared):
