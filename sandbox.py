@@ -28,8 +28,8 @@ addresses, process, thread and user ids, inodes aside).
 
 NOT covered: holes in the kernel; timing and cache channels; stat(), which Landlock leaves open;
 ids that the kernel counts up (of processes, threads, inodes), which tell how many others there
-were; the names of the host and of the interpreter's folders; what a snippet starts before the
-first look at it, where the report says "NOT bound on threads".
+were; the names of the host and of the interpreter's folders; threads that a snippet starts in
+10 ms, where the report says "NOT bound on threads".
 macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
 
     python sandbox.py                     # does it start here?
@@ -555,7 +555,7 @@ class Job:
 
 def zygote_main(sock, config):
     """Import what snippets use, give up what they must not have, serve."""
-    global LIBC, PROC
+    global LIBC, PROC, LOOK_SECONDS
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
     os.setpgid(0, 0)  # Ctrl-C in the trainer's terminal must not reach it
@@ -563,8 +563,10 @@ def zygote_main(sock, config):
     folders = tuple(folder + "/" for folder in config["folders"])
     sys.path[:] = [folder for folder in config.pop("path") if (folder + "/").startswith(folders)]
     prepare(config["math_verify"])
-    config.update(zygote_pid=os.getpid(), limits=limits(config))
+    config.update(zygote_pid=os.getpid(), limits=limits(config), own_user=False)
     report = give_up(config)
+    if LINUX and not config["own_user"]:
+        LOOK_SECONDS = 0.01  # nothing else bounds what a snippet starts
     os.pwrite(1, json.dumps(report).encode(), 0)
     if report["missing"] and not config["unsafe"]:
         return
@@ -1124,7 +1126,6 @@ def give_up(config):
     # A user namespace hides this process from its owner.
     kernel("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
 
-    config["own_user"] = False
     with layer("bound on threads", mandatory=False):
         keep_capabilities(CAP_SETUID)
         try_own_user()
