@@ -23,9 +23,14 @@ main thread less what that waited for a core, whichever is more. So other load p
 it. WALL_FACTOR * `timeout` of wall time ends all.
 
 Covered too: floods of output, memory and threads, state passed between snippets, a killed or
-frozen zygote, a killed trainer. The same code and seed give the same text (clocks, os.urandom and
-addresses aside). NOT covered: holes in the kernel; timing and cache channels; stat(), which
-Landlock leaves open. macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
+frozen zygote, a killed trainer. The same code and seed give the same text (clocks, os.urandom,
+addresses, process, thread and user ids, inodes aside).
+
+NOT covered: holes in the kernel; timing and cache channels; stat(), which Landlock leaves open;
+ids that the kernel counts up (of processes, threads, inodes), which tell how many others there
+were; the names of the host and of the interpreter's folders; threads that a snippet starts in
+10 ms, where the report says "NOT bound on threads".
+macOS (Python 3.13 or later) and --unsafe_sandbox: accidents only.
 
     python sandbox.py                     # does it start here?
     python tests/bench_sandbox.py         # speed against a fresh interpreter per snippet
@@ -79,7 +84,7 @@ OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
 MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
 STACK_BYTES = 2 << 20  # CPython's time to overflow it with repr() grows with its square
 MAX_FRAMES = 6
-MAX_THREADS = 128
+MAX_THREADS = 128  # of a snippet, its main one included; each takes STACK_BYTES of memory_mb
 WALL_FACTOR = 10
 JUDGE_SECONDS = 1.0
 ENVIRONMENT = dict(
@@ -91,12 +96,15 @@ ENVIRONMENT = dict(
     OMP_NUM_THREADS="1",
     OPENBLAS_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
+    MALLOC_ARENA_MAX="1",  # else each thread takes 64 MiB of address space for its malloc
 )
 
 # Of the zygote.
 MAX_IN_FLIGHT = 128  # requests inside it: 2 descriptors each, well below 1024
 MAX_DEATHS = 10
 LOOK_SECONDS = 0.1  # between looks at a snippet
+FORK_SECONDS = 0.1  # until a fork that failed is tried again
+FIRST_USER = 0x7F000000  # users from here on are nobody on a host, nor in a container
 FROZEN_SECONDS = 30.0  # one silent this long past a time limit is replaced
 
 # Its messages. A time limit of 0 cancels.
@@ -256,21 +264,19 @@ class Sandbox:
 
         config = dataclasses.asdict(self)
         config.update(trainer_pid=os.getpid(), folders=library_folders(), path=sys.path)
-        command = [
-            sys.executable,
-            "-s",  # not -I, which ignores PYTHONHASHSEED
-            os.path.abspath(__file__),
-            "--zygote",
-            str(theirs.fileno()),
-            json.dumps(config),
-        ]
-        with theirs:
+        config_file = anonymous_file(json.dumps(config).encode())
+        config_file.seek(0)
+        # A snippet can read the command and the names of the files in stack traces. So this file
+        # is the zygote's stdin, and its command has no path of ours.
+        with theirs, config_file, open(__file__, "rb") as this_file:
+            fds = [theirs.fileno(), config_file.fileno()]
             self.process = subprocess.Popen(
-                command,
+                # -s, not -I, which ignores PYTHONHASHSEED
+                [sys.executable, "-s", "-", "--zygote", str(fds[0]), str(fds[1])],
                 env=ENVIRONMENT,
                 cwd="/",
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                stdin=this_file,
                 stdout=self.layers_file,
             )
         self.socket = ours
@@ -549,27 +555,31 @@ class Job:
 
 def zygote_main(sock, config):
     """Import what snippets use, give up what they must not have, serve."""
-    global LIBC, PROC
+    global LIBC, PROC, LOOK_SECONDS
     LIBC = ctypes.CDLL(None, use_errno=True)
     PROC = os.open("/proc", os.O_RDONLY) if LINUX else None
     os.setpgid(0, 0)  # Ctrl-C in the trainer's terminal must not reach it
 
     folders = tuple(folder + "/" for folder in config["folders"])
-    sys.path[:] = [folder for folder in config["path"] if (folder + "/").startswith(folders)]
+    sys.path[:] = [folder for folder in config.pop("path") if (folder + "/").startswith(folders)]
     prepare(config["math_verify"])
-    config.update(zygote_pid=os.getpid(), limits=limits(config))
+    config.update(zygote_pid=os.getpid(), limits=limits(config), own_user=False)
     report = give_up(config)
+    if LINUX and not config["own_user"]:
+        LOOK_SECONDS = 0.01  # nothing else bounds what a snippet starts
     os.pwrite(1, json.dumps(report).encode(), 0)
     if report["missing"] and not config["unsafe"]:
         return
     # Not before: entering a user namespace resets it.
-    die_with_parent(config["trainer_pid"])
+    die_with_parent(config.pop("trainer_pid"))
 
     # A collection would un-share all pages; in snippets it may be rare.
     gc.disable()
     gc.set_threshold(10_000, 10, 10)
     gc.freeze()
-    serve(sock, config)
+    request = serve(sock, config)
+    if request is not None:
+        run_child(config, *request)  # never returns
 
 
 def prepare(math_verify=False):
@@ -600,9 +610,11 @@ def prepare(math_verify=False):
             exec(JUDGE, {"texts": [text, text.replace("2", "7")]})
 
     sys.argv = [SNIPPET]
+    sys.orig_argv = [SNIPPET]
     sys.dont_write_bytecode = True
     sys.set_int_max_str_digits(50_000)
     sys.setrecursionlimit(1000)
+    threading.stack_size(STACK_BYTES)  # else the host's `ulimit -s`, of memory_mb
     # These name no path of the host.
     warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
@@ -663,12 +675,14 @@ def limits(config):
     if LINUX:
         mapped_pages = int(process_file("self", "statm").split()[0])
         space = mapped_pages * resource.getpagesize() + (config["memory_mb"] << 20)
-        pairs.update(SIGPENDING=(64, 64), MSGQUEUE=(0, 0), AS=(space, space + MEMORY_RESERVE))
+        # No queued signals: they are counted per user, so two snippets could talk by them.
+        pairs.update(SIGPENDING=(0, 0), MSGQUEUE=(0, 0), AS=(space, space + MEMORY_RESERVE))
     return pairs
 
 
 def serve(sock, config):
-    """The loop, until the trainer closes."""
+    """The loop, until the trainer closes: None. A forked child returns its request at once, for
+    a snippet can look into the frames below its own: here are those that run beside it."""
     # A child's end writes into this pipe, which wakes select().
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -677,10 +691,11 @@ def serve(sock, config):
 
     queue = collections.OrderedDict()  # request id -> (seed, timeout, code_fd, output_fd)
     jobs = {}  # request id -> Job
+    fork_at = math.inf  # after a fork that failed: the time to try again
     while True:
-        # Wait for a request, a child's end, or the time of a look.
+        # Wait for a request, a child's end, or the time of a look or fork.
         look_at = min((job.look_at for job in jobs.values()), default=math.inf)
-        wait = min(look_at - time.monotonic(), 3600.0)
+        wait = min(look_at - time.monotonic(), fork_at - time.monotonic(), 3600.0)
         readable, _, _ = select.select([sock, wake_read], [], [], max(0.0, wait))
         if wake_read in readable:
             os.read(wake_read, 4096)
@@ -706,7 +721,7 @@ def serve(sock, config):
             if not message:  # the trainer closed
                 for job in jobs.values():
                     reap(job)
-                return
+                return None
 
             request_id, seed, timeout = REQUEST.unpack(message)
             if timeout:
@@ -720,13 +735,19 @@ def serve(sock, config):
                 kill_group(jobs[request_id].pid)
 
         # Fork a child for each free worker.
+        fork_at = math.inf
         while queue and len(jobs) < config["workers"]:
-            request_id, request = queue.popitem(last=False)  # the oldest
-            seed, timeout, code_fd, output_fd = request
+            request_id = next(iter(queue))  # the oldest
+            seed, timeout, code_fd, output_fd = queue[request_id]
             started_at = time.monotonic()
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # the host has too many processes just now
+                fork_at = started_at + FORK_SECONDS
+                break
+            del queue[request_id]
             if pid == 0:
-                run_child(config, seed, code_fd, output_fd)  # never returns
+                return seed, code_fd, output_fd
             os.close(code_fd)
             os.close(output_fd)
             look_at = started_at + min(timeout, LOOK_SECONDS)
@@ -772,6 +793,12 @@ def process_file(pid, name):
         return file.read()
 
 
+def write_process_file(name, text):
+    """Write /proc/self/name."""
+    with open(os.open(f"self/{name}", os.O_WRONLY, dir_fd=PROC), "w") as file:
+        file.write(text)
+
+
 def kill_group(pid):
     """SIGKILL for a child that is not reaped yet, and for its group."""
     os.kill(pid, signal.SIGKILL)  # it may not have made its own group yet
@@ -793,7 +820,7 @@ def reap(job):
 
 
 def run_child(config, seed, code_fd, output_fd):
-    """Runs in the forked child and ends it: nothing may return to `serve`."""
+    """Runs in the forked child and ends it."""
     exit_code = 1
     try:
         try:
@@ -1026,6 +1053,7 @@ PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
+CAP_SETUID = 1 << 7
 CLONE_NEWUSER = 0x10000000
 MS_RDONLY = 0x1
 MS_REC = 0x4000
@@ -1085,6 +1113,8 @@ def give_up(config):
         if process_file("self", "schedstat").startswith("0 "):
             raise OSError("the kernel does not count it")
 
+    user = os.geteuid()
+    group = os.getegid()
     host_mounts = os.stat("self/ns/mnt", dir_fd=PROC).st_ino
     with layer("network, IPC and mount namespaces", mandatory=False):
         namespaces = 0x48020000  # CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWNS
@@ -1092,6 +1122,10 @@ def give_up(config):
             kernel("unshare", namespaces)
         except PermissionError:  # a user namespace allows the others
             kernel("unshare", namespaces | CLONE_NEWUSER)
+            # Who is unknown in one cannot make the next, a snippet's own.
+            write_process_file("setgroups", "deny")
+            write_process_file("uid_map", f"{user} {user} 1")
+            write_process_file("gid_map", f"{group} {group} 1")
 
     with layer("read-only mounts, no /proc", mandatory=False):
         # CRUCIAL, for root: without a namespace of its own this would strike the host, and
@@ -1106,14 +1140,15 @@ def give_up(config):
     # A user namespace hides this process from its owner.
     kernel("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
 
+    with layer("bound on threads", mandatory=False):
+        keep_capabilities(CAP_SETUID)
+        try_own_user()
+        config["own_user"] = True
+
     with layer("dropped capabilities"):
         kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
-        sets = ctypes.create_string_buffer(24)
-        kernel("capset", header, sets)
-        kernel("capget", header, sets)
-        if any(sets.raw):
-            raise OSError("some are left")
+        if not config["own_user"]:
+            keep_capabilities(0)
 
     with layer("Landlock"):
         config["landlock"] = landlock_ruleset(config["folders"])
@@ -1128,9 +1163,65 @@ def give_up(config):
     return report
 
 
+def keep_capabilities(kept):
+    """Drop all capabilities but those of the set `kept` (of the first 32)."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(24)
+    kernel("capget", header, sets)
+    permitted = struct.unpack("=6I", sets.raw)[1]
+    wanted = struct.pack("=6I", kept & permitted, kept & permitted, 0, 0, 0, 0)
+    kernel("capset", header, wanted)
+    kernel("capget", header, sets)
+    if sets.raw != wanted:
+        raise OSError("some are left")
+
+
+def take_own_user():
+    """Become a user of whom there is no other process. The kernel counts tasks, for RLIMIT_NPROC,
+    by real user and user namespace, and exempts root."""
+    try:
+        os.setresuid(FIRST_USER + os.getpid(), -1, -1)  # who may open files does not change
+    except OSError:  # not root
+        kernel("unshare", CLONE_NEWUSER)
+        kernel("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def try_own_user():
+    """OSError unless a child that takes a user of its own may have two tasks, and not two where
+    the limit is one."""
+    pid = os.fork()
+    if pid == 0:
+        exit_code = 1
+        try:
+            take_own_user()
+            keep_capabilities(0)
+            resource.setrlimit(resource.RLIMIT_NPROC, (2, 2))
+            threading.Thread(target=int).start()
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+            try:
+                threading.Thread(target=int).start()
+            except RuntimeError:
+                exit_code = 0
+        finally:
+            os._exit(exit_code)
+
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    try:
+        process_file(pid, "stat")  # /proc may hide processes of other users
+    finally:
+        _, wait_status = os.waitpid(pid, 0)
+    if wait_status:
+        raise OSError("no user of its own for a snippet")
+
+
 def confine(config):
     """The restrictions that are not inherited, just before the code."""
     os.setpgid(0, 0)
+    if config["own_user"]:  # before die_with_parent: a namespace resets it
+        with contextlib.suppress(OSError):  # no namespace is left: share that of the zygote
+            take_own_user()
+        keep_capabilities(0)
+        resource.setrlimit(resource.RLIMIT_NPROC, (MAX_THREADS, MAX_THREADS))
     die_with_parent(config["zygote_pid"])
     # An open file of its own: flags of the zygote's stdin are shared.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -1342,7 +1433,7 @@ async def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
-        zygote_main(socket.socket(fileno=int(sys.argv[2])), json.loads(sys.argv[3]))
+        zygote_main(socket.socket(fileno=int(sys.argv[2])), json.load(open(int(sys.argv[3]))))
     else:
         try:
             asyncio.run(main())

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -145,6 +146,83 @@ def test_memory_blow_up_is_a_memory_error():
         assert result.output.endswith("[memory limit of 128 MiB reached]\n")
 
 
+@linux_only
+def test_as_many_threads_as_promised_run_at_once(shared):
+    """Each thread's own malloc arena, and a stack as large as the host's `ulimit -s`, filled the address space
+    after seven threads: ThreadPoolExecutor(8) failed."""
+    meet = ("import threading\nfrom concurrent.futures import ThreadPoolExecutor\nall_here = threading.Barrier({0}, timeout=9)\n"
+            "with ThreadPoolExecutor({0}) as pool: print(len(set(pool.map(lambda _: all_here.wait(), range({0})))))")
+    counts = 8, 32, module.MAX_THREADS - 1                       # and the main thread
+    for count, result in zip(counts, shared(*(meet.format(count) for count in counts))):
+        assert (result.status, result.output) == ("ok", f"{count}\n"), count
+
+
+# Tasks that only wait, and need no memory of their own. It ends before the zygote has looked often.
+CLONE_BOMB = """
+import ctypes
+libc = ctypes.CDLL(None)
+room = ctypes.addressof(ctypes.create_string_buffer(1 << 16))
+stack, tls, number = [ctypes.c_void_p(room + part * (1 << 14)) for part in (1, 2, 3)]
+tasks = 1
+for _ in range(3000):
+    tasks += libc.clone(libc.pause, stack, 0x3D0F00, None, number, tls, number) > 0
+print(tasks)
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("as_nobody", [False, True])
+def test_a_clone_bomb_is_bounded_from_the_start(tmp_path, as_nobody):
+    """Thousands of tasks, made before the first look, took the last pids from the trainer; and root is exempt from
+    RLIMIT_NPROC. What the neighbour may start must not depend on it."""
+    code = (f"import asyncio, sys\nsys.path[:0] = {[str(REPO), str(REPO / 'tests')]!r}\nimport test_sandbox as t\n"
+            + "t.become_nobody()\n" * as_nobody
+            + "print([r.output for r in t.run_all(t.CLONE_BOMB, t.CLONE_BOMB, timeout=2.0)])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if as_nobody and "PermissionError" in result.stderr:
+        pytest.skip("cannot become an unprivileged user here")
+    assert result.stdout == f"{[f'{module.MAX_THREADS}' + chr(10)] * 2}\n", result
+
+
+@linux_only
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86-64")
+def test_where_tasks_have_no_bound_a_snippet_is_looked_at_often():
+    """Without namespaces and without root a snippet has no user of its own: only looks stop a bomb, and with a
+    tenth of them ten times as many tasks start."""
+    code = (f"import asyncio, sys\nsys.path[:0] = {[str(REPO), str(REPO / 'tests')]!r}\nimport test_sandbox as t\n"
+            "look = 'import sys\\nprint(sys._getframe(1).f_globals[\"LOOK_SECONDS\"])'\n"
+            "print([(r.status, r.output) for r in t.run_all(look, t.CLONE_BOMB.replace('3000', '10**7'), timeout=2.0)])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                            preexec_fn=deny(n117=errno.EPERM, n272=errno.EPERM))    # setresuid, unshare
+    assert result.stdout == "[('ok', '0.01\\n'), ('killed', '[killed by SIGKILL]')]\n", result
+
+
+@linux_only
+def test_a_fork_that_fails_is_tried_again(monkeypatch, tmp_path):
+    """Where pids are short for a moment, the zygote ended with all its snippets."""
+    flaky = """
+fork, forks = os.fork, itertools.count(1)
+def flaky_fork():
+    if next(forks) % 3 == 0:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = flaky_fork
+"""
+    source = Path(module.__file__).read_text()
+    start = '\nif __name__ == "__main__":'
+    assert source.count(start) == 1
+    (tmp_path / "sandbox.py").write_text(source.replace(start, flaky + start))
+
+    async def main():
+        async with Sandbox(timeout=5.0) as sandbox:
+            first = sandbox.process
+            results = await asyncio.gather(*(sandbox.run(f"print({i})") for i in range(12)))
+            assert [r.output for r in results] == [f"{i}\n" for i in range(12)]
+            assert sandbox.process is first and sandbox.deaths == 0
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "sandbox.py"))
+    asyncio.run(main())
+
+
 def test_stdin_is_empty(shared):
     """A snippet that waits for input must fail at once, not hang until its time limit."""
     [result] = shared("input('name? ')")
@@ -245,6 +323,42 @@ def test_no_host_path_in_feedback(shared):
     for result in results:
         assert sys.prefix not in result.output and "/lib" not in result.output, result.output
     assert "RuntimeWarning" in results[2].output and "ZeroDivisionError" in results[3].output
+
+
+def test_nothing_of_the_trainer_shows_below_the_snippet():
+    """sys.orig_argv, stack traces and the frames that called the snippet's named this repository's folder and the
+    trainer's process, and held the list of the snippets beside it."""
+    command, stack, frames = run_all(
+        "import ctypes, sys\nprint(sys.orig_argv)\nget = getattr(ctypes.pythonapi, 'Py_GetArgcArgv', None)\n"
+        "n, words = ctypes.c_int(), ctypes.POINTER(ctypes.c_wchar_p)()\n"
+        "if get:\n    get(ctypes.byref(n), ctypes.byref(words))\n    print(words[1:n.value])",
+        "import faulthandler, traceback\ntraceback.print_stack()\nfaulthandler.dump_traceback(1)",
+        "import sys\nframe = sys._getframe(1)\nwhile frame:\n"
+        "    print(frame.f_code.co_filename, frame.f_code.co_name, frame.f_globals.get('__file__'))\n"
+        "    if frame.f_locals is not frame.f_globals: print(frame.f_locals)\n    frame = frame.f_back",
+        output_chars=100_000)
+    for result in command, stack, frames:
+        assert result.status == "ok" and str(REPO) not in result.output, result
+    assert command.output.startswith("['snippet.py']\n") and "snippet.py" in stack.output
+    for result in command, frames:
+        assert str(os.getpid()) not in re.findall(r"\b\d+\b", result.output)
+    assert "zygote_main" in frames.output and "jobs" not in frames.output
+
+
+@linux_only
+def test_pending_signals_carry_no_message(shared):
+    """They are counted per user: a snippet saw, by how many signals it could still queue, how many its neighbour
+    had queued. Signals that are not queued must arrive as before."""
+    queue = ("import os, signal, time\nsignals = range(signal.SIGRTMIN, signal.SIGRTMAX)\n"
+             "signal.pthread_sigmask(signal.SIG_BLOCK, signals)\ncount = 0\n"
+             "for number in [*signals] * 3:\n    try: signal.raise_signal(number); count += 1\n"
+             "    except BlockingIOError: pass\ntime.sleep(0.3)\nprint(count)")
+    for result in shared(queue, queue):
+        assert (result.status, result.output) == ("ok", "0\n")
+    [sent] = shared("import os, signal\nfor number in signal.SIGUSR1, signal.SIGALRM, signal.SIGRTMIN:\n"
+                    "    signal.signal(number, lambda n, _: print('got', int(n)))\n    os.kill(os.getpid(), number)\n"
+                    "signal.raise_signal(signal.SIGUSR1)")
+    assert (sent.status, sent.output) == ("ok", "got 10\ngot 14\ngot 34\ngot 10\n")
 
 
 def test_main_module_is_real(shared):
@@ -543,6 +657,7 @@ x86_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of
     (dict(n446=0), False, "its self-test could read"),                    # says yes and does nothing
     (dict(n272=errno.EPERM), True, "NOT network, IPC and mount namespaces"),
     (dict(n165=errno.EPERM), True, "NOT read-only mounts"),
+    (dict(n117=errno.EPERM, n272=errno.EPERM), True, "NOT bound on threads"),
     (dict(n444=errno.ENOSYS, unsafe=True), True, "POSSIBLE: read"),
 ])
 def test_start_needs_the_mandatory_layers_only(calls, started, text):
