@@ -368,7 +368,7 @@ def field_names(row):
 # The embedded problems. Reward has to find what their traces do not show, or hardly:
 #   by hand      the model is right without a tool: should it call one at all?
 #   one script   the tool may be busy: does it ask once more?
-#   two scripts  each runs on the problems of traces, but one fails on a larger one: which is written?
+#   two scripts  both work in traces, one of them fails on larger problems: which is written?
 #   search       what came back decides the next call: how does it search?
 
 # Of "traces" and "held_out_traces" the warm start is made; there every script of a problem works.

@@ -533,11 +533,11 @@ METRICS = {
     "pass_last_incorrect_count": "wrong responses with code",
     "timing_first": "start of the first snippet / response length",
     "timing_mean": "start of any snippet / response length",
-    "retry_busy": "share of busy calls after which there is another, where one is left",
+    "retry_busy": "share of busy calls that another follows, where one is left",
     "retry_busy_count": "busy calls after which one is left",
     "accuracy_after_retry": "share of correct ones among responses with such another call",
-    "self_correction": "share of snippets that failed by themselves and are followed by one that runs",
-    "self_correction_count": "snippets that failed by themselves",
+    "self_correction": "share of failed snippets, not busy ones, that are followed by one that ran",
+    "self_correction_count": "failed snippets, not busy ones",
     "corrected_share": "share of correct responses with a failed snippet",
     "truncated": "share of responses cut off by a limit",
     "sandbox_outcomes": "snippets by status; ok: the paper's correct codes",
@@ -547,8 +547,8 @@ METRICS = {
     "right_script": "share of first scripts that print the answer, where one of two does not",
     "right_script_count": "responses with a script to such problems",
     "copied_script": "share of scripts that are those of traces, with this problem's numbers",
-    "self_correction_silent": "share of scripts that printed a wrong answer, and a later one the right",
-    "self_correction_silent_count": "scripts that printed a wrong answer",
+    "self_correction_silent": "share of scripts with a wrong answer before one with the right",
+    "self_correction_silent_count": "scripts with a wrong answer",
     "search_solved": "accuracy of searches with a call",
     "search_solved_count": "searches with a call",
     "middle_probe": "share of questions in the middle half, where five or more numbers are left",
@@ -708,8 +708,8 @@ def rollout_metrics(trajectories, max_calls=math.inf):
     }
 
 
-def without_numbers(code):
-    return re.sub(r"\d+", "#", code)
+def words(code):
+    return tuple(re.findall(r"[A-Za-z_]+", code))
 
 
 def behaviour_metrics(trajectories, problems):
@@ -729,11 +729,10 @@ def behaviour_metrics(trajectories, problems):
             in_middle += probes(t.snippets)
             continue
 
-        # Which script was written is seen with other numbers, too.
-        works = {without_numbers(code): works for code, works in problem["scripts"]}
+        # Which script was written is seen even if its numbers are miscopied.
+        works = {words(code): works for code, works in problem["scripts"]}
         if not all(works.values()):
-            first = without_numbers(t.snippets[0].code)
-            right_script.append(works.get(first, False))
+            right_script.append(works.get(words(t.snippets[0].code), False))
 
         for number, call in enumerate(t.snippets, 1):
             copied.append(call.code in [code for code, _ in problem["scripts"]])

@@ -817,7 +817,7 @@ def add_ppo_arguments(parser):
     add("--seed", type=int, default=0,
         help="seed of PPO; the warm start has --sft_seed")
     # The batch
-    add("--steps", type=at_least(1), default=24, help="number of PPO steps; paper 400")
+    add("--steps", type=at_least(1), default=28, help="number of PPO steps; paper 400")
     add("--prompts_per_step", type=at_least(1), default=256,
         help="prompts sampled in a step; paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1,
@@ -862,16 +862,16 @@ def add_ppo_arguments(parser):
     add("--drop_void", action="store_true",
         help="do not train on responses without an answer")
     # The optimisers
-    add("--actor_lr", type=in_range(0.0), default=4e-4,
+    add("--actor_lr", type=in_range(0.0), default=1.2e-3,
         help="AdamW's peak rate, actor; paper 1e-6 (32B)")
-    add("--critic_lr", type=in_range(0.0), default=5e-4,
+    add("--critic_lr", type=in_range(0.0), default=1e-3,
         help="AdamW's peak rate, critic; public recipes 2e-6 (32B)")
     add("--critic_model", default="",
         help="checkpoint, of any size, that the critic starts from; empty: the policy")
-    add("--critic_warmup", type=at_least(0), default=3,
+    add("--critic_warmup", type=at_least(0), default=2,
         help="first steps, of the critic alone; public recipes 20")
     add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up of both rates")
-    add("--lr_floor", type=in_range(0.0, 1.0), default=0.1,
+    add("--lr_floor", type=in_range(0.0, 1.0), default=0.3,
         help="factor of both rates at the end; 1.0: constant rates")
     add("--adam_eps", type=in_range(0.0, above=True), default=1e-8,
         help="AdamW's epsilon; 1e-6 halves a 7B model's updates")

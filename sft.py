@@ -1057,11 +1057,11 @@ def add_warm_start_arguments(parser):
     add = parser.add_argument_group("warm start").add_argument
     add("--model", default="",
         help="checkpoint folder or hub id, used as it is; empty: the embedded model, warm-started")
-    add("--sft_traces", type=at_least(1), default=6000,
+    add("--sft_traces", type=at_least(1), default=10000,
         help="embedded traces; paper: 2,000 released")
-    add("--code_share", type=in_range(0.0, 1.0), default=0.55,
+    add("--code_share", type=in_range(0.0, 1.0), default=0.5,
         help="share of embedded traces solved with code; paper's policy starts at 0.18")
-    add("--sft_steps", type=at_least(1), default=1100,
+    add("--sft_steps", type=at_least(1), default=1250,
         help="optimiser steps of the warm start; paper: 2 epochs")
     add("--sft_batch_size", type=at_least(1), default=32,
         help="traces per step, over all ranks")

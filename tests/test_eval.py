@@ -875,12 +875,12 @@ def embedded(kind, scripts=(), answer="2"):
 def test_behaviours_are_what_they_are_called(tokenizer):
     """Guards against a script that counts as another one because its numbers were miscopied, and against
     errors that count as wrong outputs."""
-    first, second = ("print(1 / 0)", False), ("print(1 + 1)", True)
+    first, second = ("n=1\nprint(n/0)", False), ("print(1 + 1)", True)
     problems = [embedded("two scripts", [first, second])] * 4 + [embedded("one script", [second])] * 2
     trajectories = [
         response(tokenizer, TWO, BOX),
         response(tokenizer, ("print(4 + 1)", "ok", "5\n"), TWO, BOX),  # the right one, miscopied; then silent
-        response(tokenizer, FAILED, TWO, BOX),
+        response(tokenizer, ("n=7\nprint(n/0)", "error", "ZeroDivisionError"), TWO, BOX),
         response(tokenizer, ("2", "ok", ""), BOX),  # no script of traces
         response(tokenizer, WRONG, BOX),
         response(tokenizer, BOX)]
