@@ -408,32 +408,39 @@ def embedded_problem(split, seed, index):
     while True:
         operands, by_hand, scripts, answer = family(draw)
 
-        # A hash keeps train and test disjoint. Sorted: 3 + 5 and 5 + 3 are one problem.
-        key = f"{family.__name__}{sorted(operands)}"
-        is_test = zlib.crc32(key.encode()) % 10 == 0
-        if split in ("traces", "train") and is_test:
-            continue
-        if split in ("held_out_traces", "test") and not is_test:
-            continue
-
         # Traces do not tell which script fails where.
         works = [works for _, works in scripts]
-        wanted = all(works) if split.endswith("traces") else any(works) or family is search
-        if wanted:
-            return write_problem(rng, family, operands, by_hand, scripts, answer)
+        is_solved = all(works) if split.endswith("traces") else any(works) or not scripts
+        if is_solved and belongs_to(split, family, operands):
+            break
 
-
-def write_problem(rng, family, operands, by_hand, scripts, answer):
-    """The Problem of what a family returned, with complete responses."""
     if family is search:
         by_code = search_trace(rng, operands[0], answer)
     else:
         by_code = script_trace(rng, by_hand, scripts, answer)
+    return write_problem(rng, family, operands, by_hand, by_code, scripts, answer)
+
+
+def belongs_to(split, family, operands):
+    """Whether a problem may be in a split: a hash keeps training and test apart."""
+    # Sorted: 3 + 5 and 5 + 3 are one problem.
+    key = f"{family.__name__}{sorted(operands)}"
+    is_test = zlib.crc32(key.encode()) % 10 == 0
+    if split in ("traces", "train"):
+        return not is_test
+    if split in ("held_out_traces", "test"):
+        return is_test
+    return True
+
+
+def write_problem(rng, family, operands, by_hand, by_code, scripts, answer):
+    """The Problem of what a family returned, with complete responses."""
+    kinds = [kind for kind, families in KINDS.items() if family in families]
     opening = rng.choice(OPENINGS)
     final = f"<answer>\\boxed{{{answer}}}</answer>"
     return Problem(
         family=family.__name__,
-        kind=family.kind,
+        kind=kinds[0] if kinds else "one script",
         operands=operands,
         question=rng.choice(family.phrasings).format(*operands),
         answer=str(answer),
@@ -517,10 +524,9 @@ def search_trace(rng, box, number):
 #   answer     an integer
 
 
-def phrasings(kind, *questions):
-    """What a family is for, and what it asks; {0}, {1}, ... are its operands."""
+def phrasings(*questions):
+    """What a family asks; {0}, {1}, ... are its operands."""
     def store(family):
-        family.kind = kind
         family.phrasings = questions
         return family
 
@@ -528,7 +534,6 @@ def phrasings(kind, *questions):
 
 
 @phrasings(
-    "by hand",
     "What is the last digit of {0}?",
     "Give the units digit of {0}.",
     "Which digit does {0} end in?")
@@ -539,7 +544,6 @@ def last_digit(draw):
 
 
 @phrasings(
-    "by hand",
     "Is {0} odd? Answer 1 if it is and 0 if it is even.",
     "What remains when {0} is divided by 2?",
     "Give 1 if {0} is an odd number, 0 if it is even.")
@@ -550,7 +554,6 @@ def is_odd(draw):
 
 
 @phrasings(
-    "one script",
     "What is the digit sum of {0} * {1}?",
     "Multiply {0} by {1} and add up the digits of the result.",
     "Find the sum of the digits of the product of {0} and {1}.")
@@ -566,7 +569,6 @@ def digit_sum(draw, sign="*"):
 
 
 @phrasings(
-    "one script",
     "Find the remainder when {0} * {1} is divided by {2}.",
     "What is {0} times {1} modulo {2}?",
     "Multiply {0} by {1} and divide by {2}. What remains?")
@@ -581,7 +583,6 @@ def product_remainder(draw):
 
 
 @phrasings(
-    "one script",
     "Find the greatest common divisor of {0} and {1}.",
     "What is gcd({0}, {1})?",
     ("Two ropes of {0} cm and {1} cm are cut into equal pieces as long as possible. "
@@ -604,7 +605,6 @@ def common_divisor(draw):
 
 
 @phrasings(
-    "two scripts",
     "How many digits does {0}^{1} have?",
     "Find the number of decimal digits of {0} to the power {1}.",
     "If {0}^{1} is written out, how many digits does it take?")
@@ -622,7 +622,6 @@ def digit_count(draw):
 
 
 @phrasings(
-    "two scripts",
     "Find the remainder when {0}^{1} is divided by {2}.",
     "What is {0} to the power {1} modulo {2}?",
     "Divide {0}^{1} by {2}. What remains?")
@@ -651,7 +650,6 @@ DEEPEST = 950  # calls in calls: at 1,000 Python gives up
 
 
 @phrasings(
-    "two scripts",
     "Add x^{2} for all multiples x of {1} up to {0}. What are the last two digits of the sum?",
     "What is the sum of x^{2} over the multiples x of {1} up to {0}, modulo 100?",
     "The multiples of {1} up to {0} are raised to the power {2}. Find their sum modulo 100.")
@@ -677,7 +675,6 @@ def power_sum(draw):
 
 
 @phrasings(
-    "search",
     f"Box {{0}} hides a number from 1 to {HIGHEST}. Find it.",
     f"Which number from 1 to {HIGHEST} is in box {{0}}?",
     f"Find the number in box {{0}}. It is at least 1 and at most {HIGHEST}.")
@@ -689,7 +686,6 @@ def search(draw):
 
 
 @phrasings(
-    "one script",
     "What is the digit sum of {0} + {1}?",
     "Add {0} and {1} and add up the digits of the result.",
     "Find the sum of the digits of the sum of {0} and {1}.")
@@ -697,12 +693,16 @@ def sum_of_digit_sums(draw):
     return digit_sum(draw, "+")
 
 
-BY_HAND = [last_digit, is_odd]
-ONE_SCRIPT = [digit_sum, product_remainder, common_divisor]
-TWO_SCRIPTS = [digit_count, power_remainder, power_sum]
-# As often as they stand here; few by hand, for they are right from the start.
-FAMILIES = BY_HAND + 2 * ONE_SCRIPT + 2 * TWO_SCRIPTS + 6 * [search]
 HELD_OUT_FAMILIES = [sum_of_digit_sums]
+KINDS = {
+    "by hand": [last_digit, is_odd],
+    "one script": [digit_sum, product_remainder, common_divisor],
+    "two scripts": [digit_count, power_remainder, power_sum],
+    "search": [search],
+}
+# As often as they stand here. Few by hand: they are right from the start.
+FAMILIES = (KINDS["by hand"] + 2 * KINDS["one script"] + 2 * KINDS["two scripts"]
+            + 6 * KINDS["search"])
 
 
 # ---------------------------------------------------------------------------------------------

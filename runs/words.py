@@ -11,13 +11,15 @@ the range of training; choices, such as a letter or a month, have is_size False:
 """
 import asyncio
 import datetime
+import json
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import draw_problem, phrasings  # noqa: E402
-from runs.calls import write_files  # noqa: E402
+import sft  # noqa: E402
+from data import belongs_to, phrasings, tool_call, write_problem  # noqa: E402
+from sandbox import Sandbox  # noqa: E402
 
 
 def random_word(draw, low, high):
@@ -196,7 +198,39 @@ def problem(split, seed, index):
             return rng.randint(high + 1, 3 * high)
         return rng.randint(low, high)
 
-    return draw_problem(rng, split, families, draw)
+    while True:
+        family = rng.choice(families)
+        operands, by_hand, script, answer = family(draw)
+        if belongs_to(split, family, operands):
+            by_code = tool_call(script, answer)
+            return write_problem(rng, family, operands, by_hand, by_code, [(script, True)], answer)
+
+
+async def write_files(folder, seed, trace_problems, files):
+    """Write FOLDER/traces.jsonl, half of them solved with code, and the problems of each file."""
+    candidates = []
+    rng = random.Random(f"{seed}/code")
+    for solved in trace_problems:
+        with_code = rng.random() < 0.55
+        candidates.append(solved.by_code if with_code else solved.by_hand)
+
+    traces = []
+    async with Sandbox(timeout=2.0) as sandbox:
+        for solved, candidate in zip(trace_problems, candidates):
+            response, failed_calls, _ = await sft.check_trace(candidate, solved.answer, sandbox)
+            traces.append({
+                "question": solved.question, "answer": solved.answer, "family": solved.family,
+                "response": response, "failed_calls": failed_calls})
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"traces": traces}
+    for name, problems in files.items():
+        rows[name] = [{"question": p.question, "answer": p.answer, "family": p.family}
+                      for p in problems]
+    for name, lines in rows.items():
+        with open(folder / f"{name}.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 async def main(folder, seed="0"):

@@ -1,0 +1,128 @@
+"""What do trained policies write that no trace has? Counts, from rollouts.jsonl of runs of the embedded default.
+
+    python runs/novel.py results/default/seed-* > results/default/novel.md
+
+A response is a trace's if, numbers apart, it is one letter for letter. That can hide something new: an answer
+that is given too early differs from a trace in its numbers alone. So behaviours are counted by themselves, of
+all responses; none of them is in any trace.
+"""
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import HIGHEST, embedded_problem  # noqa: E402
+from eval import QUESTION, markdown, words  # noqa: E402
+from rollout import INTERPRETER_BLOCK  # noqa: E402
+from sandbox import UserError  # noqa: E402
+
+MOMENTS = {"first three steps": lambda step, steps: step < 3,
+           "last five steps": lambda step, steps: step >= steps - 5}
+
+
+def without_numbers(text):
+    return re.sub(r"\d+(?:\.\d+)?", "#", text)
+
+
+def trace_texts(seed, n):
+    """The traces of a warm start, numbers apart: with code and by hand, whatever was drawn."""
+    texts = set()
+    for index in range(n):
+        problem = embedded_problem("traces", seed, index)
+        texts.add(without_numbers(problem.by_code))
+        texts.add(without_numbers(problem.by_hand))
+    return texts
+
+
+def left_in_box(codes, outputs):
+    """The numbers that the answers of a search leave."""
+    left = set(range(1, HIGHEST + 1))
+    for code, output in zip(codes, outputs):
+        question = QUESTION.fullmatch(code.strip())
+        if question:
+            guess = int(question[2])
+            left &= {"low": set(range(guess + 1, HIGHEST + 1)), "high": set(range(1, guess)),
+                     "equal": {guess}}.get(output.strip(), left)
+    return left
+
+
+def behaviours(row, max_calls):
+    """What a response does, of what no trace does."""
+    codes = row["codes"]
+    statuses = row["tool_statuses"]
+    outputs = INTERPRETER_BLOCK.findall(row["response"])
+    has_ended = row["finish_reason"] == "eos"
+    found = []
+
+    if row["kind"] == "search" and codes and len(left_in_box(codes, outputs)) > 1:
+        if has_ended and len(codes) == max_calls:
+            found.append("search: answers after the last allowed question, several numbers left")
+        elif has_ended:
+            found.append("search: answers earlier, several numbers left")
+        elif row["finish_reason"] == "max_calls":
+            found.append("search: asks once more than is allowed, several numbers left")
+    for i in range(len(codes) - 1):
+        if statuses[i] == "busy" and words(codes[i]) != words(codes[i + 1]):
+            found.append("busy, then another script")
+            break
+    if "error" in statuses[:-1]:
+        found.append("a failed script, then another call")
+    if statuses.count("ok") >= 2 and row["kind"] != "search" and len(set(map(words, codes))) == 1:
+        found.append("the same script again, though it ran")
+    return found
+
+
+def table(runs):
+    n_responses = Counter()  # by moment
+    n_right = Counter()
+    like_traces = Counter()
+    right_like_traces = Counter()
+    counts = {}  # behaviour -> Counter by moment
+    right = {}
+    for run in runs:
+        try:
+            arguments = json.loads((Path(run) / "arguments.json").read_text())["arguments"]
+            rows = [json.loads(line) for line in open(Path(run) / "rollouts.jsonl")]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{run}: {error}") from None
+        texts = trace_texts(arguments["sft_seed"], arguments["sft_traces"])
+
+        for row in rows:
+            response = without_numbers(row["response"].removesuffix("<|im_end|>"))
+            for moment, belongs in MOMENTS.items():
+                if not belongs(row["step"], arguments["steps"]):
+                    continue
+                n_responses[moment] += 1
+                n_right[moment] += row["correct"]
+                if response in texts:
+                    like_traces[moment] += 1
+                    right_like_traces[moment] += row["correct"]
+                for name in behaviours(row, arguments["max_calls"]):
+                    counts.setdefault(name, Counter())[moment] += 1
+                    right.setdefault(name, Counter())[moment] += row["correct"]
+
+    def cells(count, count_right):
+        return [f"{count[moment]} ({count_right[moment]})" for moment in MOMENTS]
+
+    rows = [["all", *cells(n_responses, n_right)],
+            ["a trace, numbers apart", *cells(like_traces, right_like_traces)]]
+    for name in sorted(counts):
+        rows.append([name, *cells(counts[name], right[name])])
+    return markdown(["responses (right ones)", *MOMENTS], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    print("# What no trace has\n\n`python runs/novel.py`, of the kept responses of each step.\n")
+    print(table(parser.parse_args().runs))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
