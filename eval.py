@@ -970,10 +970,30 @@ def example_responses(trajectories, problems, tokenizer):
     return "\n".join(lines)
 
 
+def read_object(text, **options):
+    """The JSON object in a text or bytes; ValueError where there is none."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("too many brackets") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"found {type(value).__name__}, needed is a JSON object")
+    return value
+
+
 def read_jsonl_so_far(path):
     """The rows up to the last newline: what follows is still being written."""
     lines = open(path).read().split("\n")[:-1]
-    return [json.loads(line, parse_constant=lambda _: None) for line in lines]  # JSON has no NaN
+    return [read_object(line, parse_constant=lambda _: None) for line in lines]  # JSON has no NaN
+
+
+def read_arguments(folder):
+    """(record, arguments) of a run folder's arguments.json. OSError or ValueError if damaged."""
+    record = read_object((Path(folder) / "arguments.json").read_text())
+    arguments = record.get("arguments")
+    if not isinstance(arguments, dict) or not isinstance(record.get("resumed", []), list):
+        raise ValueError("arguments.json is not what a run writes")
+    return record, arguments
 
 
 def report_page(runs):
@@ -986,13 +1006,13 @@ def report_page(runs):
         rollouts = []
         path = f"{run}/arguments.json"
         try:
-            arguments = json.load(open(path))["arguments"]
+            _, arguments = read_arguments(run)
             path = f"{run}/metrics.jsonl"
             metrics = read_jsonl_so_far(path)
             path = f"{run}/rollouts.jsonl"
             if os.path.exists(path):
                 rollouts = read_jsonl_so_far(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"--report {path}: {error}") from None
 
         settings = {key: value for key, value in arguments.items() if key not in NOT_A_SETTING}
@@ -1402,12 +1422,14 @@ def parse_arguments():
 
 
 def read_journal(file):
-    """{hash: value} of a journal's whole lines."""
+    """{hash: rows} of a journal's whole lines."""
     entries = {}
-    file.seek(0)
-    for line in file:
-        with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
-            entries |= json.loads(line)
+    with open(file.name, "rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
+                for key, rows in read_object(line).items():
+                    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+                        entries[key] = rows
     return entries
 
 
@@ -1433,15 +1455,12 @@ class Journal:
             part = problems[begin:begin + self.chunk]
             recipe = json.dumps([self.decisive, sampling, part])
             key = hashlib.sha256(recipe.encode()).hexdigest()
-            if key not in rows:
+            sampled = trajectories_of(rows.get(key))
+            if not sampled:
                 sampled = await sample_all(
                     model, tokenizer, part, sandbox, process, desc, **sampling)
-                rows[key] = [asdict(t) for t in sampled]
-                add_to_journal(self.file, key, rows[key])
-
-            for row in rows[key]:
-                calls = [ToolCall(**call) for call in row["tool_calls"]]
-                trajectories.append(Trajectory(**row | {"tool_calls": calls}))
+                add_to_journal(self.file, key, [asdict(t) for t in sampled])
+            trajectories += sampled
         return trajectories
 
     def read(self):
@@ -1449,6 +1468,18 @@ class Journal:
         shared = [read_journal(self.file)]
         dist.broadcast_object_list(shared)
         return shared[0]
+
+
+def trajectories_of(rows):
+    """Trajectories from dicts; None where there are none, or they are of another version."""
+    try:
+        trajectories = []
+        for row in rows:
+            calls = [ToolCall(**call) for call in row["tool_calls"]]
+            trajectories.append(Trajectory(**row | {"tool_calls": calls}))
+        return trajectories
+    except (TypeError, KeyError):
+        return None
 
 
 def keep_other_output(args, page=""):

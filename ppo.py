@@ -785,16 +785,41 @@ def parse_arguments(argv=None):
         values |= {name: value for name, value in evaluation.PAPER.items()
                    if not name.startswith("sft_")}
     if given.get("resume"):
-        try:
-            record = json.loads((Path(given["resume"]) / "arguments.json").read_text())
-            values |= record["arguments"]
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--resume {given['resume']}: not the folder of a run ({error})")
+        values |= recorded_values(parser, given["resume"], defaults)
     args = argparse.Namespace(**values | given)
     args.run_dir = args.resume or args.run_dir
 
     refuse_contradictions(parser, args, given)
     return args
+
+
+def recorded_values(parser, folder, defaults):
+    """The flags of the run in a folder. The parser's error where it would not have taken them."""
+    try:
+        _, values = evaluation.read_arguments(folder)
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume {folder}: not the folder of a run ({error})")
+
+    # What is no default is parsed again, as a command line.
+    command_line = []
+    changed = {}
+    for name, value in values.items():
+        if name not in defaults:
+            parser.error(f"--resume {folder}: arguments.json: there is no flag --{name}")
+        if value == defaults[name] and type(value) is type(defaults[name]):
+            continue
+        changed[name] = value
+        command_line.append(f"--{name}" if value is True else f"--{name}={value}")
+    try:
+        parser.exit_on_error = False
+        _, parsed = parse_flags(parser, command_line)
+    except argparse.ArgumentError as error:
+        parser.error(f"--resume {folder}: arguments.json: {error}")
+    parser.exit_on_error = True
+    for name, value in changed.items():
+        if parsed[name] != value:
+            parser.error(f"--resume {folder}: arguments.json: --{name} cannot be {value!r}")
+    return values
 
 
 def add_ppo_arguments(parser):
@@ -961,7 +986,8 @@ async def main(process):
         # What can be wrong is found before the warm start, which takes minutes.
         sft.check_mesh(args.replicas, process.world)
         saved_model = run.path / "model"
-        checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
+        checkpoint, record = sft.find_checkpoint(
+            run.path / "checkpoints", process.rank, only_weights=bool(args.export))
         # Only where there is a checkpoint is it known that model/ was written to its end.
         start_model = str(saved_model) if checkpoint else args.model or args.warm_start
         config, tokenizer = sft.starting_point(start_model)
@@ -1156,7 +1182,7 @@ def lock_folder(folder):
     """The folder's lock file, open and locked. UserError that names the run that has it."""
     path = folder / LOCK
     while True:
-        file = open(path, "a+")
+        file = open(path, "a+", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

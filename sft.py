@@ -84,6 +84,7 @@ from eval import (
     need_values,
     parse_flags,
     read_journal,
+    read_object,
     run_script,
     syntax_tree,
     use_device,
@@ -519,7 +520,7 @@ async def warm_start_traces(args, recipe, traces_file, folder):
     decides = [recipe.sft_traces, recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout]
     code = code_hashes(["embedded_traces", "sandbox.py"])
     path = folder / f"traces-{digest(decides, versions())}-{digest(code)}.json"
-    if not path.exists():
+    if not read_traces(path):
         print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
         async with make_sandbox(args) as sandbox:
             traces, counts = await embedded_traces(
@@ -530,7 +531,21 @@ async def warm_start_traces(args, recipe, traces_file, folder):
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([traces, held_out]))
         partial.rename(path)
-    return json.loads(path.read_text())
+    return read_traces(path)
+
+
+def read_traces(path):
+    """(traces, held-out traces) of a file of curated ones; None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        traces, held_out = json.loads(path.read_text())
+        if all(isinstance(trace, dict) for trace in traces + held_out):
+            return traces, held_out
+    except (ValueError, TypeError):
+        pass
+    print(f"curation: {path} is damaged, and made anew")
+    return None
 
 
 def warm_start_recipe(args):
@@ -567,7 +582,10 @@ def warm_start_folder(parent, recipe, traces, held_out):
     folder = parent / f"{decides}-{digest(code)}"
     if not folder.is_dir():
         for record in sorted(parent.glob(f"{decides}-*/arguments.json")):
-            before = json.loads(record.read_text())["code"]
+            try:
+                before = dict(read_object(record.read_text())["code"])
+            except (ValueError, TypeError, KeyError):  # damaged
+                continue
             changed = [file for file in code if code[file] != before.get(file)]
             print(f"warm start: made anew, for code in {', '.join(changed)} is not that of "
                   f"{record.parent}")
@@ -700,7 +718,13 @@ def load_traces(source):
             "response": problem.pop("solution")}
         problems.append(problem)
         # What the row itself says comes last, and wins.
-        traces.append(trace | problem | row)
+        trace = trace | problem | row
+        texts = [trace["question"], trace["response"]]
+        failed = trace["failed_calls"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(failed, list):
+            raise UserError(f"{place}: question, response or failed_calls is not what sft.py curate "
+                            "writes")
+        traces.append(trace)
     refuse_one_question(source, problems)
     return traces
 
@@ -994,33 +1018,78 @@ def publish(partial, final, record, hashes_of_rank, keep):
             shutil.rmtree(path)
 
 
-def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks; if there is none,
-    (None, the record of a run that begins)."""
-    newest = [newest_checkpoint(folder) if rank == 0 else None]
+BEGINNING = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run that begins
+
+
+def find_checkpoint(folder, rank, only_weights=False):
+    """(path, record) of the newest checkpoint that is undamaged, as are (unless only_weights) the
+    files beside `folder` that the run appends to; the same on all ranks. If there is none,
+    (None, BEGINNING)."""
+    newest = [newest_checkpoint(folder, only_weights) if rank == 0 else None]
     dist.broadcast_object_list(newest)
     return newest[0]
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(folder, only_weights):
     """`find_checkpoint` on one rank. UserError if all are damaged."""
-    # A file that is missing or has another hash is damage: the one before is tried.
     checkpoints = sorted(folder.glob("step-*"), reverse=True)
     for path in checkpoints:
         try:
-            record = json.loads((path / "manifest.json").read_text())
-            hashes = record["files"]
-            damaged = [name for name in hashes if file_hash(path / name) != hashes[name]]
-        except (OSError, ValueError, KeyError) as error:
-            damaged = [str(error)]
-        if not damaged:
+            record = read_manifest(path)
+            if not only_weights:
+                for name, size in record["bytes"].items():
+                    check_lines(folder.parent / name, size)
             return path, record
-        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before",
-              flush=True)
-    if checkpoints:
-        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the "
-                        "beginning")
-    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
+        except (OSError, ValueError) as damage:
+            if path == checkpoints[-1]:
+                raise UserError(f"{folder}: every checkpoint is damaged ({damage}); delete them "
+                                "to start from the beginning") from None
+            print(f"checkpoint {path} is damaged ({damage}): going back to the one before",
+                  flush=True)
+    return None, BEGINNING
+
+
+def read_manifest(path):
+    """The record of a checkpoint. OSError or ValueError if it or a file is damaged."""
+    try:
+        record = BEGINNING | read_object((path / "manifest.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"manifest.json: {error}") from None
+    hashes = record.get("files")
+    sizes = record["bytes"]
+    is_right = (
+        type(record["step"]) is int
+        and path.name == f"step-{record['step']:06d}"
+        and type(record["seconds"]) in (int, float)
+        and isinstance(hashes, dict)
+        and isinstance(sizes, dict)
+        and all(type(size) is int for size in sizes.values()))
+    if not is_right:
+        raise ValueError("manifest.json is not what a run writes")
+
+    names = {file.name for file in path.glob("__*")} | {".metadata"} | set(hashes)
+    for name in sorted(names):
+        if file_hash(path / name) != hashes.get(name):
+            raise ValueError(f"{name} has another hash")
+    return record
+
+
+def check_lines(path, size):
+    """OSError or ValueError unless a file begins with `size` bytes of lines of JSON objects."""
+    if size == 0:
+        return
+    with open(path, "rb") as file:
+        while size > 0:
+            line = file.readline()
+            if not line:
+                raise ValueError(f"{path} is shorter than recorded")
+            try:
+                read_object(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            size -= len(line)
+    if size < 0:
+        raise ValueError(f"{path} has other lines than recorded")
 
 
 def file_hash(path):

@@ -690,6 +690,11 @@ def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
                     '{"question": "1+2?", "response": "It is 3.", "answer": "3"}\n')
     with pytest.raises(UserError, match="traces.jsonl:2: no .*boxed.* answer in the response"):
         sft.load_traces(str(file))
+    trace = {"messages": [{"content": "1+1?"}, {"content": "\\boxed{2}"}], "answer": "2"}
+    for damage in ({"failed_calls": None}, {"failed_calls": 1}, {"response": None}, {"question": 5}):
+        file.write_text(json.dumps(trace | damage))
+        with pytest.raises(UserError, match="traces.jsonl:1: .* is not what sft.py curate writes"):
+            sft.load_traces(str(file))
 
 
 def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path):
@@ -1030,6 +1035,113 @@ def test_a_half_written_model_is_no_obstacle_to_resume(runs, tmp_path):
     result = run_here("--resume", str(run))
     assert result.returncode == 0, result.stderr[-2000:]
     assert metrics_of(run) == metrics_of(folder / "first")
+
+
+def torn(text):
+    return text[:30]
+
+
+def with_nuls(text):
+    return "\0" * len(text)
+
+
+def without_keys(text):
+    return "{}"
+
+
+def a_list(text):
+    return f"[{text}]"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "checkpoints/step-000002/manifest.json"])
+@pytest.mark.parametrize("damage", [None, torn, with_nuls, a_list, without_keys])
+def test_a_run_goes_back_behind_damage_to_whatever_it_reads(runs, tmp_path, capsys, name, damage):
+    """Guards against files that are filled up with NULs to their recorded size, and a traceback for JSON of another
+    shape."""
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    shutil.copytree(runs[0] / "first", run)
+    assert sft.newest_checkpoint(checkpoints, False)[1]["step"] == 2
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000001")
+    manifest = checkpoints / "step-000001" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    begun = {file: (run / file).read_bytes().find(b"\n") + 1 for file in record["bytes"]}
+    manifest.write_text(json.dumps(record | {"step": 1, "bytes": begun}))
+
+    if damage:
+        text = (run / name).read_text()
+        kept = text[:begun.get(name, 0)]
+        (run / name).write_text(kept + damage(text[len(kept):]))
+    else:
+        (run / name).unlink()
+    before_all = damage is None and name.endswith(".jsonl")
+    if not before_all:
+        assert sft.newest_checkpoint(checkpoints, False)[1]["step"] == 1
+        assert re.search(rf"step-000002 is damaged \(.*{Path(name).name}.*going back", capsys.readouterr().out)
+        shutil.rmtree(checkpoints / "step-000001")
+    with pytest.raises(UserError, match=rf"every checkpoint is damaged \(.*{Path(name).name}.*from the beginning"):
+        sft.newest_checkpoint(checkpoints, False)
+    # What only reads the weights does not need the files beside them.
+    if "manifest" not in name:
+        assert sft.newest_checkpoint(checkpoints, True)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("change, line", [
+    ([], "found list, needed is a JSON object"),
+    ({"arguments": [1]}, "not the folder of a run"),
+    ({"resumed": "once"}, "not the folder of a run"),
+    ({"steps": "many"}, "argument --steps: invalid int value: 'many'"),
+    ({"steps": "2"}, "--steps cannot be '2'"),
+    ({"steps": True}, "argument --steps: expected one argument"),
+    ({"steps": False}, "argument --steps: invalid int value: 'False'"),
+    ({"minibatches": 0}, "argument --minibatches: 0: must be at least 1"),
+    ({"gamma": math.nan}, "argument --gamma: nan: must be at least 0.0"),
+    ({"reward": "none"}, "argument --reward: invalid choice: 'none'"),
+    ({"model": None}, "--model cannot be None"),
+    ({"tf32": "yes"}, "argument --tf32: ignored explicit argument 'yes'"),
+    ({"actor_rl": 1.0}, "there is no flag --actor_rl"),
+])
+def test_arguments_that_the_parser_would_refuse_are_refused_when_they_are_read_back(runs, tmp_path, change, line):
+    """Guards against an edited arguments.json that trains with minibatches of nothing, or ends in a traceback."""
+    record = json.loads((runs[0] / "first" / "arguments.json").read_text())
+    if not change:
+        record = []
+    elif change.keys() <= {"arguments", "resumed"}:
+        record |= change
+    else:
+        record["arguments"] |= change
+    (tmp_path / "arguments.json").write_text(json.dumps(record))
+    result = run_here("--resume", str(tmp_path))
+    assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["arguments.json"]
+
+
+def test_arguments_that_a_run_has_written_are_taken_as_they_are(tmp_path):
+    """Guards against a default that its own flag refuses, and a value that a text does not hold exactly."""
+    args = ppo.parse_arguments(["--value_clip", "inf", "--lam_actor", "adaptive", "--seed", "-3", "--tf32",
+                                "--actor_lr", "0.1234567890123", "--run_dir", " a=b"])
+    (tmp_path / "arguments.json").write_text(json.dumps({"arguments": vars(args)}))
+    again = ppo.parse_arguments(["--resume", str(tmp_path)])
+    assert vars(again) == vars(args) | {"resume": str(tmp_path), "run_dir": str(tmp_path)}
+
+
+def test_a_damaged_warm_start_is_made_anew(runs, tmp_path, capsys):
+    """Guards against a traceback for half a file of traces, or for the record of another warm start."""
+    file = next((runs[0] / "warm").glob("traces-*.json"))
+    assert len(sft.read_traces(file)[0]) == 60
+    text = file.read_text()
+    for damaged in (text[:-9], "", "{}", "[1, 2]", "[[1], [2]]", "\0" * 99):
+        (tmp_path / "traces.json").write_text(damaged)
+        assert sft.read_traces(tmp_path / "traces.json") is None
+        assert "traces.json is damaged, and made anew" in capsys.readouterr().out
+    assert sft.read_traces(tmp_path / "no.json") is None and not capsys.readouterr().out
+
+    recipe = sft.warm_start_recipe(ppo.parse_arguments(TINY))
+    name = sft.warm_start_folder(tmp_path, recipe, ["a"], ["b"]).name
+    other = tmp_path / f"{name[:-16]}{'f' * 16}"
+    other.mkdir()
+    for damaged in ("", "[]", "{}", '{"code": 5}', '{"code": "abc"}'):
+        (other / "arguments.json").write_text(damaged)
+        assert sft.warm_start_folder(tmp_path, recipe, ["a"], ["b"]).name == name
 
 
 def test_an_error_is_a_non_zero_exit_status_and_one_line(runs):
