@@ -38,6 +38,7 @@ from data import (
     extract_answer,
     load_problems,
     load_template,
+    need_source,
 )
 from rollout import (
     ANSWER_OPEN,
@@ -1412,7 +1413,13 @@ def parse_arguments():
         parser.error("give either --model or --report")
     if args.report and not args.output:
         parser.error("--report needs --output")
-    if set(args.problems.split(",")) - set(SPLITS):
+    files = [name for name in args.problems.split(",") if name not in SPLITS]
+    for name in files:
+        try:
+            need_source(name)
+        except UserError as error:
+            parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
+    if files:
         need_values(parser, given, ["max_prompt_tokens", "max_response_tokens"])
     return args
 

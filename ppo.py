@@ -1009,7 +1009,7 @@ async def main(process):
             if not args.resume:
                 run.write_arguments(args)
             print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
-        process.goes_on = f"torchrun ppo.py --resume {run.path}"
+            process.goes_on = f"torchrun ppo.py --resume {run.path}"
         run.track(args)
 
         # The model: a checkpoint of this run, a checkpoint of the user's, or the warm start.

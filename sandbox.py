@@ -833,10 +833,13 @@ def run_snippet(code, seed, memory_mb):
     remember_source(SNIPPET, code)
 
     exit_code = 0
+    is_parsing = False
     try:
         if earlier:
             replay(earlier, main.__dict__)
+        is_parsing = True
         tree = ast.parse(code, SNIPPET)
+        is_parsing = False
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
             last = tree.body.pop()
@@ -860,7 +863,9 @@ def run_snippet(code, seed, memory_mb):
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         message = describe(error)
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) and is_parsing:
+            message += "[nested too deeply for Python's parser]\n"
+        elif isinstance(error, MemoryError):
             message += f"[memory limit of {memory_mb} MiB reached]\n"
         with contextlib.suppress(OSError, ValueError):  # the output is full, or closed
             out.flush()

@@ -71,6 +71,7 @@ from data import (
     read_row,
     read_rows,
     refuse_one_question,
+    wrong_field,
 )
 from eval import (
     Help,
@@ -722,8 +723,8 @@ def load_traces(source):
         texts = [trace["question"], trace["response"]]
         failed = trace["failed_calls"]
         if not all(isinstance(text, str) for text in texts) or not isinstance(failed, list):
-            raise UserError(f"{place}: question, response or failed_calls is not what sft.py curate "
-                            "writes")
+            raise UserError(f"{place}: question, response or failed_calls is not what sft.py "
+                            "curate writes")
         traces.append(trace)
     refuse_one_question(source, problems)
     return traces
@@ -986,8 +987,11 @@ def save_checkpoint(folder, state, record, keep, rank):
             publish(partial, final, record, hashes_of_rank, keep)
     except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
         reason = str(error).strip().splitlines()[-1]
+        others = "There is none before it"
+        if any(folder.glob("step-*")):
+            others = f"The ones before it in {folder} are intact"
         raise UserError(f"checkpoint of step {record['step']} cannot be written ({reason}): disk "
-                        f"full? The ones before it in {folder} are intact") from None
+                        f"full? {others}") from None
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
 
@@ -1226,7 +1230,8 @@ async def check_problem(record, run):
     row = record.pop("input")
     problem = read_row(row, run.layouts)
     if not problem:
-        raise Rejected(f"filter: unknown layout ({field_names(row)}), name its --question_field")
+        raise Rejected("filter: " + (wrong_field(row, run.layouts) or (
+            f"unknown layout ({field_names(row)}), name its --question_field and --answer_field")))
     record.update(problem)
 
     question = record["question"]

@@ -472,6 +472,9 @@ def save(trainer, folder, step):
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="step 1 cannot be written .*There is none before it$"):
+        save(trainer, tmp_path / "file", 1)
     save(trainer, tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards are larger
@@ -636,6 +639,12 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     assert [run_here(*page, script=evaluation).returncode for _ in range(2)] == [0, 0]  # a page is made anew
     forced = run_here(*flags, "--max_prompt_tokens", "99", "--overwrite", script=evaluation)
     assert forced.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
+
+    # A word that is neither a split nor a file is not asked for lengths.
+    for name in ("tset", "test,", f"{problems}l", "nowhere/aime.jsonl"):
+        refused = run_here("--model", models[0], "--problems", name, script=evaluation)
+        assert refused.returncode == 2 and "no such file" in refused.stderr and "give" not in refused.stderr
+        assert "nor an embedded split (train, test, ood_large, ood_families)" in refused.stderr
 
     flags[-1] = str(tmp_path / "two.json")
     run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
