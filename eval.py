@@ -6,6 +6,11 @@
     torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
     python eval.py --report out/ppo/seed1 ... --output report.html   # a page of curves, rollouts
 """
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C is one line, too.
+    from sandbox import end_at_interrupt
+    end_at_interrupt()
+
 import argparse
 import ast
 import asyncio
@@ -18,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -53,7 +59,7 @@ from rollout import (
     load_model,
     load_tokenizer,
 )
-from sandbox import Sandbox, UserError
+from sandbox import INTERRUPTED, Sandbox, UserError
 
 # --------------------------------------------------------------------------------------------
 # Answers. math-verify (`Sandbox.equal`) decides about expressions. By itself it takes (1,2) for
@@ -1077,7 +1083,7 @@ def describe_trajectory(t, tokenizer, problem):
 
 M_TRIM_THRESHOLD = -1  # of glibc's mallopt
 M_MMAP_THRESHOLD = -3
-INTERRUPTED = 130  # exit status
+OTHER_RANKS_WAIT = 20  # seconds
 
 
 @dataclass
@@ -1199,13 +1205,29 @@ def run_script(main):
             asyncio.run(main(process))
         except Exception as error:
             line = describe_error(error)
+            if line is None and process.world == 1:
+                raise
+            if line is None:
+                print(traceback.format_exc(), file=sys.stderr, flush=True)
+            else:
+                print_last(line)
             if process.world > 1:
                 # An orderly end would wait for ranks in a collective; torchrun ends those.
-                print(line or traceback.format_exc(), file=sys.stderr, flush=True)
                 os._exit(1)
-            if line is None:
-                raise
-            sys.exit(line)
+            sys.exit(1)
+
+
+def print_last(line):
+    """Print an error to stderr. Under torchrun it goes into torchrun's own report, the last thing
+    on the screen, and once: rank 0 is first, and torchrun ends the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        print(line, file=sys.stderr, flush=True)
+        return
+    details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(path).write_text(json.dumps({"message": details}))
 
 
 def describe_error(error):
@@ -1220,6 +1242,12 @@ def describe_error(error):
 
 # --------------------------------------------------------------------------------------------
 # Flags
+
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        print_last(f"{self.prog}: error: {message}")
+        sys.exit(2)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -1374,7 +1402,7 @@ def parse_arguments():
     epilog = "metrics:\n"
     for name, meaning in METRICS.items():
         epilog += f"  {name}: {meaning}\n"
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description=__doc__, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     add = parser.add_argument_group("what to evaluate").add_argument

@@ -21,6 +21,11 @@ What the paper leaves open, and what is done here:
 
 In shape comments: B responses, T tokens (of a padded batch or of a flat packed stream).
 """
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C is one line, too.
+    from sandbox import end_at_interrupt
+    end_at_interrupt()
+
 import argparse
 import contextlib
 import fcntl
@@ -767,7 +772,7 @@ def shuffled(n, seed):
 
 def parse_arguments(argv=None):
     """The flags as a namespace."""
-    parser = argparse.ArgumentParser(
+    parser = evaluation.FlagParser(
         usage="torchrun ppo.py [flags]", description=__doc__, formatter_class=evaluation.Help,
         allow_abbrev=False)
     add_ppo_arguments(parser)

@@ -16,6 +16,11 @@ The warm start is a masked next-token loss on traces. Differences from the paper
 
 In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 """
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C is one line, too.
+    from sandbox import end_at_interrupt
+    end_at_interrupt()
+
 import argparse
 import ast
 import asyncio
@@ -74,6 +79,7 @@ from data import (
     wrong_field,
 )
 from eval import (
+    FlagParser,
     Help,
     add_format_arguments,
     add_to_journal,
@@ -449,7 +455,11 @@ async def warm_start(args, process, traces_file=""):
         traces, held_out = await warm_start_traces(args, recipe, traces_file, parent)
         folder = warm_start_folder(parent, recipe, traces, held_out)
         lock = open(folder.with_suffix(".lock"), "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"warm start: waiting for the run that makes {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         shared = [(traces, held_out, folder, folder.is_dir())]
     dist.broadcast_object_list(shared)
     traces, held_out, folder, is_there = shared[0]
@@ -1438,7 +1448,7 @@ def add_curate_arguments(parser):
 
 
 async def main(process):
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         usage="torchrun sft.py [flags], or python sft.py curate [flags]", description=__doc__,
         formatter_class=Help, allow_abbrev=False)
     if sys.argv[1:2] == ["curate"]:

@@ -3,6 +3,7 @@ processes."""
 import asyncio
 import contextlib
 import copy
+import fcntl
 import importlib.util
 import io
 import json
@@ -26,6 +27,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 from safetensors import SafetensorError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 
 import data
@@ -269,7 +271,7 @@ def run_here(*flags, script=ppo):
                 evaluation.run_script(script.main)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
-                err.write(str(stop.code))
+                err.write("" if isinstance(stop.code, int) else str(stop.code))
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
@@ -1151,6 +1153,57 @@ def test_a_damaged_warm_start_is_made_anew(runs, tmp_path, capsys):
     for damaged in ("", "[]", "{}", '{"code": 5}', '{"code": "abc"}'):
         (other / "arguments.json").write_text(damaged)
         assert sft.warm_start_folder(tmp_path, recipe, ["a"], ["b"]).name == name
+
+
+@pytest.mark.parametrize("flags, line", [(["--steps", "0"], "ppo.py: error: argument --steps: 0: must be at least 1"),
+                                         (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file")])
+def test_under_torchrun_an_error_is_the_last_thing_on_the_screen_and_once(tmp_path, monkeypatch, flags, line):
+    """Guards against an error above two screens of torchrun's own traceback, or from every rank."""
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.chdir(tmp_path)
+    result = run_here(*flags)
+    assert result.returncode != 0 and result.stderr == ""
+    first = ProcessFailure(0, 1, result.returncode, str(report))
+    ended = ProcessFailure(1, 2, -15, "")
+    *_, last, border = str(ChildFailedError("ppo.py", {0: first, 1: ended})).splitlines()
+    assert line in last and set(border) == {"="}
+
+    # Another rank leaves it to the first, unless it is alone with its error.
+    waits = []
+    monkeypatch.setattr(evaluation.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "1")
+    evaluation.print_last("memory")
+    assert waits == [evaluation.OTHER_RANKS_WAIT] and "memory" in report.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("script", ["eval", "sft", "ppo"])
+def test_an_interrupt_during_the_imports_is_one_line(script, tmp_path):
+    """Guards against a traceback through torch for a command that was regretted at once."""
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{script}.py")], stdout=subprocess.PIPE, cwd=tmp_path,
+                               stderr=subprocess.STDOUT, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "\ninterrupted\n" and process.returncode == 130
+
+
+def test_a_run_says_that_it_waits_for_another_one_s_warm_start(runs, tmp_path):
+    """Guards against minutes of silence that look like a hang."""
+    log, warm = tmp_path / "log", runs[0] / "warm"
+    with open(finished(warm).with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        [process] = start_ranks(1, log, *SFT, "--warm_start_dir", str(warm), script="sft")
+        for _ in range(3000):
+            if log.exists() and f"waiting for the run that makes {finished(warm)}\n" in log.read_text():
+                break
+            assert process.exitcode is None, log.read_text()[-3000:]
+            time.sleep(0.01)
+    process.join(60)
+    assert process.exitcode == 0 and "warm start: reusing" in log.read_text()
 
 
 def test_an_error_is_a_non_zero_exit_status_and_one_line(runs):
