@@ -1320,7 +1320,10 @@ def in_range(low, high=math.inf, number=float, above=False):
 
 
 def at_least(low):
-    return in_range(low, number=int)
+    return in_range(low, 2**63 - 1, number=int)  # 64 bits hold it
+
+
+seed_number = in_range(-2**63, 2**64 - 1, number=int)  # what torch takes
 
 
 def add_rollout_arguments(parser):
@@ -1428,7 +1431,7 @@ def parse_arguments():
         help="temperature of sampling, 0: greedy; paper 1.0")
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0,
         help="probability mass of nucleus sampling; paper 0.7")
-    add("--seed", type=int, default=0,
+    add("--seed", type=seed_number, default=0,
         help="seed of sampling and of the embedded problems")
 
     add_rollout_arguments(parser)

@@ -54,7 +54,7 @@ from torch.nn.utils.rnn import pad_sequence
 import eval as evaluation
 import sft
 from data import embedded_problem, embedded_rows, encode_prompt, load_problems, load_template
-from eval import at_least, in_range, mean, parse_flags, percent
+from eval import at_least, in_range, mean, parse_flags, percent, seed_number
 from rollout import Pieces, load_model, load_tokenizer, save_beside_weights
 from sandbox import UserError
 
@@ -652,7 +652,7 @@ class Trainer:
     def minibatches(self, examples, step):
         """The examples, in an order of seed and step, in args.minibatches lists."""
         # A generator of its own: the same order on all ranks, and after a resume.
-        generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
+        generator = torch.Generator().manual_seed((self.args.seed * 100003 + step) % 2**64)
         order = torch.randperm(len(examples), generator=generator).tolist()
         shuffled = [examples[i] for i in order]
         size = math.ceil(len(shuffled) / self.args.minibatches)
@@ -834,7 +834,7 @@ def add_ppo_arguments(parser):
         help="problems to train on: embedded, or a file; paper: DAPO-Math-17k")
     add("--eval_data", default="",
         help="files to evaluate on, with commas between; empty: the embedded splits")
-    add("--seed", type=int, default=0,
+    add("--seed", type=seed_number, default=0,
         help="seed of PPO; the warm start has --sft_seed")
     # The batch
     add("--steps", type=at_least(1), default=24, help="number of PPO steps; paper 400")
@@ -1014,6 +1014,7 @@ async def main(process):
             if not args.resume:
                 run.write_arguments(args)
             print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
+            sft.say_floor(args.token_budget, args.max_prompt_tokens + args.max_response_tokens)
             process.goes_on = f"torchrun ppo.py --resume {run.path}"
         run.track(args)
 

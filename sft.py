@@ -93,6 +93,7 @@ from eval import (
     read_journal,
     read_object,
     run_script,
+    seed_number,
     syntax_tree,
     use_device,
 )
@@ -161,10 +162,10 @@ def make_example(ids, loss_mask, **per_token):
 def pack(lengths, token_budget, world):
     """result[rank][micro_batch]: lists of indices, equally many per rank, maybe empty."""
     assert lengths, "nothing to pack"
-    # Only a single sequence may be above the budget.
+    # A bin holds at least the longest sequence.
     budget = max(token_budget, max(lengths))
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    bins_per_rank = max(1, math.ceil(sum(lengths) / (token_budget * world)))
+    bins_per_rank = max(1, math.ceil(sum(lengths) / (budget * world)))
 
     # The longest sequence goes first, each into the emptiest bin; more bins until all fit.
     while True:
@@ -178,6 +179,13 @@ def pack(lengths, token_budget, world):
         if max(loads) <= budget:
             return [bins[rank::world] for rank in range(world)]
         bins_per_rank += 1
+
+
+def say_floor(token_budget, longest):
+    """Say it where the longest sequence, not --token_budget, bounds a micro-batch."""
+    if token_budget < longest:
+        print(f"--token_budget {token_budget}: a micro-batch holds at least the longest sequence, "
+              f"which may have {longest} tokens", flush=True)
 
 
 def collate(examples, device):
@@ -502,6 +510,7 @@ def train_on_traces(traces, held_out, recipe, args, folder, process):
     if longest > config.max_position_embeddings:
         raise UserError(f"a trace has {longest} tokens, the model "
                         f"{config.max_position_embeddings} positions")
+    say_floor(recipe.token_budget, longest)
 
     # The plain model, on rank 0 alone, receives the trained weights and is saved.
     plain = None
@@ -1146,7 +1155,7 @@ def add_warm_start_arguments(parser):
         help="off: the warm start learns failed snippets too")
     add("--sft_save_every", type=at_least(1), default=300,
         help="steps between checkpoints of the warm start")
-    add("--sft_seed", type=int, default=0,
+    add("--sft_seed", type=seed_number, default=0,
         help="seed of traces, their order and the initial weights")
     add("--warm_start_dir", default="out/warm_start",
         help="where finished warm starts are kept and found again")
@@ -1422,7 +1431,8 @@ def add_curate_arguments(parser):
     add("--rewriter", choices=("calculator", "program", "local", "api"), default="calculator",
         help="GSM8K's annotations become snippets or one script, or a model rewrites solutions")
     add("--limit", type=at_least(0), default=0, help="rows to curate; 0: all")
-    add("--seed", type=int, default=0, help="seed of a rewriting model")
+    add("--seed", type=in_range(-2**63, 2**62, number=int), default=0,
+        help="seed of a rewriting model")
     add("--split", default="train", help="split of a hub data set")
     add("--config", default=None, help="configuration of a hub data set")
     add("--question_field", default="", help="dotted path of the question in an unknown layout")

@@ -823,6 +823,22 @@ def test_one_response_of_another_policy_stops_the_run(trainer_and_examples):
         ppo.check_sampler(rows, ppo.logit_error("bf16", 3), 0)
 
 
+@pytest.mark.parametrize("seed", [-2**63, -3, 0, 2**47, 2**64 - 1])
+def test_any_seed_of_64_bits_orders_the_minibatches(trainer_and_examples, monkeypatch, seed):
+    """Guards against a seed whose product with a constant no generator takes, and another order for those that fit."""
+    trainer, examples = trainer_and_examples
+    monkeypatch.setattr(trainer.args, "seed", ppo.parse_arguments(["--seed", str(seed)]).seed)
+    orders = []
+    for step in (2, 2, 3):
+        minibatches = trainer.minibatches(examples, step)
+        orders.append([len(example) for minibatch in minibatches for example in minibatch])
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == [len(example) for example in examples]
+    if abs(seed) < 2**46:
+        expected = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 100003 + 2))
+        assert orders[0] == [len(examples[i]) for i in expected]
+    rollout.noise_bits(trainer.args.seed, 0, 0)
+
+
 @pytest.mark.parametrize("logprob, off, healthy", [(-1.0, 0.05, True), (-1.0, 0.2, False), (-0.001, 0.01, False)])
 def test_sampler_and_trainer_may_differ_where_rounding_can(trainer_and_examples, logprob, off, healthy):
     """Guards against a model refused for rounding of uncertain tokens (SmolLM2 as released: 0.03 in
@@ -912,6 +928,9 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
     (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
     (["--token_budget", "0"], "--token_budget: 0: must be at least 1"),
+    (["--seed", str(2**64)], "--seed: 18446744073709551616: must be at least -9223372036854775808 and at most 184"),
+    (["--sft_seed", str(-2**63 - 1)], "--sft_seed: -9223372036854775809: must be"),
+    (["--sft_steps", "1" + 30 * "0"], "must be at least 1 and at most 9223372036854775807"),
     (["--advantage", "grpo"], "--advantage grpo needs a group"),
     (["--advantage", "rloo", "--samples_per_prompt", "2", "--critic_lr", "1"], "--critic_lr has no effect with"),
     (["--resume", "EMPTY"], "not the folder of a run"),
@@ -1202,6 +1221,8 @@ def test_a_run_says_that_it_waits_for_another_one_s_warm_start(runs, tmp_path):
                 break
             assert process.exitcode is None, log.read_text()[-3000:]
             time.sleep(0.01)
+        else:
+            pytest.fail("nothing was said")
     process.join(60)
     assert process.exitcode == 0 and "warm start: reusing" in log.read_text()
 
