@@ -1379,7 +1379,7 @@ def add_format_arguments(parser):
         help="of longer outputs the model sees head and tail")
     add("--sandbox_workers", type=at_least(1), default=2,
         help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=0.5,
+    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=0.5,
         help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true",
         help="run snippets without a missing layer: they may do what this user may")
@@ -1444,14 +1444,15 @@ def parse_arguments():
         parser.error("give either --model or --report")
     if args.report and not args.output:
         parser.error("--report needs --output")
-    files = [name for name in args.problems.split(",") if name not in SPLITS]
-    for name in files:
+    lengths = ["max_prompt_tokens", "max_response_tokens"]
+    for name in args.problems.split(","):
+        if name in SPLITS or set(lengths) <= given.keys():
+            continue
         try:
-            need_source(name)
+            need_source(name)  # a word that is mistyped needs no lengths
         except UserError as error:
             parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
-    if files:
-        need_values(parser, given, ["max_prompt_tokens", "max_response_tokens"])
+        need_values(parser, given, lengths)
     return args
 
 

@@ -1448,7 +1448,7 @@ def add_curate_arguments(parser):
         help="base URL of the endpoint, for the key OPENAI_API_KEY; empty: OpenAI's")
     add("--in_flight", type=at_least(1), default=64, help="rows, and requests, at a time")
     add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0,
+    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=5.0,
         help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true", help="run snippets even if a layer is missing")
 

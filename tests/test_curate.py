@@ -199,7 +199,8 @@ def test_bad_input_is_one_line(tmp_path, trusted, rows, options, message):
 
 
 @pytest.mark.parametrize("option, value", [("limit", -1), ("in_flight", 0), ("sandbox_timeout", 0),
-                                           ("sandbox_timeout", "nan"), ("max_tokens", 0),
+                                           ("sandbox_timeout", "nan"), ("sandbox_timeout", "inf"),
+                                           ("seed", 2**63), ("limit", 10**30), ("in_flight", 2**63), ("max_tokens", 0),
                                            ("sandbox_workers", 0), ("temperature", -1), ("limit", "many")])
 def test_numbers_out_of_range_are_the_parser_s_errors(capsys, option, value):
     """Guards against a run that never ends, or ends in a traceback, for in_flight 0."""

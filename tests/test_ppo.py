@@ -930,6 +930,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--token_budget", "0"], "--token_budget: 0: must be at least 1"),
     (["--seed", str(2**64)], "--seed: 18446744073709551616: must be at least -9223372036854775808 and at most 184"),
     (["--sft_seed", str(-2**63 - 1)], "--sft_seed: -9223372036854775809: must be"),
+    (["--sandbox_timeout", "inf"], "--sandbox_timeout: inf: must be above 0.0 and at most 1000000.0"),
     (["--sft_steps", "1" + 30 * "0"], "must be at least 1 and at most 9223372036854775807"),
     (["--advantage", "grpo"], "--advantage grpo needs a group"),
     (["--advantage", "rloo", "--samples_per_prompt", "2", "--critic_lr", "1"], "--critic_lr has no effect with"),
