@@ -1445,11 +1445,11 @@ def parse_arguments():
     if args.report and not args.output:
         parser.error("--report needs --output")
     lengths = ["max_prompt_tokens", "max_response_tokens"]
-    for name in args.problems.split(","):
-        if name in SPLITS or set(lengths) <= given.keys():
-            continue
+    files = [name for name in args.problems.split(",") if name not in SPLITS]
+    if files and not set(lengths) <= given.keys():
         try:
-            need_source(name)  # a word that is mistyped needs no lengths
+            for name in files:
+                need_source(name)  # a word that is mistyped needs no lengths
         except UserError as error:
             parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
         need_values(parser, given, lengths)

@@ -643,7 +643,7 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     assert forced.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
 
     # A word that is neither a split nor a file is not asked for lengths.
-    for name in ("tset", "test,", f"{problems}l", "nowhere/aime.jsonl"):
+    for name in ("tset", "test,", f"{problems}l", f"{problems},nowhere/aime.jsonl"):
         refused = run_here("--model", models[0], "--problems", name, script=evaluation)
         assert refused.returncode == 2 and "no such file" in refused.stderr and "give" not in refused.stderr
         assert "nor an embedded split (train, test, ood_large, ood_families)" in refused.stderr
