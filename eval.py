@@ -1569,13 +1569,13 @@ async def main(process):
     for path, tokenizer in tokenizers.items():
         check_positions(load_config(path, tokenizer), args)
 
-    journal_file = open(f"{args.output}.journal" if writes else os.devnull, "a+")
-    responses = open(f"{args.output}.responses.jsonl" if writes else os.devnull, "w")
-
     results = {}
     process.goes_on = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
         print(sandbox.report)
+        # Only now: a refused start leaves no file, nor an older one empty.
+        journal_file = open(f"{args.output}.journal" if writes else os.devnull, "a+")
+        responses = open(f"{args.output}.responses.jsonl" if writes else os.devnull, "w")
         for path, tokenizer in tokenizers.items():
             model = None  # the one before makes room
             model = load_model(path, process.device, args.dtype)

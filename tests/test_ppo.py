@@ -1056,6 +1056,19 @@ def test_a_refused_start_leaves_nothing(tmp_path, monkeypatch):
     assert (run.path / "arguments.json").read_text() == before and (run.path / "metrics.jsonl").exists()
 
 
+def test_an_evaluation_that_is_refused_leaves_no_file(runs, tmp_path, monkeypatch):
+    """Guards against the responses of a finished evaluation that a start without a sandbox empties."""
+    def refuse(args):
+        raise UserError("no sandbox here")
+
+    monkeypatch.setattr(evaluation, "make_sandbox", refuse)
+    (tmp_path / "out.json.responses.jsonl").write_text("{}\n")
+    result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--output", str(tmp_path / "out.json"),
+                      script=evaluation)
+    assert result.returncode == 1 and "no sandbox here" in result.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.json.responses.jsonl", "{}\n")]
+
+
 def test_a_half_written_model_is_no_obstacle_to_resume(runs, tmp_path):
     """Guards against a run, killed before its first checkpoint, that cannot go on."""
     folder = runs[0]
