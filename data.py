@@ -289,6 +289,27 @@ def read_row(row, layouts=LAYOUTS):
     return None
 
 
+def wrong_field(row, layouts=LAYOUTS):
+    """Which field keeps `read_row` from a row whose fields are all there; "" if some are not."""
+    kinds = {type(None): "null", dict: "a dict", list: "a list", int: "a number", float: "a number"}
+    types = (str, (str, int, float), str)  # of question, answer and solution
+    for layout in layouts:
+        if not all(has_field(row, path) for path in layout if path):
+            continue
+        for path, wanted in zip(layout, types):
+            value = dig(row, path)
+            if path and not isinstance(value, wanted):
+                return f"{path} is {kinds.get(type(value), type(value).__name__)}"
+    return ""
+
+
+def has_field(row, path):
+    """Whether there is something at a dotted path, be it null."""
+    parent_path, _, key = path.rpartition(".")
+    parent = dig(row, parent_path) if parent_path else row
+    return dig(row, path) is not None or (isinstance(parent, dict) and key in parent)
+
+
 def read_jsonl(path):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -302,14 +323,18 @@ def read_jsonl(path):
             yield f"{path}:{number}", row
 
 
-def read_rows(source, split="train", config=None):
-    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
-    is_file = Path(source).is_file()
-    ending = Path(source).suffix
-    if not is_file and (ending in (".jsonl", ".parquet") or str(source).count("/") != 1):
+def need_source(source):
+    """UserError where a source of rows is no file, and cannot be a hub id."""
+    is_id = str(source).count("/") == 1 and Path(source).suffix not in (".jsonl", ".parquet")
+    if not is_id and not Path(source).is_file():
         raise UserError(f"{source}: no such file, and not a hub id (OWNER/NAME)")
 
-    if is_file and ending != ".parquet":
+
+def read_rows(source, split="train", config=None):
+    """Yields (place, row) of a JSONL or parquet file, or of a streamed hub id."""
+    need_source(source)
+    is_file = Path(source).is_file()
+    if is_file and Path(source).suffix != ".parquet":
         yield from read_jsonl(source)
         return
 
@@ -334,9 +359,12 @@ def load_problems(source):
     for place, row in read_rows(source):
         problem = read_row(row)
         if not problem or not problem["question"] or not problem["answer"]:
+            found = f"found {field_names(row)}"
+            if problem:
+                found += ", but one is empty or states no answer"
             raise UserError(
                 f"{place}: needs question + answer, input + output, or problem + solution (with "
-                f"a \\boxed answer); found {field_names(row)}")
+                f"a \\boxed answer); {wrong_field(row) or found}")
         problems.append({
             "question": problem["question"],
             "answer": problem["answer"],

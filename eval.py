@@ -6,6 +6,11 @@
     torchrun --nproc_per_node 8 eval.py ...                    # spread over eight GPUs
     python eval.py --report out/ppo/seed1 ... --output report.html   # a page of curves, rollouts
 """
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C is one line, too.
+    from sandbox import end_at_interrupt
+    end_at_interrupt()
+
 import argparse
 import ast
 import asyncio
@@ -18,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -37,6 +43,7 @@ from data import (
     extract_answer,
     load_problems,
     load_template,
+    need_source,
 )
 from rollout import (
     ANSWER_OPEN,
@@ -57,7 +64,7 @@ from rollout import (
     load_model,
     load_tokenizer,
 )
-from sandbox import Sandbox, UserError
+from sandbox import INTERRUPTED, Sandbox, UserError
 
 # --------------------------------------------------------------------------------------------
 # Answers. math-verify (`Sandbox.equal`) decides about expressions. By itself it takes (1,2) for
@@ -1074,10 +1081,30 @@ def example_responses(trajectories, problems, tokenizer):
     return "\n".join(lines)
 
 
+def read_object(text, **options):
+    """The JSON object in a text or bytes; ValueError where there is none."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("too many brackets") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"found {type(value).__name__}, needed is a JSON object")
+    return value
+
+
 def read_jsonl_so_far(path):
     """The rows up to the last newline: what follows is still being written."""
     lines = open(path).read().split("\n")[:-1]
-    return [json.loads(line, parse_constant=lambda _: None) for line in lines]  # JSON has no NaN
+    return [read_object(line, parse_constant=lambda _: None) for line in lines]  # JSON has no NaN
+
+
+def read_arguments(folder):
+    """(record, arguments) of a run folder's arguments.json. OSError or ValueError if damaged."""
+    record = read_object((Path(folder) / "arguments.json").read_text())
+    arguments = record.get("arguments")
+    if not isinstance(arguments, dict) or not isinstance(record.get("resumed", []), list):
+        raise ValueError("arguments.json is not what a run writes")
+    return record, arguments
 
 
 def report_page(runs):
@@ -1090,13 +1117,13 @@ def report_page(runs):
         rollouts = []
         path = f"{run}/arguments.json"
         try:
-            arguments = json.load(open(path))["arguments"]
+            _, arguments = read_arguments(run)
             path = f"{run}/metrics.jsonl"
             metrics = read_jsonl_so_far(path)
             path = f"{run}/rollouts.jsonl"
             if os.path.exists(path):
                 rollouts = read_jsonl_so_far(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"--report {path}: {error}") from None
 
         settings = {key: value for key, value in arguments.items() if key not in NOT_A_SETTING}
@@ -1162,7 +1189,7 @@ def describe_trajectory(t, tokenizer, problem):
 
 M_TRIM_THRESHOLD = -1  # of glibc's mallopt
 M_MMAP_THRESHOLD = -3
-INTERRUPTED = 130  # exit status
+OTHER_RANKS_WAIT = 20  # seconds
 
 
 @dataclass
@@ -1284,13 +1311,29 @@ def run_script(main):
             asyncio.run(main(process))
         except Exception as error:
             line = describe_error(error)
+            if line is None and process.world == 1:
+                raise
+            if line is None:
+                print(traceback.format_exc(), file=sys.stderr, flush=True)
+            else:
+                print_last(line)
             if process.world > 1:
                 # An orderly end would wait for ranks in a collective; torchrun ends those.
-                print(line or traceback.format_exc(), file=sys.stderr, flush=True)
                 os._exit(1)
-            if line is None:
-                raise
-            sys.exit(line)
+            sys.exit(1)
+
+
+def print_last(line):
+    """Print an error to stderr. Under torchrun it goes into torchrun's own report, the last thing
+    on the screen, and once: rank 0 is first, and torchrun ends the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        print(line, file=sys.stderr, flush=True)
+        return
+    details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(path).write_text(json.dumps({"message": details}))
 
 
 def describe_error(error):
@@ -1305,6 +1348,12 @@ def describe_error(error):
 
 # --------------------------------------------------------------------------------------------
 # Flags
+
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        print_last(f"{self.prog}: error: {message}")
+        sys.exit(2)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -1377,7 +1426,10 @@ def in_range(low, high=math.inf, number=float, above=False):
 
 
 def at_least(low):
-    return in_range(low, number=int)
+    return in_range(low, 2**63 - 1, number=int)  # 64 bits hold it
+
+
+seed_number = in_range(-2**63, 2**64 - 1, number=int)  # what torch takes
 
 
 def add_rollout_arguments(parser):
@@ -1436,7 +1488,7 @@ def add_format_arguments(parser):
         help="of longer outputs the model sees head and tail")
     add("--sandbox_workers", type=at_least(1), default=2,
         help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=0.5,
+    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=0.5,
         help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true",
         help="run snippets without a missing layer: they may do what this user may")
@@ -1462,7 +1514,7 @@ def parse_arguments():
     epilog = "metrics:\n"
     for name, meaning in METRICS.items():
         epilog += f"  {name}: {meaning}\n"
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description=__doc__, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     add = parser.add_argument_group("what to evaluate").add_argument
@@ -1488,7 +1540,7 @@ def parse_arguments():
         help="temperature of sampling, 0: greedy; paper 1.0")
     add("--top_p", type=in_range(0.0, 1.0, above=True), default=1.0,
         help="probability mass of nucleus sampling; paper 0.7")
-    add("--seed", type=int, default=0,
+    add("--seed", type=seed_number, default=0,
         help="seed of sampling and of the embedded problems")
     add("--prefill", default="",
         help="text that every response begins with, masked; in bash $'...' may hold \\n")
@@ -1505,8 +1557,15 @@ def parse_arguments():
         parser.error("give either --model or --report")
     if args.report and not args.output:
         parser.error("--report needs --output")
-    if set(args.problems.split(",")) - set(SPLITS):
-        need_values(parser, given, ["max_prompt_tokens", "max_response_tokens"])
+    lengths = ["max_prompt_tokens", "max_response_tokens"]
+    files = [name for name in args.problems.split(",") if name not in SPLITS]
+    if files and not set(lengths) <= given.keys():
+        try:
+            for name in files:
+                need_source(name)  # a word that is mistyped needs no lengths
+        except UserError as error:
+            parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
+        need_values(parser, given, lengths)
     return args
 
 
@@ -1515,12 +1574,14 @@ def parse_arguments():
 
 
 def read_journal(file):
-    """{hash: value} of a journal's whole lines."""
+    """{hash: rows} of a journal's whole lines."""
     entries = {}
-    file.seek(0)
-    for line in file:
-        with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
-            entries |= json.loads(line)
+    with open(file.name, "rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
+                for key, rows in read_object(line).items():
+                    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+                        entries[key] = rows
     return entries
 
 
@@ -1546,15 +1607,12 @@ class Journal:
             part = problems[begin:begin + self.chunk]
             recipe = json.dumps([self.decisive, sampling, part])
             key = hashlib.sha256(recipe.encode()).hexdigest()
-            if key not in rows:
+            sampled = trajectories_of(rows.get(key))
+            if not sampled:
                 sampled = await sample_all(
                     model, tokenizer, part, sandbox, process, desc, **sampling)
-                rows[key] = [asdict(t) for t in sampled]
-                add_to_journal(self.file, key, rows[key])
-
-            for row in rows[key]:
-                calls = [ToolCall(**call) for call in row["tool_calls"]]
-                trajectories.append(Trajectory(**row | {"tool_calls": calls}))
+                add_to_journal(self.file, key, [asdict(t) for t in sampled])
+            trajectories += sampled
         return trajectories
 
     def read(self):
@@ -1562,6 +1620,18 @@ class Journal:
         shared = [read_journal(self.file)]
         dist.broadcast_object_list(shared)
         return shared[0]
+
+
+def trajectories_of(rows):
+    """Trajectories from dicts; None where there are none, or they are of another version."""
+    try:
+        trajectories = []
+        for row in rows:
+            calls = [ToolCall(**call) for call in row["tool_calls"]]
+            trajectories.append(Trajectory(**row | {"tool_calls": calls}))
+        return trajectories
+    except (TypeError, KeyError):
+        return None
 
 
 def keep_other_output(args, page=""):
@@ -1612,13 +1682,13 @@ async def main(process):
     for path, tokenizer in tokenizers.items():
         check_positions(load_config(path, tokenizer), args)
 
-    journal_file = open(f"{args.output}.journal" if writes else os.devnull, "a+")
-    responses = open(f"{args.output}.responses.jsonl" if writes else os.devnull, "w")
-
     results = {}
     process.goes_on = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
         print(sandbox.report)
+        # Only now: a refused start leaves no file, nor an older one empty.
+        journal_file = open(f"{args.output}.journal" if writes else os.devnull, "a+")
+        responses = open(f"{args.output}.responses.jsonl" if writes else os.devnull, "w")
         for path, tokenizer in tokenizers.items():
             model = None  # the one before makes room
             model = load_model(path, process.device, args.dtype)

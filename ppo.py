@@ -21,6 +21,11 @@ What the paper leaves open, and what is done here:
 
 In shape comments: B responses, T tokens (of a padded batch or of a flat packed stream).
 """
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C is one line, too.
+    from sandbox import end_at_interrupt
+    end_at_interrupt()
+
 import argparse
 import contextlib
 import fcntl
@@ -58,7 +63,7 @@ from data import (
     load_template,
     problem_row,
 )
-from eval import at_least, in_range, mean, parse_flags, percent
+from eval import at_least, in_range, mean, parse_flags, percent, seed_number
 from rollout import Pieces, Service, load_model, load_tokenizer, save_beside_weights
 from runs import oracle
 from sandbox import UserError
@@ -658,7 +663,7 @@ class Trainer:
     def minibatches(self, examples, step):
         """The examples, in an order of seed and step, in args.minibatches lists."""
         # A generator of its own: the same order on all ranks, and after a resume.
-        generator = torch.Generator().manual_seed(self.args.seed * 100003 + step)
+        generator = torch.Generator().manual_seed((self.args.seed * 100003 + step) % 2**64)
         order = torch.randperm(len(examples), generator=generator).tolist()
         shuffled = [examples[i] for i in order]
         size = math.ceil(len(shuffled) / self.args.minibatches)
@@ -777,7 +782,7 @@ def shuffled(n, seed):
 
 def parse_arguments(argv=None):
     """The flags as a namespace."""
-    parser = argparse.ArgumentParser(
+    parser = evaluation.FlagParser(
         usage="torchrun ppo.py [flags]", description=__doc__, formatter_class=evaluation.Help,
         allow_abbrev=False)
     add_ppo_arguments(parser)
@@ -795,16 +800,41 @@ def parse_arguments(argv=None):
         values |= {name: value for name, value in evaluation.PAPER.items()
                    if not name.startswith("sft_")}
     if given.get("resume"):
-        try:
-            record = json.loads((Path(given["resume"]) / "arguments.json").read_text())
-            values |= record["arguments"]
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--resume {given['resume']}: not the folder of a run ({error})")
+        values |= recorded_values(parser, given["resume"], defaults)
     args = argparse.Namespace(**values | given)
     args.run_dir = args.resume or args.run_dir
 
     refuse_contradictions(parser, args, given)
     return args
+
+
+def recorded_values(parser, folder, defaults):
+    """The flags of the run in a folder. The parser's error where it would not have taken them."""
+    try:
+        _, values = evaluation.read_arguments(folder)
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume {folder}: not the folder of a run ({error})")
+
+    # What is no default is parsed again, as a command line.
+    command_line = []
+    changed = {}
+    for name, value in values.items():
+        if name not in defaults:
+            parser.error(f"--resume {folder}: arguments.json: there is no flag --{name}")
+        if value == defaults[name] and type(value) is type(defaults[name]):
+            continue
+        changed[name] = value
+        command_line.append(f"--{name}" if value is True else f"--{name}={value}")
+    try:
+        parser.exit_on_error = False
+        _, parsed = parse_flags(parser, command_line)
+    except argparse.ArgumentError as error:
+        parser.error(f"--resume {folder}: arguments.json: {error}")
+    parser.exit_on_error = True
+    for name, value in changed.items():
+        if parsed[name] != value:
+            parser.error(f"--resume {folder}: arguments.json: --{name} cannot be {value!r}")
+    return values
 
 
 def add_ppo_arguments(parser):
@@ -814,7 +844,7 @@ def add_ppo_arguments(parser):
         help="problems to train on: embedded, or a file; paper: DAPO-Math-17k")
     add("--eval_data", default="",
         help="files to evaluate on, with commas between; empty: the embedded splits")
-    add("--seed", type=int, default=0,
+    add("--seed", type=seed_number, default=0,
         help="seed of PPO; the warm start has --sft_seed")
     # The batch
     add("--steps", type=at_least(1), default=28, help="number of PPO steps; paper 400")
@@ -971,7 +1001,8 @@ async def main(process):
         # What can be wrong is found before the warm start, which takes minutes.
         sft.check_mesh(args.replicas, process.world)
         saved_model = run.path / "model"
-        checkpoint, record = sft.find_checkpoint(run.path / "checkpoints", process.rank)
+        checkpoint, record = sft.find_checkpoint(
+            run.path / "checkpoints", process.rank, only_weights=bool(args.export))
         # Only where there is a checkpoint is it known that model/ was written to its end.
         start_model = str(saved_model) if checkpoint else args.model or args.warm_start
         config, tokenizer = sft.starting_point(start_model, args.template_kwargs)
@@ -994,7 +1025,8 @@ async def main(process):
             if not args.resume:
                 run.write_arguments(args)
             print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
-        process.goes_on = f"torchrun ppo.py --resume {run.path}"
+            sft.say_floor(args.token_budget, args.max_prompt_tokens + args.max_response_tokens)
+            process.goes_on = f"torchrun ppo.py --resume {run.path}"
         run.track(args)
 
         # The model: a checkpoint of this run, a checkpoint of the user's, or the warm start.
@@ -1195,7 +1227,7 @@ def lock_folder(folder):
     """The folder's lock file, open and locked. UserError that names the run that has it."""
     path = folder / LOCK
     while True:
-        file = open(path, "a+")
+        file = open(path, "a+", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -112,6 +112,19 @@ REQUEST = struct.Struct("=Qqd")
 REPLY = struct.Struct("=Qi?dd")
 
 
+INTERRUPTED = 130  # exit status
+
+
+def end_at_interrupt():
+    """From here on Ctrl-C ends the process at once, with one line."""
+    def handler(signal_number, frame):
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\ninterrupted\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, handler)
+
+
 class UserError(Exception):
     """What the user or the machine has to change: scripts print its one line and fail."""
 
@@ -860,10 +873,13 @@ def run_snippet(code, seed, memory_mb):
     remember_source(SNIPPET, code)
 
     exit_code = 0
+    is_parsing = False
     try:
         if earlier:
             replay(earlier, main.__dict__)
+        is_parsing = True
         tree = ast.parse(code, SNIPPET)
+        is_parsing = False
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
             last = tree.body.pop()
@@ -887,7 +903,9 @@ def run_snippet(code, seed, memory_mb):
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         message = describe(error)
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) and is_parsing:
+            message += "[nested too deeply for Python's parser]\n"
+        elif isinstance(error, MemoryError):
             message += f"[memory limit of {memory_mb} MiB reached]\n"
         flush_all(out)
         emit(message)

@@ -16,6 +16,11 @@ The warm start is a masked next-token loss on traces. Differences from the paper
 
 In shape comments: T tokens of a flat stream, n chosen ones, V vocabulary.
 """
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C is one line, too.
+    from sandbox import end_at_interrupt
+    end_at_interrupt()
+
 import argparse
 import ast
 import asyncio
@@ -71,8 +76,10 @@ from data import (
     read_row,
     read_rows,
     refuse_one_question,
+    wrong_field,
 )
 from eval import (
+    FlagParser,
     Help,
     add_format_arguments,
     add_to_journal,
@@ -84,7 +91,9 @@ from eval import (
     need_values,
     parse_flags,
     read_journal,
+    read_object,
     run_script,
+    seed_number,
     syntax_tree,
     use_device,
 )
@@ -158,10 +167,10 @@ def make_example(ids, loss_mask, **per_token):
 def pack(lengths, token_budget, world):
     """result[rank][micro_batch]: lists of indices, equally many per rank, maybe empty."""
     assert lengths, "nothing to pack"
-    # Only a single sequence may be above the budget.
+    # A bin holds at least the longest sequence.
     budget = max(token_budget, max(lengths))
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    bins_per_rank = max(1, math.ceil(sum(lengths) / (token_budget * world)))
+    bins_per_rank = max(1, math.ceil(sum(lengths) / (budget * world)))
 
     # The longest sequence goes first, each into the emptiest bin; more bins until all fit.
     while True:
@@ -175,6 +184,13 @@ def pack(lengths, token_budget, world):
         if max(loads) <= budget:
             return [bins[rank::world] for rank in range(world)]
         bins_per_rank += 1
+
+
+def say_floor(token_budget, longest):
+    """Say it where the longest sequence, not --token_budget, bounds a micro-batch."""
+    if token_budget < longest:
+        print(f"--token_budget {token_budget}: a micro-batch holds at least the longest sequence, "
+              f"which may have {longest} tokens", flush=True)
 
 
 def collate(examples, device):
@@ -452,7 +468,11 @@ async def warm_start(args, process, traces_file=""):
         traces, held_out = await warm_start_traces(args, recipe, traces_file, parent)
         folder = warm_start_folder(parent, recipe, traces, held_out)
         lock = open(folder.with_suffix(".lock"), "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"warm start: waiting for the run that makes {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         shared = [(traces, held_out, folder, folder.is_dir())]
     dist.broadcast_object_list(shared)
     traces, held_out, folder, is_there = shared[0]
@@ -495,6 +515,7 @@ def train_on_traces(traces, held_out, recipe, args, folder, process):
     if longest > config.max_position_embeddings:
         raise UserError(f"a trace has {longest} tokens, the model "
                         f"{config.max_position_embeddings} positions")
+    say_floor(recipe.token_budget, longest)
 
     # The plain model, on rank 0 alone, receives the trained weights and is saved.
     plain = None
@@ -524,7 +545,7 @@ async def warm_start_traces(args, recipe, traces_file, folder):
     decides = [recipe.sft_traces, recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout]
     code = code_hashes(["embedded_traces", "sandbox.py"])
     path = folder / f"traces-{digest(decides, versions())}-{digest(code)}.json"
-    if not path.exists():
+    if not read_traces(path):
         print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
         async with make_sandbox(args) as sandbox:
             traces, counts = await embedded_traces(
@@ -535,7 +556,21 @@ async def warm_start_traces(args, recipe, traces_file, folder):
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([traces, held_out]))
         partial.rename(path)
-    return json.loads(path.read_text())
+    return read_traces(path)
+
+
+def read_traces(path):
+    """(traces, held-out traces) of a file of curated ones; None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        traces, held_out = json.loads(path.read_text())
+        if all(isinstance(trace, dict) for trace in traces + held_out):
+            return traces, held_out
+    except (ValueError, TypeError):
+        pass
+    print(f"curation: {path} is damaged, and made anew")
+    return None
 
 
 def warm_start_recipe(args):
@@ -573,7 +608,10 @@ def warm_start_folder(parent, recipe, traces, held_out):
     folder = parent / f"{decides}-{digest(code)}"
     if not folder.is_dir():
         for record in sorted(parent.glob(f"{decides}-*/arguments.json")):
-            before = json.loads(record.read_text())["code"]
+            try:
+                before = dict(read_object(record.read_text())["code"])
+            except (ValueError, TypeError, KeyError):  # damaged
+                continue
             changed = [file for file in code if code[file] != before.get(file)]
             print(f"warm start: made anew, for code in {', '.join(changed)} is not that of "
                   f"{record.parent}")
@@ -708,7 +746,13 @@ def load_traces(source):
             "response": problem.pop("solution")}
         problems.append(problem)
         # What the row itself says comes last, and wins.
-        traces.append(trace | problem | row)
+        trace = trace | problem | row
+        texts = [trace["question"], trace["response"]]
+        failed = trace["failed_calls"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(failed, list):
+            raise UserError(f"{place}: question, response or failed_calls is not what sft.py "
+                            "curate writes")
+        traces.append(trace)
     refuse_one_question(source, problems)
     return traces
 
@@ -976,8 +1020,11 @@ def save_checkpoint(folder, state, record, keep, rank):
             publish(partial, final, record, hashes_of_rank, keep)
     except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
         reason = str(error).strip().splitlines()[-1]
+        others = "There is none before it"
+        if any(folder.glob("step-*")):
+            others = f"The ones before it in {folder} are intact"
         raise UserError(f"checkpoint of step {record['step']} cannot be written ({reason}): disk "
-                        f"full? The ones before it in {folder} are intact") from None
+                        f"full? {others}") from None
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
 
@@ -1008,33 +1055,78 @@ def publish(partial, final, record, hashes_of_rank, keep):
             shutil.rmtree(path)
 
 
-def find_checkpoint(folder, rank):
-    """(path, record) of the newest undamaged checkpoint, the same on all ranks; if there is none,
-    (None, the record of a run that begins)."""
-    newest = [newest_checkpoint(folder) if rank == 0 else None]
+BEGINNING = {"step": 0, "seconds": 0.0, "bytes": {}}  # the record of a run that begins
+
+
+def find_checkpoint(folder, rank, only_weights=False):
+    """(path, record) of the newest checkpoint that is undamaged, as are (unless only_weights) the
+    files beside `folder` that the run appends to; the same on all ranks. If there is none,
+    (None, BEGINNING)."""
+    newest = [newest_checkpoint(folder, only_weights) if rank == 0 else None]
     dist.broadcast_object_list(newest)
     return newest[0]
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(folder, only_weights):
     """`find_checkpoint` on one rank. UserError if all are damaged."""
-    # A file that is missing or has another hash is damage: the one before is tried.
     checkpoints = sorted(folder.glob("step-*"), reverse=True)
     for path in checkpoints:
         try:
-            record = json.loads((path / "manifest.json").read_text())
-            hashes = record["files"]
-            damaged = [name for name in hashes if file_hash(path / name) != hashes[name]]
-        except (OSError, ValueError, KeyError) as error:
-            damaged = [str(error)]
-        if not damaged:
+            record = read_manifest(path)
+            if not only_weights:
+                for name, size in record["bytes"].items():
+                    check_lines(folder.parent / name, size)
             return path, record
-        print(f"checkpoint {path} is damaged ({damaged[0]}): going back to the one before",
-              flush=True)
-    if checkpoints:
-        raise UserError(f"{folder}: every checkpoint is damaged; delete them to start from the "
-                        "beginning")
-    return None, {"step": 0, "seconds": 0.0, "bytes": {}}
+        except (OSError, ValueError) as damage:
+            if path == checkpoints[-1]:
+                raise UserError(f"{folder}: every checkpoint is damaged ({damage}); delete them "
+                                "to start from the beginning") from None
+            print(f"checkpoint {path} is damaged ({damage}): going back to the one before",
+                  flush=True)
+    return None, BEGINNING
+
+
+def read_manifest(path):
+    """The record of a checkpoint. OSError or ValueError if it or a file is damaged."""
+    try:
+        record = BEGINNING | read_object((path / "manifest.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"manifest.json: {error}") from None
+    hashes = record.get("files")
+    sizes = record["bytes"]
+    is_right = (
+        type(record["step"]) is int
+        and path.name == f"step-{record['step']:06d}"
+        and type(record["seconds"]) in (int, float)
+        and isinstance(hashes, dict)
+        and isinstance(sizes, dict)
+        and all(type(size) is int for size in sizes.values()))
+    if not is_right:
+        raise ValueError("manifest.json is not what a run writes")
+
+    names = {file.name for file in path.glob("__*")} | {".metadata"} | set(hashes)
+    for name in sorted(names):
+        if file_hash(path / name) != hashes.get(name):
+            raise ValueError(f"{name} has another hash")
+    return record
+
+
+def check_lines(path, size):
+    """OSError or ValueError unless a file begins with `size` bytes of lines of JSON objects."""
+    if size == 0:
+        return
+    with open(path, "rb") as file:
+        while size > 0:
+            line = file.readline()
+            if not line:
+                raise ValueError(f"{path} is shorter than recorded")
+            try:
+                read_object(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            size -= len(line)
+    if size < 0:
+        raise ValueError(f"{path} has other lines than recorded")
 
 
 def file_hash(path):
@@ -1077,7 +1169,7 @@ def add_warm_start_arguments(parser):
         help="off: the warm start learns failed snippets too")
     add("--sft_save_every", type=at_least(1), default=300,
         help="steps between checkpoints of the warm start")
-    add("--sft_seed", type=int, default=0,
+    add("--sft_seed", type=seed_number, default=0,
         help="seed of traces, their order and the initial weights")
     add("--warm_start_dir", default="out/warm_start",
         help="where finished warm starts are kept and found again")
@@ -1171,7 +1263,8 @@ async def check_problem(record, run):
     row = record.pop("input")
     problem = read_row(row, run.layouts)
     if not problem:
-        raise Rejected(f"filter: unknown layout ({field_names(row)}), name its --question_field")
+        raise Rejected("filter: " + (wrong_field(row, run.layouts) or (
+            f"unknown layout ({field_names(row)}), name its --question_field and --answer_field")))
     record.update(problem)
 
     question = record["question"]
@@ -1352,7 +1445,8 @@ def add_curate_arguments(parser):
     add("--rewriter", choices=("calculator", "program", "local", "api"), default="calculator",
         help="GSM8K's annotations become snippets or one script, or a model rewrites solutions")
     add("--limit", type=at_least(0), default=0, help="rows to curate; 0: all")
-    add("--seed", type=int, default=0, help="seed of a rewriting model")
+    add("--seed", type=in_range(-2**63, 2**62, number=int), default=0,
+        help="seed of a rewriting model")
     add("--split", default="train", help="split of a hub data set")
     add("--config", default=None, help="configuration of a hub data set")
     add("--question_field", default="", help="dotted path of the question in an unknown layout")
@@ -1369,7 +1463,7 @@ def add_curate_arguments(parser):
         help="base URL of the endpoint, for the key OPENAI_API_KEY; empty: OpenAI's")
     add("--in_flight", type=at_least(1), default=64, help="rows, and requests, at a time")
     add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, above=True), default=5.0,
+    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=5.0,
         help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true", help="run snippets even if a layer is missing")
 
@@ -1379,7 +1473,7 @@ def add_curate_arguments(parser):
 
 
 async def main(process):
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         usage="torchrun sft.py [flags], or python sft.py curate [flags]", description=__doc__,
         formatter_class=Help, allow_abbrev=False)
     if sys.argv[1:2] == ["curate"]:

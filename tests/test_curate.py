@@ -173,7 +173,14 @@ def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rows, options, message", [
     ([{"foo": 1, "bar": 2}], [], "rows kept, {'filter: unknown layout (foo, bar), name its --question_field"),
     ([], [], "none of 0 rows kept"),
-    (GSM8K[:1], ["--question_field", "q"], "unknown layout (question, answer)"),
+    (GSM8K[:1], ["--question_field", "q"], "unknown layout (question, answer), name its --question_field and --answer"),
+    ([{"question": "Q", "answer": None}], [], "rows kept, {'filter: answer is null': 1}"),
+    ([{"question": "Q", "answer": {"value": 4}}], [], "rows kept, {'filter: answer is a dict': 1}"),
+    ([{"problem": "Q", "answer": ["4"], "solution": None}], [], "rows kept, {'filter: answer is a list': 1}"),
+    ([{"question": ["Q"], "answer": "4"}], [], "rows kept, {'filter: question is a list': 1}"),
+    ([{"problem": "Q", "solution": 4}], [], "rows kept, {'filter: solution is a number': 1}"),
+    ([{"messages": [{"content": "Q"}, {"content": None}]}], [], "{'filter: messages.assistant.content is null': 1}"),
+    ([{"x": {"q": "Q", "a": None}}], ["--question_field", "x.q", "--answer_field", "x.a"], "{'filter: x.a is null': 1}"),
     ([trace("Q", "Four. " + ANSWER)] * 3 + GSM8K[:1], ["--limit", "3"], "none of 3 rows kept, {'quality: no"),
     (GSM8K[:1], ["--rewriter", "api"], "needs --model"),
     (GSM8K[:1], ["--prompt_template", "nowhere"], "--prompt_template nowhere"),
@@ -192,7 +199,8 @@ def test_bad_input_is_one_line(tmp_path, trusted, rows, options, message):
 
 
 @pytest.mark.parametrize("option, value", [("limit", -1), ("in_flight", 0), ("sandbox_timeout", 0),
-                                           ("sandbox_timeout", "nan"), ("max_tokens", 0),
+                                           ("sandbox_timeout", "nan"), ("sandbox_timeout", "inf"),
+                                           ("seed", 2**63), ("limit", 10**30), ("in_flight", 2**63), ("max_tokens", 0),
                                            ("sandbox_workers", 0), ("temperature", -1), ("limit", "many")])
 def test_numbers_out_of_range_are_the_parser_s_errors(capsys, option, value):
     """Guards against a run that never ends, or ends in a traceback, for in_flight 0."""

@@ -396,6 +396,18 @@ def test_messages_without_a_question_or_a_reply_are_refused(tmp_path):
             load_problems(write(tmp_path / "p.jsonl", {"messages": messages}))
 
 
+def test_what_is_wrong_with_a_row_is_named_and_not_a_list_of_the_right_fields(tmp_path):
+    """Guards against "needs question + answer; found question, answer"."""
+    for row, words in (({"question": "Q", "answer": None}, "answer is null"),
+                       ({"prompt": [{"content": "Q"}], "reward_model": {"ground_truth": [4]}},
+                        "reward_model.ground_truth is a list"),
+                       ({"question": "Q", "answer": ""}, "found question, answer, but one is empty"),
+                       ({"problem": "Q", "solution": "no box"}, "found problem, solution, but .* states no answer"),
+                       ({"question": "Q", "reply": None}, "found question, reply$"), (5, "found int$")):
+        with pytest.raises(UserError, match=rf"p.jsonl:1: needs .*; {words}"):
+            load_problems(write(tmp_path / "p.jsonl", row))
+
+
 def test_a_file_with_one_question_for_different_answers_is_refused(tmp_path):
     """Guards against a field of instructions that is read as the question: every row would be the same problem."""
     rows = [{"question": "Solve it.", "answer": rf"\boxed{{{i}}}"} for i in range(3)]

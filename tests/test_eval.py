@@ -1072,6 +1072,24 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one_bit_for_bit(mode
     assert sampled == [[4, 5]]
 
 
+def test_a_damaged_line_of_a_journal_is_sampled_again(model, tokenizer, tmp_path):
+    """Guards against a traceback for bytes that are no text, JSON of another shape, and rows that another version
+    wrote."""
+    path = tmp_path / "journal"
+    whole = evaluated(model, tokenizer, sample=journaled(path))
+    lines = path.read_bytes().split(b"\n")
+    rows = [number for number, line in enumerate(lines) if line]
+    [(key, first)] = json.loads(lines[rows[0]]).items()
+    for damaged in (b"[1, 2]", b"5", b"\xff" + lines[rows[0]], lines[rows[0]].replace(b": ", b":\xff", 1), b"\0" * 9,
+                    b"[" * 100_000, json.dumps({key: None}).encode(), json.dumps({key: [1]}).encode(),
+                    json.dumps({key: [{"tool_calls": 5}]}).encode(),
+                    json.dumps({key: [row | {"old_field": 1} for row in first]}).encode()):
+        lines[rows[0]] = damaged
+        path.write_bytes(b"\n".join(lines))
+        again = evaluated(model, tokenizer, sample=journaled(path))
+        assert [t.response_ids for t in again[1]] == [t.response_ids for t in whole[1]]
+
+
 # -------------------------------------------------------------------------------------------
 
 KINDS = [("matrix", "matrix"), ("base", r"\d_"), ("inequality", r"[<>≥]|\\[lg]e"),

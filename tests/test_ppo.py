@@ -3,6 +3,7 @@ processes."""
 import asyncio
 import contextlib
 import copy
+import fcntl
 import importlib.util
 import io
 import json
@@ -26,6 +27,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 from safetensors import SafetensorError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 
 import data
@@ -269,7 +271,7 @@ def run_here(*flags, script=ppo):
                 evaluation.run_script(script.main)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
-                err.write(str(stop.code))
+                err.write("" if isinstance(stop.code, int) else str(stop.code))
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
@@ -472,6 +474,9 @@ def save(trainer, folder, step):
 def test_a_full_disk_leaves_the_last_checkpoint(trainer_and_examples, tmp_path, monkeypatch):
     """Guards against a save that destroys what it was to replace."""
     trainer, _ = trainer_and_examples
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="step 1 cannot be written .*There is none before it$"):
+        save(trainer, tmp_path / "file", 1)
     save(trainer, tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the shards are larger
@@ -637,6 +642,12 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     forced = run_here(*flags, "--max_prompt_tokens", "99", "--overwrite", script=evaluation)
     assert forced.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["results"] == record["results"]
 
+    # A word that is neither a split nor a file is not asked for lengths.
+    for name in ("tset", "test,", f"{problems}l", f"{problems},nowhere/aime.jsonl"):
+        refused = run_here("--model", models[0], "--problems", name, script=evaluation)
+        assert refused.returncode == 2 and "no such file" in refused.stderr and "give" not in refused.stderr
+        assert "nor an embedded split (train, test, ood_large, ood_families)" in refused.stderr
+
     flags[-1] = str(tmp_path / "two.json")
     run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
     two = json.loads((tmp_path / "two.json").read_text())["results"][models[0]]
@@ -690,6 +701,11 @@ def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
                     '{"question": "1+2?", "response": "It is 3.", "answer": "3"}\n')
     with pytest.raises(UserError, match="traces.jsonl:2: no .*boxed.* answer in the response"):
         sft.load_traces(str(file))
+    trace = {"messages": [{"content": "1+1?"}, {"content": "\\boxed{2}"}], "answer": "2"}
+    for damage in ({"failed_calls": None}, {"failed_calls": 1}, {"response": None}, {"question": 5}):
+        file.write_text(json.dumps(trace | damage))
+        with pytest.raises(UserError, match="traces.jsonl:1: .* is not what sft.py curate writes"):
+            sft.load_traces(str(file))
 
 
 def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path):
@@ -807,6 +823,22 @@ def test_one_response_of_another_policy_stops_the_run(trainer_and_examples):
         ppo.check_sampler(rows, ppo.logit_error("bf16", 3), 0)
 
 
+@pytest.mark.parametrize("seed", [-2**63, -3, 0, 2**47, 2**64 - 1])
+def test_any_seed_of_64_bits_orders_the_minibatches(trainer_and_examples, monkeypatch, seed):
+    """Guards against a seed whose product with a constant no generator takes, and another order for those that fit."""
+    trainer, examples = trainer_and_examples
+    monkeypatch.setattr(trainer.args, "seed", ppo.parse_arguments(["--seed", str(seed)]).seed)
+    orders = []
+    for step in (2, 2, 3):
+        minibatches = trainer.minibatches(examples, step)
+        orders.append([len(example) for minibatch in minibatches for example in minibatch])
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == [len(example) for example in examples]
+    if abs(seed) < 2**46:
+        expected = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 100003 + 2))
+        assert orders[0] == [len(examples[i]) for i in expected]
+    rollout.noise_bits(trainer.args.seed, 0, 0)
+
+
 @pytest.mark.parametrize("logprob, off, healthy", [(-1.0, 0.05, True), (-1.0, 0.2, False), (-0.001, 0.01, False)])
 def test_sampler_and_trainer_may_differ_where_rounding_can(trainer_and_examples, logprob, off, healthy):
     """Guards against a model refused for rounding of uncertain tokens (SmolLM2 as released: 0.03 in
@@ -896,6 +928,10 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
     (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
     (["--token_budget", "0"], "--token_budget: 0: must be at least 1"),
+    (["--seed", str(2**64)], "--seed: 18446744073709551616: must be at least -9223372036854775808 and at most 184"),
+    (["--sft_seed", str(-2**63 - 1)], "--sft_seed: -9223372036854775809: must be"),
+    (["--sandbox_timeout", "inf"], "--sandbox_timeout: inf: must be above 0.0 and at most 1000000.0"),
+    (["--sft_steps", "1" + 30 * "0"], "must be at least 1 and at most 9223372036854775807"),
     (["--advantage", "grpo"], "--advantage grpo needs a group"),
     (["--advantage", "rloo", "--samples_per_prompt", "2", "--critic_lr", "1"], "--critic_lr has no effect with"),
     (["--resume", "EMPTY"], "not the folder of a run"),
@@ -1022,6 +1058,19 @@ def test_a_refused_start_leaves_nothing(tmp_path, monkeypatch):
     assert (run.path / "arguments.json").read_text() == before and (run.path / "metrics.jsonl").exists()
 
 
+def test_an_evaluation_that_is_refused_leaves_no_file(runs, tmp_path, monkeypatch):
+    """Guards against the responses of a finished evaluation that a start without a sandbox empties."""
+    def refuse(args):
+        raise UserError("no sandbox here")
+
+    monkeypatch.setattr(evaluation, "make_sandbox", refuse)
+    (tmp_path / "out.json.responses.jsonl").write_text("{}\n")
+    result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--output", str(tmp_path / "out.json"),
+                      script=evaluation)
+    assert result.returncode == 1 and "no sandbox here" in result.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.json.responses.jsonl", "{}\n")]
+
+
 def test_a_half_written_model_is_no_obstacle_to_resume(runs, tmp_path):
     """Guards against a run, killed before its first checkpoint, that cannot go on."""
     folder = runs[0]
@@ -1032,6 +1081,166 @@ def test_a_half_written_model_is_no_obstacle_to_resume(runs, tmp_path):
     result = run_here("--resume", str(run))
     assert result.returncode == 0, result.stderr[-2000:]
     assert metrics_of(run) == metrics_of(folder / "first")
+
+
+def torn(text):
+    return text[:30]
+
+
+def with_nuls(text):
+    return "\0" * len(text)
+
+
+def without_keys(text):
+    return "{}"
+
+
+def a_list(text):
+    return f"[{text}]"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "checkpoints/step-000002/manifest.json"])
+@pytest.mark.parametrize("damage", [None, torn, with_nuls, a_list, without_keys])
+def test_a_run_goes_back_behind_damage_to_whatever_it_reads(runs, tmp_path, capsys, name, damage):
+    """Guards against files that are filled up with NULs to their recorded size, and a traceback for JSON of another
+    shape."""
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    shutil.copytree(runs[0] / "first", run)
+    assert sft.newest_checkpoint(checkpoints, False)[1]["step"] == 2
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000001")
+    manifest = checkpoints / "step-000001" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    begun = {file: (run / file).read_bytes().find(b"\n") + 1 for file in record["bytes"]}
+    manifest.write_text(json.dumps(record | {"step": 1, "bytes": begun}))
+
+    if damage:
+        text = (run / name).read_text()
+        kept = text[:begun.get(name, 0)]
+        (run / name).write_text(kept + damage(text[len(kept):]))
+    else:
+        (run / name).unlink()
+    before_all = damage is None and name.endswith(".jsonl")
+    if not before_all:
+        assert sft.newest_checkpoint(checkpoints, False)[1]["step"] == 1
+        assert re.search(rf"step-000002 is damaged \(.*{Path(name).name}.*going back", capsys.readouterr().out)
+        shutil.rmtree(checkpoints / "step-000001")
+    with pytest.raises(UserError, match=rf"every checkpoint is damaged \(.*{Path(name).name}.*from the beginning"):
+        sft.newest_checkpoint(checkpoints, False)
+    # What only reads the weights does not need the files beside them.
+    if "manifest" not in name:
+        assert sft.newest_checkpoint(checkpoints, True)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("change, line", [
+    ([], "found list, needed is a JSON object"),
+    ({"arguments": [1]}, "not the folder of a run"),
+    ({"resumed": "once"}, "not the folder of a run"),
+    ({"steps": "many"}, "argument --steps: invalid int value: 'many'"),
+    ({"steps": "2"}, "--steps cannot be '2'"),
+    ({"steps": True}, "argument --steps: expected one argument"),
+    ({"steps": False}, "argument --steps: invalid int value: 'False'"),
+    ({"minibatches": 0}, "argument --minibatches: 0: must be at least 1"),
+    ({"gamma": math.nan}, "argument --gamma: nan: must be at least 0.0"),
+    ({"reward": "none"}, "argument --reward: invalid choice: 'none'"),
+    ({"model": None}, "--model cannot be None"),
+    ({"tf32": "yes"}, "argument --tf32: ignored explicit argument 'yes'"),
+    ({"actor_rl": 1.0}, "there is no flag --actor_rl"),
+])
+def test_arguments_that_the_parser_would_refuse_are_refused_when_they_are_read_back(runs, tmp_path, change, line):
+    """Guards against an edited arguments.json that trains with minibatches of nothing, or ends in a traceback."""
+    record = json.loads((runs[0] / "first" / "arguments.json").read_text())
+    if not change:
+        record = []
+    elif change.keys() <= {"arguments", "resumed"}:
+        record |= change
+    else:
+        record["arguments"] |= change
+    (tmp_path / "arguments.json").write_text(json.dumps(record))
+    result = run_here("--resume", str(tmp_path))
+    assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["arguments.json"]
+
+
+def test_arguments_that_a_run_has_written_are_taken_as_they_are(tmp_path):
+    """Guards against a default that its own flag refuses, and a value that a text does not hold exactly."""
+    args = ppo.parse_arguments(["--value_clip", "inf", "--lam_actor", "adaptive", "--seed", "-3", "--tf32",
+                                "--actor_lr", "0.1234567890123", "--run_dir", " a=b"])
+    (tmp_path / "arguments.json").write_text(json.dumps({"arguments": vars(args)}))
+    again = ppo.parse_arguments(["--resume", str(tmp_path)])
+    assert vars(again) == vars(args) | {"resume": str(tmp_path), "run_dir": str(tmp_path)}
+
+
+def test_a_damaged_warm_start_is_made_anew(runs, tmp_path, capsys):
+    """Guards against a traceback for half a file of traces, or for the record of another warm start."""
+    file = next((runs[0] / "warm").glob("traces-*.json"))
+    assert len(sft.read_traces(file)[0]) == 60
+    text = file.read_text()
+    for damaged in (text[:-9], "", "{}", "[1, 2]", "[[1], [2]]", "\0" * 99):
+        (tmp_path / "traces.json").write_text(damaged)
+        assert sft.read_traces(tmp_path / "traces.json") is None
+        assert "traces.json is damaged, and made anew" in capsys.readouterr().out
+    assert sft.read_traces(tmp_path / "no.json") is None and not capsys.readouterr().out
+
+    recipe = sft.warm_start_recipe(ppo.parse_arguments(TINY))
+    name = sft.warm_start_folder(tmp_path, recipe, ["a"], ["b"]).name
+    other = tmp_path / f"{name[:-16]}{'f' * 16}"
+    other.mkdir()
+    for damaged in ("", "[]", "{}", '{"code": 5}', '{"code": "abc"}'):
+        (other / "arguments.json").write_text(damaged)
+        assert sft.warm_start_folder(tmp_path, recipe, ["a"], ["b"]).name == name
+
+
+@pytest.mark.parametrize("flags, line", [(["--steps", "0"], "ppo.py: error: argument --steps: 0: must be at least 1"),
+                                         (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file")])
+def test_under_torchrun_an_error_is_the_last_thing_on_the_screen_and_once(tmp_path, monkeypatch, flags, line):
+    """Guards against an error above two screens of torchrun's own traceback, or from every rank."""
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.chdir(tmp_path)
+    result = run_here(*flags)
+    assert result.returncode != 0 and result.stderr == ""
+    first = ProcessFailure(0, 1, result.returncode, str(report))
+    ended = ProcessFailure(1, 2, -15, "")
+    *_, last, border = str(ChildFailedError("ppo.py", {0: first, 1: ended})).splitlines()
+    assert line in last and set(border) == {"="}
+
+    # Another rank leaves it to the first, unless it is alone with its error.
+    waits = []
+    monkeypatch.setattr(evaluation.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "1")
+    evaluation.print_last("memory")
+    assert waits == [evaluation.OTHER_RANKS_WAIT] and "memory" in report.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("script", ["eval", "sft", "ppo"])
+def test_an_interrupt_during_the_imports_is_one_line(script, tmp_path):
+    """Guards against a traceback through torch for a command that was regretted at once."""
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{script}.py")], stdout=subprocess.PIPE, cwd=tmp_path,
+                               stderr=subprocess.STDOUT, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "\ninterrupted\n" and process.returncode == 130
+
+
+def test_a_run_says_that_it_waits_for_another_one_s_warm_start(runs, tmp_path):
+    """Guards against minutes of silence that look like a hang."""
+    log, warm = tmp_path / "log", runs[0] / "warm"
+    with open(finished(warm).with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        [process] = start_ranks(1, log, *SFT, "--warm_start_dir", str(warm), script="sft")
+        for _ in range(3000):
+            if log.exists() and f"waiting for the run that makes {finished(warm)}\n" in log.read_text():
+                break
+            assert process.exitcode is None, log.read_text()[-3000:]
+            time.sleep(0.01)
+        else:
+            pytest.fail("nothing was said")
+    process.join(60)
+    assert process.exitcode == 0 and "warm start: reusing" in log.read_text()
 
 
 def test_an_error_is_a_non_zero_exit_status_and_one_line(runs):

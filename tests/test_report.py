@@ -114,6 +114,12 @@ def test_a_run_that_is_still_writing_is_shown_and_a_damaged_one_is_one_line(tmp_
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"^--report .*run/metrics.jsonl: [^\n]*No such file[^\n]*$"):
         evaluation.report_page([run])
+    for name in ("metrics.jsonl", "arguments.json"):
+        for damaged in ("[]\n", "5\n", '{"arguments": [1]}\n'[name == "metrics.jsonl":]):
+            (tmp_path / "run" / name).write_text(damaged)
+            with pytest.raises(UserError, match=rf"^--report .*run/{name}: [^\n]*$"):
+                evaluation.report_page([run])
+        (tmp_path / "run" / name).write_text("")
 
 
 @pytest.mark.parametrize("flags, message", [

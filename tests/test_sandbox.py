@@ -223,6 +223,14 @@ os.fork = flaky_fork
     asyncio.run(main())
 
 
+@linux_only
+def test_a_snippet_that_the_parser_cannot_hold_is_no_question_of_memory():
+    """Guards against a limit that the policy is told of and has not reached: the parser's own stack is bounded."""
+    for result in run_all("-" * 20_000 + "1", "not " * 20_000 + "1"):
+        assert result.status == "error" and "MemoryError" in result.output
+        assert result.output.endswith("[nested too deeply for Python's parser]\n")
+
+
 def test_stdin_is_empty(shared):
     """A snippet that waits for input must fail at once, not hang until its time limit."""
     [result] = shared("input('name? ')")

@@ -171,6 +171,18 @@ def test_pack_covers_every_sequence_once_within_the_budget_on_equal_micro_batche
     assert max(loads) <= 1.3 * min(loads)
 
 
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_a_budget_below_the_longest_sequence_is_the_longest_sequence(world, capsys):
+    """Guards against a forward pass for every token of a batch, without a word."""
+    rng = random.Random(1)
+    lengths = [rng.randint(1, 300) for _ in range(101)]
+    assert pack(lengths, 1, world) == pack(lengths, max(lengths), world)
+    sft.say_floor(9, 9)
+    assert capsys.readouterr().out == ""
+    sft.say_floor(8, 9)
+    assert "--token_budget 8: a micro-batch holds at least the longest" in capsys.readouterr().out
+
+
 def test_more_ranks_than_sequences_leaves_empty_micro_batches_that_cost_nothing(models):
     """Guards against a rank without data: it must run a forward (FSDP gathers need it) that adds exactly
     nothing."""
