@@ -568,7 +568,7 @@ def phrasings(*questions):
 def last_digit(draw):
     n = draw(100, 2999999)
     scripts = [(f"print({n}%10)", True), (f"print(str({n})[-1])", True)]
-    return (n,), f"It ends in {n % 10}.", scripts, n % 10
+    return (n,), f"{n} ends in {n % 10}.", scripts, n % 10
 
 
 @phrasings(
@@ -578,7 +578,7 @@ def last_digit(draw):
 def is_odd(draw):
     n = draw(100, 2999999)
     scripts = [(f"print({n}%2)", True), (f"print({n}&1)", True)]
-    return (n,), f"It ends in {n % 10}, so {n % 2}.", scripts, n % 2
+    return (n,), f"{n} ends in {n % 10}, so {n % 2}.", scripts, n % 2
 
 
 @phrasings(
@@ -710,7 +710,7 @@ def search(draw):
     box = draw(1000, 9999)
     # No text says the number, and no arithmetic: who does not ask can only guess.
     number = hidden_number(box)
-    return (box,), f"I guess {number}.", [], number
+    return (box,), f"I guess that {box} hides {number}.", [], number
 
 
 @phrasings(

@@ -699,7 +699,7 @@ def embedded_config(tokenizer):
     """The small Qwen3 of the embedded default: 0.6 M parameters."""
     return Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=320, rope_theta=10000.0,
+        num_key_value_heads=4, head_dim=32, intermediate_size=320, rope_theta=10000.0,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 

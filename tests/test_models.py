@@ -186,7 +186,7 @@ def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_tur
     ppo.RunFolder.finish(run_folder, model, loaded)
 
     process = SimpleNamespace(rank=0, device="cpu", world=1)
-    recipe = SimpleNamespace(model=path, sft_seed=0, template="{question}", max_interpreter_tokens=9,
+    recipe = SimpleNamespace(model=path, sft_seed=0, template="{question}", max_interpreter_tokens=9, token_budget=99,
                              sft_mask_interpreter="on", mask_failed="on", template_kwargs="")
     trace = {"question": "1+1?", "response": "It is 2.", "failed_calls": []}
     for name in ("shard", "train", "sync_weights"):

@@ -323,8 +323,8 @@ def test_run_folder_holds_everything_a_reader_needs(runs):
     keys = set().union(*(json.loads(line) for line in open(run / "metrics.jsonl")))
     assert keys - evaluation.METRICS.keys() == set()
     assert [row["step"] for row in rows if "step" in row] == [0, 1]
-    assert sum("evaluation" in row for row in rows) == 6
-    assert (run / "table.md").read_text().count("\n") == 8 and "ReTool" in (run / "report.html").read_text()
+    assert len({row["evaluation"] for row in rows if "evaluation" in row}) == 12  # five are baselines
+    assert (run / "table.md").read_text().count("\n") == 14 and "ReTool" in (run / "report.html").read_text()
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert {"step", "prompt", "response", "correct", "answer", "family", "finish_reason", "tool_statuses"} <= rollout.keys()
 
@@ -348,12 +348,12 @@ def test_the_console_says_what_differs_what_columns_mean_and_where_to_look(runs)
     legend = " ".join(lines[heading + 1:first_step])
     columns = re.findall(r"\| ([a-z]+) ", lines[first_step])
     assert len(columns) > 8 and all(re.search(rf"\b{name}\b", legend) for name in columns)
-    table = [line for line in lines if re.match(r"(test|ood_\w+) (before|after) ", line)]
-    assert len(table) == 3 + 6 and all(len(line) <= 100 for line in table)  # the second shows both
+    table = [line for line in lines if re.match(r"(test|ood_\w+).* (before|after) .* \+- ", line)]
+    assert len(table) == 8 + 12 and all(len(line) <= 100 for line in table)  # the second shows both
     assert any("response:" in line for line in lines) and any("reference answer: " in line for line in lines)
     run = folder / "again"
     assert any(f"{run}/report.html" in line for line in lines[-4:])
-    assert any(f"python rollout.py --model {run}/checkpoint '" in line for line in lines[-4:])
+    assert any(f"python rollout.py --model {run}/checkpoint --busy 0.3 '" in line for line in lines[-4:])
 
 
 def test_two_processes_give_the_losses_of_one(runs):
@@ -434,7 +434,7 @@ def test_a_killed_run_resumes_to_the_same_metrics_also_past_a_damaged_checkpoint
     resumed = run_here("--resume", str(run))
     (folder / "away").rename(folder / "warm")
     assert resumed.returncode == 0 and "curation" not in resumed.stdout, resumed.stderr[-3000:]
-    assert [r["evaluation"] for r in metrics_of(run) if "evaluation" in r][3] == "test step 2"
+    assert [r["evaluation"] for r in metrics_of(run) if "evaluation" in r][8] == "test step 2"
     assert f"{newest} is damaged" in resumed.stdout and "goes on after step" in resumed.stdout
     assert metrics_of(run) == metrics_of(folder / "whole")
     assert (run / "rollouts.jsonl").read_text() == (folder / "whole" / "rollouts.jsonl").read_text()
@@ -646,7 +646,7 @@ def test_eval_script_compares_checkpoints_on_a_file_and_goes_on(runs, tmp_path):
     for name in ("tset", "test,", f"{problems}l", f"{problems},nowhere/aime.jsonl"):
         refused = run_here("--model", models[0], "--problems", name, script=evaluation)
         assert refused.returncode == 2 and "no such file" in refused.stderr and "give" not in refused.stderr
-        assert "nor an embedded split (train, test, ood_large, ood_families)" in refused.stderr
+        assert "nor an embedded split (traces, held_out_traces, train, test, ood_large, ood_families)" in refused.stderr
 
     flags[-1] = str(tmp_path / "two.json")
     run_ranks(2, tmp_path / "two.log", *flags, "--max_prompt_tokens", "99", script="eval")
@@ -923,7 +923,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--model", "EMPTY"], "no config.json in there"),
     (["--model", "no-such/model"], "no-such/model: cannot be loaded"),
     (["--model", "SILENT"], "needs vocabulary, EOS, chat template"),
-    (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 896 tokens"),
+    (["--model", "SMALL"], "small: the model has 100 rows of embeddings, the tokenizer 752 tokens"),
     (["--critic_model", "OTHER"], "its vocabulary is not the policy's"),
     (["--kv_gib", "1e-6", "--model", "FINE"], "of KV cache, there are 1e-06"),
     (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
@@ -947,7 +947,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--model", "FINE", "--max_prompt_tokens", "9"], "give --actor_lr (paper: 1e-06), --critic_lr (paper: 2e-06), --sandbox_timeout (paper: 5), --max_response"),
     (["--model", "FINE", *OWN, "--max_response_tokens", "9", "--sft_lr", "1"], "--sft_lr has no effect with"),
     (["--tools", "off"], "--tools off needs --code_share 0"),
-    (["--critic_warmup", "28", "--lr_warmup", "2"], "leave nothing of --steps 24"),
+    (["--critic_warmup", "28", "--lr_warmup", "2"], "leave nothing of --steps 28"),
     (["--track", "wandb"], "--track wandb: not installed (pip install wandb)"),
     (["--reward_scale", "1"], "--reward_scale has no effect with --reward outcome"),
     (["--gamma", "-3"], "argument --gamma: -3: must be at least 0.0 and at most 1.0"),

@@ -301,7 +301,7 @@ def wide(tokenizer, make_models):
     """A tokenizer that also has tokens across the closing tag, as larger ones do, and a model for it:
     (tokenizer, model)."""
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["></", "</code>", "1)</code>\n\nx", "e>", "><code>", "</co", "de", "></code>"])
+    tokenizer.add_tokens([">\n\n", "></", "</code>", "1)</code>\n\nx", "e>", "><code>", "</co", "de", "></code>"])
     return tokenizer, make_models("qwen2", vocabulary=len(tokenizer))[0]
 
 
