@@ -434,7 +434,8 @@ def embedded_problem(split, seed, index):
         return rng.randint(low, high)
 
     while True:
-        operands, by_hand, scripts, answer = family(draw)
+        solved = family(draw)
+        operands, by_hand, scripts, answer = solved
 
         # Traces do not tell which script fails where.
         works = [works for _, works in scripts]
@@ -446,7 +447,7 @@ def embedded_problem(split, seed, index):
         by_code = search_trace(rng, operands[0], answer)
     else:
         by_code = script_trace(rng, by_hand, scripts, answer)
-    return write_problem(rng, family, operands, by_hand, by_code, scripts, answer)
+    return write_problem(rng, family, solved, by_code)
 
 
 def belongs_to(split, family, operands):
@@ -461,8 +462,9 @@ def belongs_to(split, family, operands):
     return True
 
 
-def write_problem(rng, family, operands, by_hand, by_code, scripts, answer):
-    """The Problem of what a family returned, with complete responses."""
+def write_problem(rng, family, solved, by_code):
+    """The Problem of what a family returned (`solved`), with complete responses."""
+    operands, by_hand, scripts, answer = solved
     kinds = [kind for kind, families in KINDS.items() if family in families]
     opening = rng.choice(OPENINGS)
     final = f"<answer>\\boxed{{{answer}}}</answer>"

@@ -580,7 +580,7 @@ METRICS = {
     "skipped_long": "problems with too long prompts",
     "code_ratio_trivial": "code_ratio of families that need no tool",
     "code_ratio_needed": "code_ratio of other families",
-    "families": "accuracy, count, code_ratio and accuracy with and without a call of each family",
+    "families": "the same of each family: accuracy, calls, accuracy with and without a call",
     "ood_drop": "accuracy minus that of eval.py's first set",
 
     # Of a step, by default means over its trainable tokens
@@ -958,6 +958,7 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
             "accuracy": mean([t.correct for t in members]),
             "count": len(members),
             "code_ratio": code_ratio(members),
+            "snippets_per_response": mean([len(t.tool_calls) for t in members]),
             "accuracy_with_call": mean([t.correct for t in members if t.snippets]),
             "accuracy_without_call": mean([t.correct for t in members if not t.snippets]),
         }

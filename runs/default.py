@@ -100,6 +100,36 @@ def families_table(runs):
     return markdown(["family", "accuracy %", "calls %", "right given a call %", "right by hand %"], rows)
 
 
+def utility(metrics, price):
+    """Mean reward of a response: +1 or -1 for the answer, minus the price of its calls."""
+    return 2 * metrics["accuracy"] - 1 - price * metrics["snippets_per_response"]
+
+
+def regret_table(runs, prices=(0.0, 0.3)):
+    """By kind of need: calls, and how much less reward than the best policy known gets."""
+    by_need = {"a tool is needed": [], "by hand is as good": []}  # pairs (after, best) of families
+    for run in runs:
+        after = run["evaluations"]["test after"]["families"]
+        best = run["evaluations"]["test, best known before"]["families"]
+        for family, metrics in after.items():
+            need = "by hand is as good" if best[family]["code_ratio"] == 0 else "a tool is needed"
+            by_need[need].append((metrics, best[family]))
+
+    rows = []
+    for need, pairs in by_need.items():
+        counts = [metrics["count"] for metrics, _ in pairs]
+        cells = [need, str(sum(counts))]
+        for which in (0, 1):
+            calls = [pair[which]["snippets_per_response"] for pair in pairs]
+            cells.append(f"{np.average(calls, weights=counts):.2f}")
+        for price in prices:
+            regrets = [utility(best, price) - utility(metrics, price) for metrics, best in pairs]
+            cells.append(f"{np.average(regrets, weights=counts):.2f}")
+        rows.append(cells)
+    header = ["problems where", "responses", "calls after PPO", "calls of the best"]
+    return markdown(header + [f"regret at a price of {price} per call" for price in prices], rows)
+
+
 def rates(run, label):
     """Share of right responses to each problem, nan where the sandbox failed."""
     pairs = run["evaluations"][label]["per_problem"]
@@ -143,7 +173,7 @@ def targets_table(runs):
     rows = []
 
     def add(name, wanted, measured, is_reached):
-        rows.append([name, wanted, measured, verdict(is_reached)])
+        rows.append([name, wanted, measured, "" if wanted == "said" else verdict(is_reached)])
 
     sampled = each("test before")
     greedy = each("test, greedy before")
@@ -251,6 +281,8 @@ def main():
           f"{n_problems} test problems, fresh, the same for every seed; of the last checkpoint.\n")
     print(f"## What was wanted\n\n{targets_table(runs)}\n")
     print(f"## Evaluations\n\n{evaluations_table(runs)}\n")
+    print(f"## When\n\nPPO was not charged for calls. Regret is what a response of the best policy known earns more: +1 or -1 for "
+          f"the answer, minus a price for each call.\n\n{regret_table(runs)}\n")
     print(f"## By family\n\nMeans of the seeds, warm start -> after PPO.\n\n{families_table(runs)}")
     if args.figure:
         Path(args.figure).write_text(figure(runs))

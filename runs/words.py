@@ -203,7 +203,8 @@ def problem(split, seed, index):
         operands, by_hand, script, answer = family(draw)
         if belongs_to(split, family, operands):
             by_code = tool_call(script, answer)
-            return write_problem(rng, family, operands, by_hand, by_code, [(script, True)], answer)
+            solved = (operands, by_hand, [(script, True)], answer)
+            return write_problem(rng, family, solved, by_code)
 
 
 async def write_files(folder, seed, trace_problems, files):
