@@ -847,7 +847,7 @@ def add_ppo_arguments(parser):
     add("--seed", type=seed_number, default=0,
         help="seed of PPO; the warm start has --sft_seed")
     # The batch
-    add("--steps", type=at_least(1), default=28, help="number of PPO steps; paper 400")
+    add("--steps", type=at_least(1), default=30, help="number of PPO steps; paper 400")
     add("--prompts_per_step", type=at_least(1), default=256,
         help="prompts sampled in a step; paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1,
@@ -892,7 +892,7 @@ def add_ppo_arguments(parser):
     add("--drop_void", action="store_true",
         help="do not train on responses without an answer")
     # The optimisers
-    add("--actor_lr", type=in_range(0.0), default=1.2e-3,
+    add("--actor_lr", type=in_range(0.0), default=1.6e-3,
         help="AdamW's peak rate, actor; paper 1e-6 (32B)")
     add("--critic_lr", type=in_range(0.0), default=1e-3,
         help="AdamW's peak rate, critic; public recipes 2e-6 (32B)")
@@ -1084,7 +1084,7 @@ async def main(process):
                 rows = sets["test"]
                 greedy = {"temperature": 0.0, "n_samples": 1}
                 await evaluate(trainer.sampler, rows, f"test, greedy {when}", **greedy)
-                if when == "before":
+                if when == "before" and not args.model:
                     untrained = sft.starting_model("", config, args.sft_seed)
                     untrained = untrained.to(process.device)
                     await evaluate(untrained, rows[:UNTRAINED], "test, untrained before")

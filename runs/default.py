@@ -32,6 +32,7 @@ COLUMNS = {  # key of the metrics -> heading
     "code_ratio": "calls",
     "accuracy_with_call": "right given a call",
     "retry_busy": "asks a busy tool again",
+    "accuracy_after_retry": "right after that",
     "right_script": "the script that works",
     "search_solved": "search solved",
     "middle_probe": "asks in the middle",
@@ -57,6 +58,7 @@ def load(folder):
         raise UserError(f"{folder}: not a finished run")
     return {
         "seed": record["arguments"]["seed"],
+        "advantage": record["arguments"].get("advantage", "gae"),
         "commit": record["commit"],
         "steps": [row for row in rows if "step" in row],
         "evaluations": {row["evaluation"]: row for row in rows if "evaluation" in row},
@@ -150,6 +152,30 @@ def gain(runs, after, before, draws=4000):
         means.append(np.nanmean(differences[np.ix_(seeds, problems)]))
     low, high = np.percentile(means, [2.5, 97.5])
     return np.nanmean(differences), low, high
+
+
+def critic_table(runs, others):
+    """PPO's runs beside those without a critic, each paired with PPO of the same warm start."""
+    by_name = {"ppo": runs}
+    for run in others:
+        by_name.setdefault(run["advantage"], []).append(run)
+
+    rows = []
+    for name, members in by_name.items():
+        after = [run["evaluations"]["test after"] for run in members]
+        seconds = []
+        for run in members:
+            of_steps = [sum(value for key, value in row.items() if key.startswith("seconds_")) for row in run["steps"]]
+            seconds.append(np.mean(of_steps))
+        rows.append([
+            name,
+            ", ".join(str(run["seed"]) for run in members),
+            *[spread([m[key] for m in after])
+              for key in ("accuracy", "retry_busy", "right_script", "search_solved", "middle_probe")],
+            spread([np.mean([row["accuracy"] for row in run["steps"][:10]]) for run in members]),
+            spread(seconds, scale=1)])
+    return markdown(["", "seeds", "test after %", "asks a busy tool again %", "the script that works %", "search solved %",
+                     "asks in the middle %", "accuracy in steps 1-10 %", "seconds per step"], rows)
 
 
 def pooled(runs, label, key):
@@ -268,6 +294,7 @@ def figure(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, one per seed")
+    parser.add_argument("--others", nargs="*", default=[], help="run folders with another --advantage")
     parser.add_argument("--figure", default="", help="SVG file")
     args = parser.parse_args()
 
@@ -284,6 +311,10 @@ def main():
     print(f"## When\n\nPPO was not charged for calls. Regret is what a response of the best policy known earns more: +1 or -1 for "
           f"the answer, minus a price for each call.\n\n{regret_table(runs)}\n")
     print(f"## By family\n\nMeans of the seeds, warm start -> after PPO.\n\n{families_table(runs)}")
+    if args.others:
+        others = [load(folder) for folder in args.others]
+        print(f"\n## Without a critic\n\nThe same warm starts and as many responses per step, four to each of 64 prompts.\n\n"
+              f"{critic_table(runs, others)}")
     if args.figure:
         Path(args.figure).write_text(figure(runs))
 

@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
-# The embedded default with three seeds of warm start and PPO, its tables and figure in results/default, and PPO beside GRPO and RLOO.
-# A run takes about eight minutes on two idle cores; nothing else should run beside it.
+# The embedded default with three seeds of warm start and PPO; beside it, from the same warm starts, GRPO and RLOO. Tables and the
+# figure of README, in results/default. A run takes about six minutes on two idle cores; nothing else should run beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=results/default
+keep() {  # run folder, name: what the tables are made of; of the rollouts the first and last steps, without their tokens
+  mkdir -p "$OUT/$2"
+  cp "$1"/{arguments.json,metrics.jsonl,table.md} "$OUT/$2"
+  python runs/novel.py --keep "$1" > "$OUT/$2/rollouts.jsonl"
+}
 for seed in ${SEEDS:-31 32 33}; do
   run=out/ppo/default-$seed
   [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run"
-  mkdir -p "$OUT/seed-$seed"
-  cp "$run"/{arguments.json,metrics.jsonl,rollouts.jsonl,table.md} "$OUT/seed-$seed"
+  keep "$run" "seed-$seed"
 done
-python runs/default.py "$OUT"/seed-* --figure "$OUT/finds.svg" > "$OUT/README.md"
+for seed in ${SEEDS:-31 32 33}; do
+  for advantage in grpo rloo; do
+    run=out/ppo/$advantage-$seed
+    [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run" \
+      --advantage $advantage --samples_per_prompt 4 --prompts_per_step 64
+    keep "$run" "$advantage-$seed"
+  done
+done
+python runs/default.py "$OUT"/seed-* --others "$OUT"/{grpo,rloo}-* --figure "$OUT/finds.svg" > "$OUT/README.md"
 python runs/novel.py "$OUT"/seed-* > "$OUT/novel.md"

@@ -1,6 +1,7 @@
 """What do trained policies write that no trace has? Counts, from rollouts.jsonl of runs of the embedded default.
 
     python runs/novel.py results/default/seed-* > results/default/novel.md
+    python runs/novel.py --keep RUN > rollouts.jsonl     # what this needs of a run's rollouts
 
 A response is a trace's if, numbers apart, it is one letter for letter. That can hide something new: an answer
 that is given too early differs from a trace in its numbers alone. So behaviours are counted by themselves, of
@@ -114,11 +115,28 @@ def table(runs):
     return markdown(["responses (right ones)", *MOMENTS], rows)
 
 
+KEPT = ["step", "family", "kind", "prompt", "response", "correct", "answer", "finish_reason", "tool_statuses", "codes"]
+
+
+def keep(run):
+    """Print the rows and columns of a run's rollouts that the table needs."""
+    steps = json.loads((Path(run) / "arguments.json").read_text())["arguments"]["steps"]
+    for line in open(Path(run) / "rollouts.jsonl"):
+        row = json.loads(line)
+        if any(belongs(row["step"], steps) for belongs in MOMENTS.values()):
+            print(json.dumps({name: row[name] for name in KEPT}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--keep", action="store_true", help="print the rollouts that are needed")
+    args = parser.parse_args()
+    if args.keep:
+        keep(args.runs[0])
+        return
     print("# What no trace has\n\n`python runs/novel.py`, of the kept responses of each step.\n")
-    print(table(parser.parse_args().runs))
+    print(table(args.runs))
 
 
 if __name__ == "__main__":
