@@ -1406,7 +1406,7 @@ def need_values(parser, flags, names):
     """The parser's error where a name is not among the given flags."""
     missing = [f"--{name} (paper: {PAPER[name]:g})" for name in names if name not in flags]
     if missing:
-        parser.error("the defaults are those of the embedded 0.6 M model; give "
+        parser.error("the defaults are those of the embedded 0.7 M model; give "
                      + ", ".join(missing))
 
 

@@ -763,7 +763,7 @@ class Prompts:
     def __getitem__(self, position):
         """A row with "question", "answer", "family" and "prompt" (token ids)."""
         if self.rows is None:
-            # With a seed of its own: the warm start used the same split.
+            # With a seed of its own: not the problems of the evaluations.
             problem = embedded_problem("train", f"ppo{self.seed}", position)
             return self.encode(problem_row(problem))
         epoch, index = divmod(position, len(self.rows))

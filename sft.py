@@ -696,7 +696,7 @@ def versions():
 
 
 def embedded_config(tokenizer):
-    """The small Qwen3 of the embedded default: 0.6 M parameters."""
+    """The small Qwen3 of the embedded default: 0.7 M parameters."""
     return Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, intermediate_size=320, rope_theta=10000.0,

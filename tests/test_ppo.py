@@ -572,9 +572,10 @@ def random_checkpoint(folder, architecture, tokenizer, **changes):
 @pytest.mark.parametrize("architecture, flags", [
     ("qwen2", ["--activation_checkpointing"]), ("qwen3", ["--critic_model", "CRITIC"]),
     ("llama", ["--cpu_offload", "--kv_gib", "0.0005"])])
-def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, architecture, flags):
+def test_checkpoints_of_real_architectures_train_in_bf16(tokenizer, tmp_path, monkeypatch, architecture, flags):
     """Guards against code that only the embedded model survives: untied heads, query and key norms, no pad
-    token, weights and optimiser in host memory, rotary frequencies rounded to bf16."""
+    token, weights and optimiser in host memory, rotary frequencies rounded to bf16, and the embedded problems' tool."""
+    monkeypatch.setattr(ppo, "Service", None)
     tokenizer = copy.deepcopy(tokenizer)
     if architecture == "llama":
         tokenizer.pad_token = None
