@@ -848,7 +848,7 @@ def add_ppo_arguments(parser):
         help="seed of PPO; the warm start has --sft_seed")
     # The batch
     add("--steps", type=at_least(1), default=30, help="number of PPO steps; paper 400")
-    add("--prompts_per_step", type=at_least(1), default=256,
+    add("--prompts_per_step", type=at_least(1), default=320,
         help="prompts sampled in a step; paper 512 per minibatch")
     add("--samples_per_prompt", type=at_least(1), default=1,
         help="responses to each prompt")
@@ -892,7 +892,7 @@ def add_ppo_arguments(parser):
     add("--drop_void", action="store_true",
         help="do not train on responses without an answer")
     # The optimisers
-    add("--actor_lr", type=in_range(0.0), default=1.6e-3,
+    add("--actor_lr", type=in_range(0.0), default=1.2e-3,
         help="AdamW's peak rate, actor; paper 1e-6 (32B)")
     add("--critic_lr", type=in_range(0.0), default=1e-3,
         help="AdamW's peak rate, critic; public recipes 2e-6 (32B)")
@@ -900,8 +900,8 @@ def add_ppo_arguments(parser):
         help="checkpoint, of any size, that the critic starts from; empty: the policy")
     add("--critic_warmup", type=at_least(0), default=2,
         help="first steps, of the critic alone; public recipes 20")
-    add("--lr_warmup", type=at_least(0), default=0, help="steps of linear warm-up of both rates")
-    add("--lr_floor", type=in_range(0.0, 1.0), default=0.3,
+    add("--lr_warmup", type=at_least(0), default=2, help="steps of linear warm-up of both rates")
+    add("--lr_floor", type=in_range(0.0, 1.0), default=0.6,
         help="factor of both rates at the end; 1.0: constant rates")
     add("--adam_eps", type=in_range(0.0, above=True), default=1e-8,
         help="AdamW's epsilon; 1e-6 halves a 7B model's updates")
@@ -977,9 +977,8 @@ def refuse_contradictions(parser, args, given):
     if args.advantage != "gae" and args.samples_per_prompt < 2:
         parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at "
                      "least 2")
-    if args.advantage == "gae" and args.critic_warmup + args.lr_warmup >= args.steps:
-        parser.error(f"--critic_warmup {args.critic_warmup} and --lr_warmup {args.lr_warmup} leave "
-                     f"nothing of --steps {args.steps}")
+    if args.advantage == "gae" and args.critic_warmup >= args.steps:
+        parser.error(f"--critic_warmup {args.critic_warmup} leaves nothing of --steps {args.steps}")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")

@@ -265,7 +265,7 @@ def figure(runs):
         parts.append(text(LEFT - 8, y(percent) + 4, f"{percent} %", text_anchor="end"))
     for step in range(0, n_steps + 1, 5):
         parts.append(text(x(step), y(0) + 16, str(step), text_anchor="middle"))
-    parts.append(text(x(n_steps / 2), HEIGHT - 6, "PPO step (256 responses each)", text_anchor="middle"))
+    parts.append(text(x(n_steps / 2), HEIGHT - 6, "PPO step (320 responses each)", text_anchor="middle"))
 
     forced = 100 * np.mean([run["evaluations"]["test, call forced before"]["accuracy"] for run in runs])
     parts.append(line([0, n_steps], [forced, forced], stroke="#555", stroke_dasharray="6 4"))
@@ -313,7 +313,7 @@ def main():
     print(f"## By family\n\nMeans of the seeds, warm start -> after PPO.\n\n{families_table(runs)}")
     if args.others:
         others = [load(folder) for folder in args.others]
-        print(f"\n## Without a critic\n\nThe same warm starts and as many responses per step, four to each of 64 prompts.\n\n"
+        print(f"\n## Without a critic\n\nThe same warm starts and as many responses per step, four to each of 80 prompts.\n\n"
               f"{critic_table(runs, others)}")
     if args.figure:
         Path(args.figure).write_text(figure(runs))

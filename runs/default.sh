@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The embedded default with three seeds of warm start and PPO; beside it, from the same warm starts, GRPO and RLOO. Tables and the
-# figure of README, in results/default. A run takes about six minutes on two idle cores; nothing else should run beside it.
+# figure of README, in results/default. A run takes about seven and a half minutes on two idle cores; nothing else should run beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=results/default
@@ -9,16 +9,16 @@ keep() {  # run folder, name: what the tables are made of; of the rollouts the f
   cp "$1"/{arguments.json,metrics.jsonl,table.md} "$OUT/$2"
   python runs/novel.py --keep "$1" > "$OUT/$2/rollouts.jsonl"
 }
-for seed in ${SEEDS:-31 32 33}; do
+for seed in ${SEEDS:-41 42 43}; do
   run=out/ppo/default-$seed
   [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run"
   keep "$run" "seed-$seed"
 done
-for seed in ${SEEDS:-31 32 33}; do
+for seed in ${SEEDS:-41 42 43}; do
   for advantage in grpo rloo; do
     run=out/ppo/$advantage-$seed
     [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run" \
-      --advantage $advantage --samples_per_prompt 4 --prompts_per_step 64
+      --advantage $advantage --samples_per_prompt 4 --prompts_per_step 80
     keep "$run" "$advantage-$seed"
   done
 done

@@ -948,7 +948,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--model", "FINE", "--max_prompt_tokens", "9"], "give --actor_lr (paper: 1e-06), --critic_lr (paper: 2e-06), --sandbox_timeout (paper: 5), --max_response"),
     (["--model", "FINE", *OWN, "--max_response_tokens", "9", "--sft_lr", "1"], "--sft_lr has no effect with"),
     (["--tools", "off"], "--tools off needs --code_share 0"),
-    (["--critic_warmup", "28", "--lr_warmup", "2"], "leave nothing of --steps 30"),
+    (["--critic_warmup", "30"], "--critic_warmup 30 leaves nothing of --steps 30"),
     (["--track", "wandb"], "--track wandb: not installed (pip install wandb)"),
     (["--reward_scale", "1"], "--reward_scale has no effect with --reward outcome"),
     (["--gamma", "-3"], "argument --gamma: -3: must be at least 0.0 and at most 1.0"),
