@@ -5,7 +5,7 @@
 
 A response is a trace's if, numbers apart, it is one letter for letter. That can hide something new: an answer
 that is given too early differs from a trace in its numbers alone. So behaviours are counted by themselves, of
-all responses; none of them is in any trace.
+all responses; none of them is in any trace. Below them: what traces do, for comparison.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import HIGHEST, embedded_problem  # noqa: E402
 from eval import QUESTION, markdown, words  # noqa: E402
-from rollout import INTERPRETER_BLOCK  # noqa: E402
+from rollout import CODE_OPEN, INTERPRETER_BLOCK  # noqa: E402
 from sandbox import UserError  # noqa: E402
 
 MOMENTS = {"first three steps": lambda step, steps: step < 3,
@@ -76,6 +76,14 @@ def behaviours(row, max_calls):
     return found
 
 
+# What traces do: name -> whether a response does it
+HABITS = {
+    "of those with a call: a sentence before it": lambda row: bool(row["codes"]) and not row["response"].startswith(CODE_OPEN),
+    "a check of the result by another script": lambda row: "Is that right?" in row["response"],
+    "by hand after a busy call": lambda row: "Then by hand." in row["response"],
+}
+
+
 def table(runs):
     n_responses = Counter()  # by moment
     n_right = Counter()
@@ -101,7 +109,9 @@ def table(runs):
                 if response in texts:
                     like_traces[moment] += 1
                     right_like_traces[moment] += row["correct"]
-                for name in behaviours(row, arguments["max_calls"]):
+                names = behaviours(row, arguments["max_calls"])
+                names += [f"habit of traces: {name}" for name, is_there in HABITS.items() if is_there(row)]
+                for name in names:
                     counts.setdefault(name, Counter())[moment] += 1
                     right.setdefault(name, Counter())[moment] += row["correct"]
 
@@ -110,7 +120,7 @@ def table(runs):
 
     rows = [["all", *cells(n_responses, n_right)],
             ["a trace, numbers apart", *cells(like_traces, right_like_traces)]]
-    for name in sorted(counts):
+    for name in sorted(counts, key=lambda name: (name.startswith("habit"), name)):
         rows.append([name, *cells(counts[name], right[name])])
     return markdown(["responses (right ones)", *MOMENTS], rows)
 
