@@ -684,9 +684,9 @@ DEEPEST = 950  # calls in calls: at 1,000 Python gives up
     "What is the sum of x^{2} over the multiples x of {1} up to {0}, modulo 100?",
     "The multiples of {1} up to {0} are raised to the power {2}. Find their sum modulo 100.")
 def power_sum(draw):
-    d = draw(2, 12)
+    k = 2 + 3 * draw(0, 1)  # 2 or 5
+    d = draw(2, 12) if k == 2 else draw(8, 12)  # for 5 rarely both scripts fail
     n = draw(1000, 9999)
-    k = 2 * draw(1, 2)
     n -= n % d
     if DEEPEST <= n // d <= 1000:
         n -= 60 * d  # not so near to the limit

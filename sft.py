@@ -1153,7 +1153,7 @@ def add_warm_start_arguments(parser):
         help="embedded traces; paper: 2,000 released")
     add("--code_share", type=in_range(0.0, 1.0), default=0.5,
         help="share of embedded traces solved with code; paper's policy starts at 0.18")
-    add("--sft_steps", type=at_least(1), default=1400,
+    add("--sft_steps", type=at_least(1), default=1300,
         help="optimiser steps of the warm start; paper: 2 epochs")
     add("--sft_batch_size", type=at_least(1), default=32,
         help="traces per step, over all ranks")

@@ -9,12 +9,12 @@ keep() {  # run folder, name: what the tables are made of; of the rollouts the f
   cp "$1"/{arguments.json,metrics.jsonl,table.md} "$OUT/$2"
   python runs/novel.py --keep "$1" > "$OUT/$2/rollouts.jsonl"
 }
-for seed in ${SEEDS:-41 42 43}; do
+for seed in ${SEEDS:-51 52 53}; do
   run=out/ppo/default-$seed
   [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run"
   keep "$run" "seed-$seed"
 done
-for seed in ${SEEDS:-41 42 43}; do
+for seed in ${SEEDS:-51 52 53}; do
   for advantage in grpo rloo; do
     run=out/ppo/$advantage-$seed
     [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run" \
