@@ -159,7 +159,7 @@ def test_a_browser_shows_the_numbers_and_runs_no_response(tmp_path):
     assert re.sub(r"\s+", " ", page.texts["table"]).count("85.0 ± 1.2[80.0, 90.0]") == 1  # mean of 0.9 and 0.8
     assert all(text in page.texts["table"] for text in ("25.0 ± 1.2", "98.7", "67.9", "2, unfinished", "5.5"))
     assert page.texts["count"] == "14 of 14 responses"
-    assert page.texts["panels"].count("not recorded") == 6  # of nine panels; NaN is no value
+    assert page.texts["panels"].count("not recorded") == 7  # of ten panels; NaN is no value
     assert page.tags.count("script") == 2 and not {"img", "iframe", "form", "object", "link"} & set(page.tags)
     assert "owned" not in page.texts[""].split("ReTool")[0]  # the title
     detail, hidden = page.texts["detail"], "⟨U+2028⟩ ⟨U+2029⟩ ⟨U+FEFF⟩ ⟨U+E0041⟩ tail⟨U+2028⟩"
