@@ -11,14 +11,18 @@ keep() {  # run folder, name: what the tables are made of; of the rollouts the f
 }
 for seed in ${SEEDS:-51 52 53}; do
   run=out/ppo/default-$seed
-  [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run"
+  [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run" \
+    --warm_start_dir "out/warm_start/$seed"
   keep "$run" "seed-$seed"
+  # Which of two scripts fails: the same responses as in the run's own evaluations of the warm start and the last checkpoint.
+  [ -e "$run.scripts.json" ] || python eval.py --model "out/warm_start/$seed"/*[0-9a-f] "$run/checkpoint" --problems test --samples 2 --output "$run.scripts.json"
+  cp "$run.scripts.json" "$OUT/seed-$seed/scripts.json"
 done
 for seed in ${SEEDS:-51 52 53}; do
   for advantage in grpo rloo; do
     run=out/ppo/$advantage-$seed
     [ -e "$run/table.md" ] || torchrun --nproc_per_node 2 ppo.py --seed "$seed" --sft_seed "$seed" --run_dir "$run" \
-      --advantage $advantage --samples_per_prompt 4 --prompts_per_step 80
+      --warm_start_dir "out/warm_start/$seed" --advantage $advantage --samples_per_prompt 4 --prompts_per_step 80
     keep "$run" "$advantage-$seed"
   done
 done
