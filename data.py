@@ -396,7 +396,8 @@ def field_names(row):
 # The embedded problems. Reward has to find what their traces do not show, or hardly:
 #   by hand      the model is right without a tool: should it call one at all?
 #   one script   the tool may be busy: does it ask once more?
-#   two scripts  both work in traces, one of them fails on larger problems: which is written?
+#   two scripts  both work in traces, the first fails on larger problems: is the second written?
+#   either one   each fails where the other works: does the choice look at the problem?
 #   search       what came back decides the next call: how does it search?
 
 # Of "traces" and "held_out_traces" the warm start is made; there every script of a problem works.
@@ -405,7 +406,7 @@ SPLITS = ("traces", "held_out_traces", "train", "test", "ood_large", "ood_famili
 
 class Problem(NamedTuple):
     family: str
-    kind: str  # "by hand", "one script", "two scripts" or "search"
+    kind: str  # a key of KINDS
     operands: tuple
     question: str
     answer: str
@@ -727,12 +728,13 @@ HELD_OUT_FAMILIES = [sum_of_digit_sums]
 KINDS = {
     "by hand": [last_digit, is_odd],
     "one script": [digit_sum, product_remainder, common_divisor],
-    "two scripts": [digit_count, power_remainder, power_sum],
+    "two scripts": [digit_count, power_remainder],
+    "either one": [power_sum],
     "search": [search],
 }
 # As often as they stand here. Few by hand: they are right from the start.
-FAMILIES = (KINDS["by hand"] + 2 * KINDS["one script"] + 2 * KINDS["two scripts"]
-            + 6 * KINDS["search"])
+FAMILIES = (KINDS["by hand"] + 2 * KINDS["one script"]
+            + 2 * (KINDS["two scripts"] + KINDS["either one"]) + 6 * KINDS["search"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -553,10 +553,10 @@ METRICS = {
     # Of the embedded problems' behaviours
     "right_script": "share of first scripts that print the answer, where one of two does not",
     "right_script_count": "responses with a script to such problems",
-    "script_first_fails": "right_script where it is the first one in traces that fails",
-    "script_first_fails_count": "responses with a script to such problems",
-    "script_second_fails": "right_script where it is the second one",
-    "script_second_fails_count": "responses with a script to such problems",
+    "second_script": "right_script in families where only the first script can fail",
+    "second_script_count": "responses with a script to such problems",
+    "script_by_problem": "right_script in families where either script can fail",
+    "script_by_problem_count": "responses with a script to such problems",
     "copied_script": "share of scripts that are those of traces, with this problem's numbers",
     "self_correction_silent": "share of scripts with a wrong answer before one with the right",
     "self_correction_silent_count": "scripts with a wrong answer",
@@ -726,7 +726,7 @@ def words(code):
 def behaviour_metrics(trajectories, problems):
     """What a policy does on embedded problems, whose scripts are known. problems: the row of each
     prompt_index. Of responses to other problems nothing is known."""
-    right_script = {"first": [], "second": []}  # by which of the two fails
+    right_script = {"two scripts": [], "either one": []}  # by kind
     copied = []
     corrected = []
     solved = []
@@ -743,8 +743,8 @@ def behaviour_metrics(trajectories, problems):
         # Which script was written is seen even if its numbers are miscopied.
         works = {words(code): works for code, works in problem["scripts"]}
         if not all(works.values()):
-            failing = "second" if problem["scripts"][0][1] else "first"
-            right_script[failing].append(works.get(words(t.snippets[0].code), False))
+            is_right = works.get(words(t.snippets[0].code), False)
+            right_script[problem["kind"]].append(is_right)
 
         for number, call in enumerate(t.snippets, 1):
             copied.append(call.code in [code for code, _ in problem["scripts"]])
@@ -752,14 +752,15 @@ def behaviour_metrics(trajectories, problems):
                 later = [other.output.strip() for other in t.snippets[number:]]
                 corrected.append(problem["answer"] in later)
 
-    both = right_script["first"] + right_script["second"]
+    always_second = right_script["two scripts"]
+    by_problem = right_script["either one"]
     return {
-        "right_script": mean(both),
-        "right_script_count": len(both),
-        "script_first_fails": mean(right_script["first"]),
-        "script_first_fails_count": len(right_script["first"]),
-        "script_second_fails": mean(right_script["second"]),
-        "script_second_fails_count": len(right_script["second"]),
+        "right_script": mean(always_second + by_problem),
+        "right_script_count": len(always_second + by_problem),
+        "second_script": mean(always_second),
+        "second_script_count": len(always_second),
+        "script_by_problem": mean(by_problem),
+        "script_by_problem_count": len(by_problem),
         "copied_script": mean(copied),
         "self_correction_silent": mean(corrected),
         "self_correction_silent_count": len(corrected),

@@ -888,9 +888,9 @@ def test_behaviours_are_what_they_are_called(tokenizer):
         t.prompt_index = i
     found = behaviour_metrics(trajectories, problems)
     assert (found["right_script"], found["right_script_count"]) == (2 / 4, 4)
-    assert (found["script_first_fails"], found["script_second_fails"]) == (2 / 4, None)
-    swapped = [problem | {"scripts": problem["scripts"][::-1]} for problem in problems]
-    assert behaviour_metrics(trajectories, swapped)["script_second_fails"] == 2 / 4
+    assert (found["second_script"], found["script_by_problem"]) == (2 / 4, None)
+    either = [problem | {"kind": "either one"} for problem in problems]
+    assert behaviour_metrics(trajectories, either)["script_by_problem"] == 2 / 4
     assert found["copied_script"] == 3 / 7
     assert (found["self_correction_silent"], found["self_correction_silent_count"]) == (1 / 3, 3)
     assert found["search_solved"] is None
