@@ -592,7 +592,8 @@ def zygote_main(sock, config):
     gc.freeze()
     request = serve(sock, config)
     if request is not None:
-        run_child(config, *request)  # never returns
+        seed, code_fd, output_fd = request
+        run_child(config, seed, code_fd, output_fd)  # never returns
 
 
 def prepare(math_verify=False):
