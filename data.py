@@ -35,6 +35,7 @@ from rollout import (
     encode_chat,
     first_line,
     hidden_number,
+    narrowed,
     need_hub,
     question_to_box,
 )
@@ -535,10 +536,7 @@ def search_trace(rng, box, number):
         guess = rng.randint(low, high)
         verdict = compare(guess, number)
         call = tool_call(question_to_box(box, guess), verdict)
-        if verdict != "high":
-            low = guess if verdict == "equal" else guess + 1
-        if verdict != "low":
-            high = guess if verdict == "equal" else guess - 1
+        low, high = narrowed(low, high, guess, verdict)
         if verdict != "equal":
             call += f"{low} to {high}.\n"
         calls.append(call)

@@ -63,6 +63,7 @@ from rollout import (
     load_config,
     load_model,
     load_tokenizer,
+    narrowed,
 )
 from sandbox import INTERRUPTED, Sandbox, UserError
 
@@ -785,10 +786,8 @@ def probes(calls):
         if n_left >= 5:
             below, above = guess - low, high - guess
             in_middle.append(min(below, above) >= n_left // 4)
-        if call.output == "low":
-            low = max(low, guess + 1)
-        elif call.output == "high":
-            high = min(high, guess - 1)
+        if call.output != "equal":
+            low, high = narrowed(low, high, guess, call.output)
     return in_middle
 
 

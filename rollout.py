@@ -137,6 +137,17 @@ def compare(guess, number):
     return "low" if guess < number else "high"
 
 
+def narrowed(low, high, guess, verdict):
+    """What a box's verdict leaves of the numbers from low to high: (low, high)."""
+    if verdict == "equal":
+        return guess, guess
+    if verdict == "low":
+        return max(low, guess + 1), high
+    if verdict == "high":
+        return low, min(high, guess - 1)
+    return low, high
+
+
 # All patterns, in other files too, are made from the table.
 CLOSING = {tool.open: tool.close for tool in TOOLS}
 CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE

@@ -545,7 +545,8 @@ async def warm_start_traces(args, recipe, traces_file, folder):
     decides = [recipe.sft_traces, recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout]
     code = code_hashes(["embedded_traces", "sandbox.py"])
     path = folder / f"traces-{digest(decides, versions())}-{digest(code)}.json"
-    if not read_traces(path):
+    curated = read_traces(path)
+    if not curated:
         print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
         async with make_sandbox(args) as sandbox:
             traces, counts = await embedded_traces(
@@ -556,7 +557,8 @@ async def warm_start_traces(args, recipe, traces_file, folder):
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([traces, held_out]))
         partial.rename(path)
-    return read_traces(path)
+        curated = read_traces(path)
+    return curated
 
 
 def read_traces(path):

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import HIGHEST, embedded_problem  # noqa: E402
 from eval import QUESTION, markdown, words  # noqa: E402
-from rollout import CODE_OPEN, INTERPRETER_BLOCK  # noqa: E402
+from rollout import CODE_OPEN, INTERPRETER_BLOCK, narrowed  # noqa: E402
 from sandbox import UserError  # noqa: E402
 
 MOMENTS = {"first three steps": lambda step, steps: step < 3,
@@ -39,15 +39,13 @@ def trace_texts(seed, n):
 
 
 def left_in_box(codes, outputs):
-    """The numbers that the answers of a search leave."""
-    left = set(range(1, HIGHEST + 1))
+    """How many numbers the answers of a search leave."""
+    low, high = 1, HIGHEST
     for code, output in zip(codes, outputs):
         question = QUESTION.fullmatch(code.strip())
         if question:
-            guess = int(question[2])
-            left &= {"low": set(range(guess + 1, HIGHEST + 1)), "high": set(range(1, guess)),
-                     "equal": {guess}}.get(output.strip(), left)
-    return left
+            low, high = narrowed(low, high, int(question[2]), output.strip())
+    return high - low + 1
 
 
 def behaviours(row, max_calls):
@@ -58,7 +56,7 @@ def behaviours(row, max_calls):
     has_ended = row["finish_reason"] == "eos"
     found = []
 
-    if row["kind"] == "search" and codes and len(left_in_box(codes, outputs)) > 1:
+    if row["kind"] == "search" and codes and left_in_box(codes, outputs) > 1:
         if has_ended and len(codes) == max_calls:
             found.append("search: answers after the last allowed question, several numbers left")
         elif has_ended:

@@ -11,6 +11,7 @@ from rollout import (
     ToolCall,
     Trajectory,
     encode_response,
+    narrowed,
     noise_bits,
     question_to_box,
 )
@@ -57,10 +58,7 @@ async def respond(problem, row, sandbox, settings):
             verdict = await call(question_to_box(box, guess))
             if verdict == "equal":
                 return str(guess)
-            if verdict == "low":
-                low = guess + 1
-            else:
-                high = guess - 1
+            low, high = narrowed(low, high, guess, verdict)
         return str((low + high) // 2)
 
     script = [code for code, works in problem["scripts"] if works][0]
