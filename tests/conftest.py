@@ -15,7 +15,7 @@ what it is told. Which question is asked where:
     test_eval.py      is an answer judged as a careful person would? are metrics what they are called?
     test_plan.py      is the plan of memory what a large model holds, and do the scripts fit it?
     test_oracle.py    is the best policy known as good as it is called, and are intervals over seeds?
-    test_experiments.py  is results/archive/RESULTS.md what the committed outputs say?
+    test_experiments.py  are the findings what the committed outputs say?
     test_ablations.py  is every flag the arithmetic it is called?
     test_curate.py    is every trace true, and does a curation survive bad rows and kills?
     test_report.py    does the report page show what the run folders say, whatever a model has printed?

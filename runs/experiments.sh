@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The runs behind results/RESULTS.md, beside those of runs/default.sh, from whose warm starts most of them begin.
+# Two ranks each, one after the other, about four minutes each on two idle cores.
+# What is there is not made again, and what was cut short goes on: the same command finishes the list.
+#   bash runs/experiments.sh                # all of them
+#   bash runs/experiments.sh NAME SEED ...  # some
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=results/experiments
+export OMP_NUM_THREADS=1
+two_ranks() { torchrun --nproc_per_node 2 "$@"; }
+
+flags() {  # NAME: what a run has other than the default
+  case $1 in
+    ppo) ;;
+    lam-*) echo --lam_actor "${1#lam-}" ;;
+    turn) echo --gae_unit turn ;;
+    mask-off) echo --mask_interpreter off ;;
+    sync-*-weighted) local name=${1#sync-}; echo --sync_every "${name%-weighted}" --importance token ;;
+    sync-*) echo --sync_every "${1#sync-}" ;;
+    kl-*) echo --kl_coef "${1#kl-}" ;;
+    entropy-*) echo --entropy_coef "${1#entropy-}" ;;
+    no-whiten-floor) echo --whiten_floor 1e-6 ;;
+    cost-*) echo --reward cost --reward_scale "${1#cost-}" ;;
+    reward-*) echo --reward "${1#reward-}" --reward_scale 0.3 ;;
+    text) echo --tools off --code_share 0 ;;
+    text-long) echo --tools off --code_share 0 --steps 81 ;;  # 2.7 times the steps, as in the paper
+    text-long-*) echo --tools off --code_share 0 --steps 81 --actor_lr "${1#text-long-}" ;;
+    feedback-*) echo --feedback "${1#feedback-}" ;;
+    *) echo "no run is called $1" >&2; return 1 ;;
+  esac
+}
+
+warm_start() {  # SEED FLAGS...: the folder of a warm start, made or found
+  two_ranks sft.py --sft_seed "$1" "${@:2}" | tee -a out/experiments/warm_starts.log | sed -n 's/^checkpoint: //p'
+}
+
+ppo() {  # NAME SEED
+  local run=out/experiments/$1-$2 from=(--sft_seed "$2" --warm_start_dir "out/warm_start/$2") more
+  if [ -d "$run/checkpoints" ]; then
+    two_ranks ppo.py --resume "$run" >> "$run.log"
+  else
+    read -ra more <<< "$(flags "$1")"
+    # What the policy will not see of a call, its traces do not show.
+    if [[ $1 = feedback-* ]]; then
+      python runs/hidden.py "${1#feedback-}" "out/warm_start/$2"/traces-*.json > "$run.traces.jsonl"
+      from=(--warm_start "$(warm_start "$2" --traces "$run.traces.jsonl")")
+    fi
+    rm -rf "$run"
+    two_ranks ppo.py --run_dir "$run" --seed "$2" "${from[@]}" "${more[@]}" > "$run.log"
+  fi
+  python runs/experiments.py --keep "$run" "$OUT/$1-$2"
+}
+
+# Rejection sampling with as many responses as PPO samples: three times 3,200. After each the policy learns from all its right ones.
+rft() {  # NAME SEED
+  local folder=out/experiments/$1-$2 model models round
+  mkdir -p "$folder" "$OUT/$1-$2"
+  model=$(warm_start "$2" --warm_start_dir "out/warm_start/$2")
+  models=("$model")
+  for round in 1 2 3; do
+    two_ranks eval.py --model "$model" --problems train --limit 3200 --samples 1 --seed "$2$round" --output "$folder/samples-$round.json"
+    python runs/rft.py "$folder"/samples-*.json.responses.jsonl > "$folder/right-$round.jsonl"
+    model=$(warm_start "$2" --model "$model" --traces "$folder/right-$round.jsonl" --sft_steps 200 --sft_warmup 10 --sft_lr 1e-3 --sft_muon_lr 8e-3)
+    models+=("$model")
+  done >> "$folder.log"
+  # The same noise as in PPO's own evaluations
+  two_ranks eval.py --model "${models[@]}" --samples 2 --output "$folder/sampled.json" >> "$folder.log"
+  two_ranks eval.py --model "${models[@]}" --samples 1 --temperature 0 --output "$folder/greedy.json" >> "$folder.log"
+  cp "$folder"/{sampled,greedy}.json "$OUT/$1-$2"
+}
+
+one() {  # NAME SEED
+  [ -e "$OUT/$1-$2" ] && return
+  mkdir -p out/experiments
+  case $1 in
+    rft) rft "$1" "$2" ;;
+    *) ppo "$1" "$2" ;;
+  esac
+}
+
+if [ $# -gt 0 ]; then
+  while [ $# -gt 0 ]; do one "$1" "$2"; shift 2; done
+  exit
+fi
+# Three seeds for what a headline says
+for seed in 51 52 53; do
+  for name in rft text feedback-hidden feedback-none; do one $name $seed; done
+done
