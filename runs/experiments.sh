@@ -43,6 +43,7 @@ ppo() {  # NAME SEED
     read -ra more <<< "$(flags "$1")"
     # What the policy will not see of a call, its traces do not show.
     if [[ $1 = feedback-* ]]; then
+      warm_start "$2" --warm_start_dir "out/warm_start/$2" > /dev/null  # it keeps its traces there
       python runs/hidden.py "${1#feedback-}" "out/warm_start/$2"/traces-*.json > "$run.traces.jsonl"
       from=(--warm_start "$(warm_start "$2" --traces "$run.traces.jsonl")")
     fi
