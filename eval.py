@@ -591,6 +591,7 @@ METRICS = {
     # Of a step, by default means over its trainable tokens
     "step": "PPO step, from 0",
     "update_skipped": "1: no response to train on",
+    "uniform_dropped": "responses left out by --drop_uniform",
     "reward": "mean sum of a response",
     "entropy": "mean entropy of the policy",
     "approx_kl": "KL from the policy before the update",

@@ -312,6 +312,10 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
     # Some responses are not trained on: the sandbox failed, or a flag filters them out.
     chosen = [trajectory for trajectory in trajectories if is_trained_on(trajectory, args)]
+    if args.drop_uniform:
+        mixed = of_mixed_groups(chosen)
+        metrics["uniform_dropped"] = len(chosen) - len(mixed)
+        chosen = mixed
     metrics["update_skipped"] = int(not chosen)
     if not chosen:
         if trainer.is_synced_after(step):  # with the weights of earlier updates
@@ -379,6 +383,16 @@ def is_trained_on(trajectory, args):
     if args.drop_truncated and not trajectory.is_complete:
         return False
     return not (args.drop_void and is_void(trajectory))
+
+
+def of_mixed_groups(trajectories):
+    """Responses to prompts that were answered both right and wrong: in other groups every group
+    advantage is 0. (DAPO's dynamic sampling, arXiv 2503.14476, but none is drawn instead.)"""
+    outcomes = {}  # prompt -> {True, False}
+    for trajectory in trajectories:
+        outcomes.setdefault(trajectory.prompt_index, set()).add(trajectory.correct)
+    return [trajectory for trajectory in trajectories
+            if len(outcomes[trajectory.prompt_index]) == 2]
 
 
 def trajectory_example(trajectory, rewards, mask_interpreter=True):
@@ -891,6 +905,8 @@ def add_ppo_arguments(parser):
         help="do not train on responses that were cut off")
     add("--drop_void", action="store_true",
         help="do not train on responses without an answer")
+    add("--drop_uniform", action="store_true",
+        help="do not train on groups whose responses are all right or all wrong")
     # The optimisers
     add("--actor_lr", type=in_range(0.0), default=1.2e-3,
         help="AdamW's peak rate, actor; paper 1e-6 (32B)")
@@ -979,6 +995,8 @@ def refuse_contradictions(parser, args, given):
                      "least 2")
     if args.advantage == "gae" and args.critic_warmup >= args.steps:
         parser.error(f"--critic_warmup {args.critic_warmup} leaves nothing of --steps {args.steps}")
+    if args.drop_uniform and args.samples_per_prompt < 2:
+        parser.error("--drop_uniform needs a group: --samples_per_prompt of at least 2")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
