@@ -189,8 +189,8 @@ def pooled(evaluations, key):
     return sum(metrics[key] * metrics[f"{key}_count"] for metrics in cases) / max(1, count), count
 
 
-def targets_table(runs):
-    """What was wanted, and what came out."""
+def targets_table(runs, warm_starts=None):
+    """What was wanted, and what came out. warm_starts: eval.py's metrics of the seeds' warm starts, with more samples."""
     def each(label, key="accuracy"):
         return [100 * run["evaluations"][label][key] for run in runs]
 
@@ -211,6 +211,10 @@ def targets_table(runs):
     oracle = each("test, best known before")
     after = each("test after")
     add("warm start, sampled", "25-45 %", numbers(sampled), all(25 <= x <= 45 for x in sampled))
+    if warm_starts:
+        many = [100 * metrics["accuracy"] for metrics in warm_starts]
+        n_samples = max(n for n, _ in warm_starts[0]["per_problem"])
+        add(f"warm starts, {n_samples} samples per problem", "within two points of each other", numbers(many), max(many) - min(many) <= 2)
     add("warm start, greedy", "at most 55 %", numbers(greedy), max(greedy) <= 55)
     add("call forced, no RL", "at most 65 %", numbers(forced), max(forced) <= 65)
     add("call and retry forced, no RL", "said", numbers(each("test, call + retry forced before")), True)
@@ -307,6 +311,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, one per seed")
     parser.add_argument("--others", nargs="*", default=[], help="run folders with another --advantage")
+    parser.add_argument("--warm_starts", default="", help="eval.py's output on the test problems")
     parser.add_argument("--figure", default="", help="SVG file")
     args = parser.parse_args()
 
@@ -318,7 +323,11 @@ def main():
           f"`bash runs/default.sh`: seeds {seeds} of warm start and PPO, commit {commits}. "
           f"This page: `python runs/default.py results/default/seed-*`.\n"
           f"{n_problems} test problems, fresh, the same for every seed; of the last checkpoint.\n")
-    print(f"## What was wanted\n\n{targets_table(runs)}\n")
+    warm_starts = []
+    if args.warm_starts:
+        results = json.loads(Path(args.warm_starts).read_text())["results"]
+        warm_starts = [sets["test"] for sets in results.values()]
+    print(f"## What was wanted\n\n{targets_table(runs, warm_starts)}\n")
     print(f"## Evaluations\n\n{evaluations_table(runs)}\n")
     print(f"## When\n\nPPO was not charged for calls. Regret is what a response of the best policy known earns more: +1 or -1 for "
           f"the answer, minus a price for each call.\n\n{regret_table(runs)}\n")

@@ -26,5 +26,11 @@ for seed in ${SEEDS:-51 52 53}; do
     keep "$run" "$advantage-$seed"
   done
 done
-python runs/default.py "$OUT"/seed-* --others "$OUT"/{grpo,rloo}-* --figure "$OUT/finds.svg" > "$OUT/README.md"
+# The warm starts beside each other, with more samples than a run's own evaluation has
+warm_starts=()
+for seed in ${SEEDS:-51 52 53}; do warm_starts+=("out/warm_start/$seed"/*[0-9a-f]); done
+[ -e out/ppo/warm_starts.json ] || torchrun --nproc_per_node 2 eval.py --model "${warm_starts[@]}" --problems test --samples 12 \
+  --n_slots 320 --output out/ppo/warm_starts.json
+cp out/ppo/warm_starts.json "$OUT"
+python runs/default.py "$OUT"/seed-* --others "$OUT"/{grpo,rloo}-* --warm_starts "$OUT/warm_starts.json" --figure "$OUT/finds.svg" > "$OUT/README.md"
 python runs/novel.py "$OUT"/seed-* > "$OUT/novel.md"
