@@ -17,6 +17,7 @@ for seed in ${SEEDS:-51 52 53}; do
   # Which of two scripts fails: the same responses as in the run's own evaluations of the warm start and the last checkpoint.
   [ -e "$run.scripts.json" ] || python eval.py --model "out/warm_start/$seed"/*[0-9a-f] "$run/checkpoint" --problems test --samples 2 --output "$run.scripts.json"
   cp "$run.scripts.json" "$OUT/seed-$seed/scripts.json"
+  python runs/experiments.py --signatures "$run.scripts.json" > "$OUT/seed-$seed/signatures.json"
 done
 for seed in ${SEEDS:-51 52 53}; do
   for advantage in grpo rloo; do

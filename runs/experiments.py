@@ -2,6 +2,7 @@
 
     python runs/experiments.py > results/RESULTS.md             # and the figures, in results/figures
     python runs/experiments.py --keep RUN results/experiments/NAME-SEED
+    python runs/experiments.py --signatures OUTPUT > results/default/seed-SEED/signatures.json
 
 In runs/findings.md `{{ expression }}` is a Python expression over the functions of this file:
 
@@ -24,6 +25,7 @@ import default  # noqa: E402
 from default import spread  # noqa: E402
 
 from eval import markdown  # noqa: E402
+from results import failure_signatures  # noqa: E402
 from sandbox import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,15 @@ def keep(run, folder):
                 row = {key: row[key] for key in STEP_KEYS if key in row}
             file.write(json.dumps(row) + "\n")
     partial.rename(folder)
+
+
+def print_signatures(output):
+    """Of what eval.py wrote, a list: for each checkpoint the failure signatures and purposes of its responses to test problems."""
+    rows = [json.loads(line) for line in open(f"{output}.responses.jsonl")]
+    found = []
+    for path in json.loads(Path(output).read_text())["results"]:
+        found.append(failure_signatures([row for row in rows if row["model"] == path and row["set"] == "test"]))
+    print(json.dumps(found, indent=1))
 
 
 def load_runs():
@@ -272,6 +283,9 @@ def main(arguments):
     if arguments[:1] == ["--keep"]:
         _, run, folder = arguments
         keep(run, folder)
+        return
+    if arguments[:1] == ["--signatures"]:
+        print_signatures(arguments[1])
         return
     RUNS.update(load_runs())
     print(fill(TEMPLATE.read_text()), end="")

@@ -62,7 +62,7 @@ rft() {  # NAME SEED
   for round in 1 2 3; do
     two_ranks eval.py --model "$model" --problems train --limit 3200 --samples 1 --seed "$2$round" --output "$folder/samples-$round.json"
     python runs/rft.py "$folder"/samples-*.json.responses.jsonl > "$folder/right-$round.jsonl"
-    model=$(warm_start "$2" --model "$model" --traces "$folder/right-$round.jsonl" --sft_steps 200 --sft_warmup 10 --sft_lr 1e-3 --sft_muon_lr 8e-3)
+    model=$(warm_start "$2" --model "$model" --traces "$folder/right-$round.jsonl" --sft_steps 200 --sft_warmup 10 --sft_lr 2e-3 --sft_muon_lr 1.6e-2)
     models+=("$model")
   done >> "$folder.log"
   # The same noise as in PPO's own evaluations

@@ -150,7 +150,7 @@ def code_purpose(code, before):
     asks an LLM: right for 32 of 50 that were labelled by hand (tests/purposes.jsonl)."""
     nodes = list(ast.walk(ast.parse(code)))
     has_assert = any(isinstance(node, ast.Assert) for node in nodes)
-    announced = r"(?i)\b(check|verif|confirm|double-check|make sure)"
+    announced = r"(?i)\b(check|verif|confirm|double-check|make sure|is that right)"
     if has_assert or re.search(announced, before[-200:]):
         return "verification"
 
