@@ -1,6 +1,6 @@
 """results/RESULTS.md: the findings. Text comes from runs/findings.md; every number in it from the committed outputs of runs.
 
-    python runs/experiments.py > results/RESULTS.md             # and the figures, in results/figures
+    python runs/experiments.py results/figures > results/RESULTS.md     # and the figures
     python runs/experiments.py --keep RUN results/experiments/NAME-SEED
     python runs/experiments.py --signatures OUTPUT > results/default/seed-SEED/signatures.json
 
@@ -30,7 +30,6 @@ from sandbox import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "runs" / "findings.md"
-FIGURES = ROOT / "results" / "figures"
 
 # ---------------------------------------------------------------------------------------------
 # Runs
@@ -214,6 +213,125 @@ def ladder():
     return markdown(["", "seeds", "sampled %", "greedy %", *(f"{name} %" for name in COLUMNS.values())], rows)
 
 
+def forced_table():
+    """By family: right by hand (of all samples without a call), with the call forced, after PPO; and how many samples."""
+    rows = []
+    for family in sorted(by_hand()):
+        right, count = by_hand()[family]
+        cells = [family, f"{100 * right / count:.0f} (of {count})"]
+        for at in ("test, call forced before", "test after", "test, best known before"):
+            metrics = [run["evaluations"][at]["families"][family] for run in seeds_of("ppo").values()]
+            cells.append(f"{100 * np.mean([m['accuracy'] for m in metrics]):.0f}")
+        rows.append(cells)
+    return markdown(["family", "by hand %", "call forced, no RL %", "after PPO %", "best policy known %"], rows)
+
+
+def by_hand():
+    """{family: (right ones, responses)} of the warm starts' samples without a call (results/default/warm_starts.json)."""
+    found = {}
+    results = json.loads((ROOT / "results" / "default" / "warm_starts.json").read_text())["results"]
+    for sets in results.values():
+        for family, metrics in sets["test"]["families"].items():
+            count = round(metrics["count"] * (1 - metrics["code_ratio"]))
+            right = round(count * (metrics["accuracy_without_call"] or 0))
+            before = found.get(family, (0, 0))
+            found[family] = (before[0] + right, before[1] + count)
+    return found
+
+
+def best_utility(family, price):
+    """Of the best policy known at this price: the scripted one, or the warm start's work by hand."""
+    right, count = by_hand()[family]
+    scripted = next(iter(seeds_of("ppo").values()))["evaluations"]["test, best known before"]["families"][family]
+    return max(default.utility(scripted, price), 2 * right / count - 1)
+
+
+def price_table(prices):
+    """After PPO at each price of a call: what is right, where the tool is called, and how much less a response earns than the
+    best policy known at this price."""
+    rows = []
+    for price in prices:
+        name = f"cost-{price}" if price else "ppo"
+        regrets = []
+        for run in seeds_of(name).values():
+            families = run["evaluations"]["test after"]["families"]
+            gaps = [best_utility(family, price) - default.utility(m, price) for family, m in families.items()]
+            regrets.append(np.average(gaps, weights=[m["count"] for m in families.values()]))
+        searches = [run["evaluations"]["test after"]["families"]["search"] for run in seeds_of(name).values()]
+        rows.append([
+            f"{price}",
+            ", ".join(map(str, seeds_of(name))),
+            spread(values(name, "accuracy", "test after")),
+            spread(values(name, "code_ratio_needed", "test after")),
+            spread(values(name, "code_ratio_trivial", "test after")),
+            spread([m["code_ratio"] for m in searches]),
+            f"{np.mean([m['snippets_per_response'] for m in searches]):.2f}",
+            spread(values(name, "retry_busy", "test after")),
+            f"{np.mean(regrets):.2f}"])
+    return markdown(["price of a call", "seeds", "right %", "calls where a tool is needed %", "calls where by hand is as good %",
+                     "calls in search %", "calls per search", "asks again %", "regret"], rows)
+
+
+EVOLUTION = {  # key -> (name, scale, digits)
+    "response_tokens_sampled": ("tokens that the policy wrote", 1, 0),
+    "response_tokens": ("tokens, interpreter text with them", 1, 0),
+    "code_ratio": ("responses with code, %", 100, 1),
+    "code_lines": ("lines of code per response", 1, 2),
+    "lines_per_snippet": ("lines per snippet", 1, 2),
+    "snippets_per_response": ("snippets per response", 1, 2),
+    "pass_last_correct": ("last snippet ran, of right responses, %", 100, 1),
+    "pass_last_incorrect": ("last snippet ran, of wrong responses, %", 100, 1),
+    "timing_first": ("where the first snippet begins, share of the response", 1, 3),
+    "timing_mean": ("where snippets begin, share of the response", 1, 3),
+    "self_correction": ("failed snippets, not busy, that one that ran follows, %", 100, 1)}
+
+
+def evolution(name, n=3):
+    """Means of the first and the last n steps of all seeds."""
+    rows = []
+    for key, (heading, scale, digits) in EVOLUTION.items():
+        cells = []
+        for part in (slice(0, n), slice(-n, None)):
+            steps = [row for run in seeds_of(name).values() for row in run["steps"][part]]
+            if key == "lines_per_snippet":
+                found = [row["code_lines"] / row["snippets_per_response"] for row in steps]
+            else:
+                found = [row[key] for row in steps if row[key] is not None]
+            cells.append(f"{scale * np.mean(found):.{digits}f}" if found else "-")
+        rows.append([heading, *cells])
+    return markdown(["", f"first {n} steps", f"last {n}"], rows)
+
+
+def signatures_of(when):
+    """Of each seed of the default, before or after PPO."""
+    files = sorted(ROOT.glob("results/default/seed-*/signatures.json"))
+    return [json.loads(file.read_text())[{"before": 0, "after": 1}[when]] for file in files]
+
+
+def signatures_table():
+    names = {
+        "repeated_snippets": "responses with code that run the same syntax tree twice",
+        "uncorrected_failures": "responses with code whose last snippet failed or met a busy tool",
+        "void_turns": "responses that end without an answer, and not by a refused call",
+        "literal_prints": "snippets that print what stands in them"}
+    rows = []
+    for key, name in names.items():
+        rows.append([name, *(spread([seed[key] for seed in signatures_of(when)]) for when in ("before", "after"))])
+    for purpose in ("calculation", "enumeration", "verification", "unreadable"):
+        cells = [spread([seed["purposes"].get(purpose, 0) for seed in signatures_of(when)]) for when in ("before", "after")]
+        rows.append([f"snippets for {purpose}", *cells])
+    return markdown(["%", "warm start", "after PPO"], rows)
+
+
+def ood_table():
+    rows = []
+    for split in ("test", "ood_large", "ood_families"):
+        for when in ("before", "after"):
+            cells = [spread(values("ppo", key, f"{split} {when}")) for key in ("accuracy", "code_ratio", "retry_busy", "right_script", "middle_probe", "copied_script")]
+            rows.append([f"{split}, {when}", *cells])
+    return markdown(["%", "right", "calls", "asks again", "script that works", "asks in the middle", "copied right"], rows)
+
+
 # ---------------------------------------------------------------------------------------------
 # Figures
 
@@ -289,11 +407,14 @@ def main(arguments):
         return
     RUNS.update(load_runs())
     print(fill(TEMPLATE.read_text()), end="")
-    FIGURES.mkdir(exist_ok=True)
-    (FIGURES / "table1.svg").write_text(table1_figure())
+    figures = Path(arguments[0])
+    figures.mkdir(exist_ok=True)
+    (figures / "table1.svg").write_text(table1_figure())
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     try:
         main(sys.argv[1:])
     except UserError as error:

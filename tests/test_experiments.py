@@ -1,10 +1,105 @@
 """Are the findings what the committed outputs say?"""
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+import rollout
+import sft
+from sandbox import UserError
+
 ROOT = Path(__file__).parents[1]
+
+
+def script(name):
+    """runs/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "runs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_findings_are_made_of_the_committed_outputs(tmp_path):
+    """Guards against numbers typed in by hand, and tables of an earlier set of runs."""
+    command = [sys.executable, ROOT / "runs" / "experiments.py", tmp_path]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert made == (ROOT / "results" / "RESULTS.md").read_text()
+    figures = list(tmp_path.iterdir())
+    assert figures and all((ROOT / "results" / "figures" / f.name).read_text() == f.read_text() for f in figures)
+
+
+@pytest.fixture
+def experiments(monkeypatch):
+    """runs/experiments.py with three runs of its own: two seeds of "ppo", one of "other"."""
+    module = script("experiments")
+
+    def run(*right):
+        return {"steps": [], "evaluations": {"test after": {"per_problem": [(2, n) for n in right], "accuracy": sum(right) / 2 / len(right)}}}
+
+    monkeypatch.setattr(module, "RUNS", {"ppo": {1: run(0, 1, 2), 2: run(0, 0, 0)}, "other": {1: run(1, 2, 2)}})
+    return module
+
+
+def test_a_gain_is_paired_by_problem_and_seed(experiments):
+    """Guards against a difference of means over other problems, or over seeds that only one side has."""
+    mean, low, high = experiments.difference("other", "ppo")
+    assert mean == pytest.approx(100 / 3) and 0 <= low < mean < high <= 50
+    assert experiments.difference("ppo", "ppo") == (0, 0, 0)
+    # Over seeds too: both problems and seeds are drawn again.
+    gains = np.array([[0, 0, 0], [0, 50, 100]])
+    experiments.RUNS["ppo"][2], experiments.RUNS["other"][2] = experiments.RUNS["other"][1], experiments.RUNS["ppo"][2]
+    experiments.RUNS["other"][1] = experiments.RUNS["ppo"][1]
+    mean, low, high = experiments.difference("ppo", "other")
+    assert mean == pytest.approx(gains.mean() * 5 / 3) and low == 0 and high > 60
+
+
+def test_what_the_findings_ask_for_must_be_there(experiments):
+    """Guards against an empty cell where a run is missing or misspelt."""
+    assert experiments.fill('{{ percent("ppo") }} %, {{ each("ppo", digits=0) }}') == "25 %, 50, 0"
+    for wrong in ('{{ percent("pop") }}', '{{ gain("ppo", "nobody") }}', "{{ 3 }}"):
+        with pytest.raises(UserError, match="findings.md"):
+            experiments.fill(wrong)
+
+
+RESPONSE = {
+    "prompt": "<|im_start|>user\nHow many digits does 3^9 have?<|im_end|>\n<|im_start|>assistant\n",
+    "response": "<code>\n```python\nprint(1\n```\n</code>\n<interpreter>\nSyntaxError: invalid syntax\n</interpreter>\n<code>\n```python\nprint(5)\n```\n"
+                "</code>\n<interpreter>\n[busy]\n</interpreter>\n<answer>\\boxed{5}</answer><|im_end|>",
+    "answer": "5", "family": "digit_count", "tool_statuses": ["error", "busy"], "correct": True}
+
+
+def test_right_responses_become_traces(tmp_path, capsys):
+    """Guards against a policy that learns from its wrong responses, or learns failed snippets."""
+    wrong = RESPONSE | {"correct": False, "answer": "7"}
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(f"{json.dumps(wrong)}\n{json.dumps(RESPONSE)}\n")
+    script("rft").main([samples])
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(capsys.readouterr().out)
+    [trace] = [json.loads(line) for line in open(traces)]
+    assert trace["question"] == "How many digits does 3^9 have?" and trace["failed_calls"] == [0]
+    traces.write_text(json.dumps(trace) + "\n" + json.dumps(trace | {"question": "And 3^10?"}) + "\n")
+    assert [row["response"] for row in sft.load_traces(str(traces))] == [RESPONSE["response"].removesuffix("<|im_end|>")] * 2
+
+
+def test_hidden_outputs_are_what_the_engine_shows(tmp_path, capsys):
+    """Guards against a warm start under another condition than its rollouts: an output that is left in a trace teaches to read it."""
+    trace = script("rft").trace(RESPONSE)
+    (tmp_path / "traces.json").write_text(json.dumps([[trace], [trace]]))
+    tokenizer = sft.embedded_tokenizer()
+    for feedback, shown in (("hidden", ["[failed]", "[failed]"]), ("none", ["", ""])):
+        script("hidden").main(feedback, tmp_path / "traces.json")
+        first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert first == second and first["question"] == trace["question"]
+        outputs = [match[1] for match in rollout.INTERPRETER_BLOCK.finditer(first["response"])]
+        assert outputs == shown
+        block = rollout.encode_interpreter(tokenizer, shown[0], 128)
+        assert tokenizer.decode(block) in first["response"]
+        assert rollout.INTERPRETER_BLOCK.sub("", first["response"]) == rollout.INTERPRETER_BLOCK.sub("", trace["response"])
 
 
 def test_the_archived_findings_are_made_of_the_committed_outputs(tmp_path):
@@ -18,9 +113,7 @@ def test_the_archived_findings_are_made_of_the_committed_outputs(tmp_path):
 
 def test_an_archived_gain_is_paired_by_problem_and_seed():
     """Guards against a difference of means over other problems, or over seeds that only one side has."""
-    spec = importlib.util.spec_from_file_location("archive", ROOT / "runs" / "archive.py")
-    archive = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(archive)
+    archive = script("archive")
 
     def run(*right):
         return {"evaluations": {"test after": {"per_problem": [(2, n) for n in right]}}}
