@@ -4,10 +4,9 @@ write: GSM8K's calculator annotations as snippets or as one script, or a model t
 Another one is a function that `make_rewriter` returns, and its name among the choices of --rewriter.
 """
 import asyncio
-import builtins
-import keyword
 import os
 import re
+import string
 from collections import Counter
 
 import torch
@@ -61,53 +60,21 @@ def calculator(solution, answer):
     return f"{remove_annotations(text)}\n<answer>\\boxed{{{answer}}}</answer>"
 
 
-# No part of a variable's name.
-FILLERS = set("""and are because but can each for from gets had has have her him his its she that
-the their them then there they this thus was were which will with would you""".split())
 # A solution may use these numbers unasked.
 COMMON = set(range(13)) | {24, 30, 52, 60, 100, 365, 1000}
 
 
-def naming_words(text):
-    return [word for word in re.findall("[a-z]{3,}", text.lower()) if word not in FILLERS]
-
-
-def variable_name(line, step, taken):
-    """A name for the result of an annotation in this line: two words from before its sum and
-    two from after it, with a number if the Counter `taken` has it."""
-    # "Ann sold 48/2" -> "Ann sold ", "", "/", "".
-    phrases = re.split(r"[\d,.;:(]", remove_annotations(line[:step.start()]))
-    if "=" in step["equals"]:
-        phrases.pop()  # what stands before "=" belongs to the sum
-
-    # The last phrase of words: "ann", "sold".
-    words_before = []
-    for phrase in phrases:
-        if not set(phrase) & set("+-*/"):
-            words = naming_words(phrase)
-            if words:
-                words_before = words
-
-    # "24 of fruit." -> "fruit"
-    phrase_after = re.match(r"[\d,.]*([^\d,.;:=(<]*)", line[step.end():])[1]
-    words_after = naming_words(phrase_after)
-
-    name_words = dict.fromkeys(words_before[-2:] + words_after[:2])  # each once, in order
-    name = "_".join(name_words) or "result"
-    taken[name] += 1
-    return f"{name}_{taken[name]}" if taken[name] > 1 else name
-
-
 def program(solution, answer, question):
-    """Turn the annotations into one script with a variable for each: an operand that equals an
-    earlier result is that variable. None if the answer is no result, another result is never
-    used, or an operand is found nowhere or in two places (results, question)."""
+    """Turn the annotations into one script with a variable a, b, c, ... for each: an operand that
+    equals an earlier result is that variable. None if the answer is no result, another result is
+    never used, or an operand is found nowhere or in two places (results, question)."""
+    # Names taken from the sentences (week_pies_ducks) teach a small model names that it misspells.
+    names = iter(string.ascii_lowercase)
     lines = []
     variables = {}  # result -> name
     used = set()  # operands
     given = set(numbers(question))
     sources = Counter(given)  # number -> places where it is found
-    taken = Counter(dir(builtins) + keyword.kwlist)
 
     def variable_or_number(match):
         value = numbers(match[0])[0]
@@ -122,9 +89,11 @@ def program(solution, answer, question):
                     return None
                 used.add(value)
 
-            # "ann_sold_fruit = 48/2", which stands for 24 from now on.
+            # "a = 48/2", which stands for 24 from now on.
             expression = NUMBER_IN_TEXT.sub(variable_or_number, step["sum"].strip())
-            name = variable_name(line, step, taken)
+            name = next(names, None)
+            if name is None:
+                return None
             lines.append(f"{name} = {expression}")
             for value in numbers(step["result"])[:1]:
                 variables[value] = name

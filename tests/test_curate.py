@@ -262,12 +262,11 @@ def test_what_is_no_calculation_is_not_turned_into_code(solution):
 
 
 def test_annotations_become_one_script_whose_variables_carry_the_results():
-    """Guards against a result that is copied as a number, and names that do not come from the sentence."""
+    """Guards against a result that is copied as a number, and long names, which small models misspell."""
     solution = ("Ann sold 48/2 = $<<48/2=24>>24 of fruit, 3 times a day.\nBob's day = $24 + 6 = <<24+6=30>>30.0.\n"
                 "They have <<24+30=54>>54 dollars; 54*(1/2) = $<<54*(1/2)=27>>27 is left.")
     assert program(solution, "27", "She had $48, he $6.") == (
-        "Let me compute this.\n" + fenced("ann_sold_fruit = 48/2\nbob_day = ann_sold_fruit+6\n"
-        "dollars = ann_sold_fruit+bob_day\ndollars_left = dollars*(1/2)\nprint(dollars_left)", "27")
+        "Let me compute this.\n" + fenced("a = 48/2\nb = a+6\nc = a+b\nd = c*(1/2)\nprint(d)", "27")
         + r"The answer is 27." "\n" r"<answer>\boxed{27}</answer>")
 
 
@@ -283,11 +282,17 @@ def test_a_script_that_is_not_the_whole_calculation_is_none(solution, question):
     assert program(solution, "55", question) is None
 
 
+def test_a_script_of_more_variables_than_letters_is_none():
+    """Guards against a 27th name."""
+    for n in (26, 27):
+        solution = "\n".join(f"{n} more: {50 + 100 * i} + 100 = <<{50 + 100 * i}+100={150 + 100 * i}>>" for i in range(n))
+        assert (program(solution, str(50 + 100 * n), "50 and 100") is None) == (n == 27)
+
+
 def test_programs_compute_what_their_annotations_say():
-    """Guards against an operand that becomes the wrong variable, and names that Python does not take or that
-    hide print."""
+    """Guards against an operand that becomes the wrong variable."""
     rng, kept = random.Random(0), 0
-    words = ["print", "class", "None", "sum", "pens", "of", "red", "Ünder", "x", "int"]
+    words = ["print", "class", "None", "sum", "pens", "of", "red", "Ünder", "a", "int"]
     for _ in range(300):
         given, known, lines = [str(rng.randint(2, 40)) for _ in range(4)], [], []
         for _ in range(rng.randint(1, 5)):
