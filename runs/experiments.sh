@@ -13,6 +13,7 @@ two_ranks() { torchrun --nproc_per_node 2 "$@"; }
 flags() {  # NAME: what a run has other than the default
   case $1 in
     ppo) ;;
+    grpo-equal-time) echo --advantage grpo --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30
     lam-*) echo --lam_actor "${1#lam-}" ;;
     turn) echo --gae_unit turn ;;
     mask-off) echo --mask_interpreter off ;;
