@@ -583,7 +583,7 @@ METRICS = {
     "per_problem": "responses and correct ones of each",
     "problems": "number of problems",
     "skipped_long": "problems with too long prompts",
-    "code_ratio_trivial": "code_ratio of families that need no tool",
+    "code_ratio_trivial": "code_ratio of families in which a model is right by hand",
     "code_ratio_needed": "code_ratio of other families",
     "families": "the same of each family: accuracy, calls, accuracy with and without a call",
     "ood_drop": "accuracy minus that of eval.py's first set",
