@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct, a model that has seen English, on a CPU: the checkpoint, traces, warm starts, PPO and its text twin,
-# evaluations, checks. About seven hours of one core, GSM8K six more (added up from stages: never run in one go);
-# $OUT/minutes.txt says which stage took how long. A warm start grows to 11 GB, PPO too.
-#   bash runs/smollm2.sh
-#   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K too: train.jsonl, test.jsonl of github.com/openai/grade-school-math
-# Every stage is kept in $OUT: the same command goes on where it stopped. MINUTES=30 stops each training after so many.
+# SmolLM2-135M-Instruct, a model that has seen English, on a CPU. Three questions:
+#   habit   does RL do more than make calls a habit? From traces that all hold code: right given a call, before and after
+#   words   a task that is not mathematics, for a model that can copy words
+#   gsm8k   with enough problems and samples to see 1.2 points
+# each beside rejection sampling (RFT) with as many responses.
+#   bash runs/smollm2.sh                  # habit and words
+#   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K: train.jsonl, test.jsonl of github.com/openai/grade-school-math
+# Every stage is kept in $OUT: the same command goes on where it stopped. MINUTES=30 stops each training after so many;
+# $OUT/minutes.txt says which stage took how long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/smollm2}
@@ -37,8 +40,8 @@ PY
   }
 fi
 
-# 2. Traces of number problems: all with code, half of them, none; of GSM8K a snippet per calculation or one script.
-[ -e "$OUT/numbers-1000.jsonl" ] || python - "$OUT" <<'PY'
+# 2. Traces of number problems, all with code; problems about words; GSM8K as one script per solution.
+[ -e "$OUT/numbers.jsonl" ] || python - "$OUT/numbers.jsonl" <<'PY'
 import asyncio
 import json
 import sys
@@ -49,15 +52,14 @@ from sandbox import Sandbox
 
 async def main():
     async with Sandbox(workers=2, timeout=2.0) as sandbox:
-        for name, code_share in (("text", 0.0), ("mixed", 0.5), ("numbers", 1.0)):
-            traces, counts = await sft.embedded_traces(1000, code_share, 0, sandbox)
-            print(name, counts)
-            for n in (100, 300, 640, 1000):
-                with open(f"{sys.argv[1]}/{name}-{n}.jsonl", "w") as file:
-                    file.writelines(json.dumps(trace) + "\n" for trace in traces[:n])
+        traces, counts = await sft.embedded_traces(640, 1.0, 0, sandbox)
+    print(counts)
+    with open(sys.argv[1], "w") as file:
+        file.writelines(json.dumps(trace) + "\n" for trace in traces)
 
 asyncio.run(main())
 PY
+[ -e "$OUT/words/train.jsonl" ] || python runs/words.py "$OUT/words" 0
 
 # 3. A stage is done once what it makes is there.
 timed() {
@@ -65,78 +67,88 @@ timed() {
   "$@"
   awk -v name="$1 $2" -v seconds=$((SECONDS - begin)) 'BEGIN {if (seconds > 5) printf "%s: %.1f minutes\n", name, seconds / 60}' >> "$OUT/minutes.txt"
 }
-warm_start() {  # name, traces, steps: $OUT/name becomes the checkpoint
+warm_start() {  # name, from which model, traces, steps, rate: $OUT/name becomes the checkpoint
   [ -e "$OUT/$1" ] && return
-  $RUN sft.py --model "$MODEL" --traces "$2" --sft_steps "$3" --sft_batch_size 16 --sft_lr 5e-4 --sft_muon_lr 0 --sft_warmup 5 \
+  $RUN sft.py --model "$2" --traces "$3" --sft_steps "$4" --sft_batch_size 16 --sft_lr "$5" --sft_muon_lr 0 --sft_warmup 5 \
     --sft_save_every 20 --token_budget 4096 $SHARED --minutes "${MINUTES:-0}" --warm_start_dir "$OUT/sft" | tee "$OUT/$1.log"
   grep -q '^checkpoint: ' "$OUT/$1.log" || exit 0
   ln -s "$(sed -n 's/^checkpoint: //p' "$OUT/$1.log" | xargs realpath)" "$OUT/$1"
 }
 evaluate() {  # name, model, further flags
   [ -e "$OUT/$1.json" ] && return
-  python eval.py --model "$2" $SHARED --output "$OUT/$1.json" "${@:3}" | tee "$OUT/$1.txt"
+  $RUN eval.py --model "$2" $SHARED --output "$OUT/$1.json" --n_slots 64 --max_prompt_tokens 320 "${@:3}" > "$OUT/$1.txt"
 }
-UPDATES="--actor_lr 2e-5 --critic_lr 1e-4 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_samples 1"
 reinforce() {  # name, model, further flags: $OUT/name becomes the run
   [ -e "$OUT/$1/checkpoint" ] && return
-  local begin="--run_dir $OUT/$1 --model $2 $UPDATES --prompts_per_step 128 --critic_warmup 1 --lr_warmup 2 --steps 16 --n_slots 64 \
-    --eval_problems 128 --save_every 2 $SHARED ${*:3}"
-  [ -d "$OUT/$1/checkpoints" ] && begin="--resume $OUT/$1"
-  $RUN ppo.py $begin --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
+  local begin=(--run_dir "$OUT/$1" --model "$2" --actor_lr 2e-5 --critic_lr 1e-4 --token_budget 2048 --n_slots 64 --max_prompt_tokens 320
+    --lr_warmup 2 --save_every 2 $SHARED "${@:3}")
+  [ -d "$OUT/$1/checkpoints" ] && begin=(--resume "$OUT/$1")
+  $RUN ppo.py "${begin[@]}" --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
   [ -e "$OUT/$1/checkpoint" ] || exit 0
 }
-FORMAT="--max_prompt_tokens 320 --max_response_tokens 384 --samples 1 --n_slots 64"
+rft() {  # name, model, problems, samples per problem, rate, further flags of sampling: SFT on the model's own right responses, once each
+  [ -e "$OUT/$1" ] && return
+  evaluate "$1-samples" "$2" --problems "$3" --samples "$4" --seed 1 "${@:6}"
+  python runs/rft.py "$OUT/$1-samples.json.responses.jsonl" > "$OUT/$1.jsonl"
+  warm_start "$1" "$2" "$OUT/$1.jsonl" $(($(wc -l < "$OUT/$1.jsonl") / 16)) "$5"
+}
 
-# 4. Number problems: how many traces does it take, what does PPO add where code is half a habit, and what without tools?
-for n in 100 300 1000; do
-  timed warm_start numbers-$n "$OUT/numbers-$n.jsonl" 40
-  timed evaluate eval-$n "$OUT/numbers-$n" $FORMAT --limit 128
+# 4. habit. 640 traces, each once; then eight steps of 128 responses, three seeds. The words are families never trained on, and none
+#    of them is a trained one with another sign.
+NUMBERS="--max_response_tokens 320"
+timed warm_start numbers "$MODEL" "$OUT/numbers.jsonl" 40 5e-4
+for seed in 0 1 2; do
+  timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
 done
-timed warm_start mixed-640 "$OUT/mixed-640.jsonl" 40
-timed reinforce ppo-640 "$OUT/mixed-640"
-timed warm_start text-640 "$OUT/text-640.jsonl" 40
-timed reinforce ppo-640-text "$OUT/text-640" --tools off
-for kl in 0 0.1; do  # five steps of the same schedule
-  timed reinforce ppo-640-kl-$kl "$OUT/mixed-640" --steps 5 --kl_coef $kl
+timed rft habit-rft "$OUT/numbers" train 1 2e-4 --limit 1024 $NUMBERS
+timed evaluate habit-numbers "$OUT/numbers" --samples 2 $NUMBERS
+timed evaluate habit-rft-numbers "$OUT/habit-rft" --samples 2 $NUMBERS
+for model in numbers habit-rft habit-0/checkpoint habit-1/checkpoint habit-2/checkpoint; do
+  timed evaluate "never-trained-${model%/checkpoint}" "$OUT/$model" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 done
-timed evaluate released "$MODEL" $FORMAT --limit 64
-timed evaluate prompted "$MODEL" $FORMAT --limit 64 --prompt_template retool
 
-# 5. GSM8K, if it is there: whole programs, a snippet per calculation, and text, as many tokens of each; PPO from the programs.
+# 5. words: half of the traces hold code.
+head -n 640 "$OUT/words/traces.jsonl" > "$OUT/words-640.jsonl"
+timed warm_start words-640 "$MODEL" "$OUT/words-640.jsonl" 40 5e-4
+timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/train.jsonl" --eval_data "$OUT/words/test.jsonl" \
+  --steps 12 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
+timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1 2e-4 $NUMBERS
+timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+
+# 6. GSM8K. Three epochs of programs; RL in groups of eight where there is signal: problems solved at least once in four samples.
 if [ -n "${GSM8K:-}" ]; then
-  WORDS="--samples 1 --n_slots 64 --max_prompt_tokens 320 --max_response_tokens 640 --max_calls 10 --problems $OUT/gsm8k_test.jsonl"
-  head -n "${GSM8K_PROBLEMS:-1319}" "$GSM8K/test.jsonl" > "$OUT/gsm8k_test.jsonl"
-  for rewriter in program calculator; do
-    [ -e "$OUT/$rewriter.jsonl" ] || python sft.py curate --rewriter $rewriter --input "$GSM8K/train.jsonl" \
-      --decontaminate "$GSM8K/test.jsonl" --output "$OUT/$rewriter.jsonl" --prompt_template plain --tokenizer "$MODEL"
-  done
-  [ -e "$OUT/text.jsonl" ] || python - "$OUT" <<'PY'
+  SCRIPTS="--max_response_tokens 256"
+  [ -e "$OUT/program.jsonl" ] || python sft.py curate --rewriter program --input "$GSM8K/train.jsonl" \
+    --decontaminate "$GSM8K/test.jsonl" --output "$OUT/program.jsonl" --prompt_template plain --tokenizer "$MODEL"
+  timed warm_start gsm8k "$MODEL" "$OUT/program.jsonl" 960 5e-4
+  head -n "${TRAINED_ON:-1500}" "$OUT/program.jsonl" > "$OUT/asked.jsonl"
+  timed evaluate gsm8k-signal "$OUT/gsm8k" --problems "$OUT/asked.jsonl" --samples 4 $SCRIPTS
+  [ -e "$OUT/signal.jsonl" ] || python - "$OUT" <<'PY'
 import json
-import re
 import sys
-with open(f"{sys.argv[1]}/text.jsonl", "w") as file:  # the calculator's traces without their calls
-    for trace in map(json.loads, open(f"{sys.argv[1]}/calculator.jsonl")):
-        reply = trace["messages"][-1]
-        reply["content"] = re.sub(r"(Let me compute [^\n]*)?\n<code>.*?</interpreter>\n", " ", reply["content"], flags=re.S)
-        file.write(json.dumps(trace) + "\n")
+
+folder = sys.argv[1]
+[sets] = json.load(open(f"{folder}/gsm8k-signal.json"))["results"].values()
+[metrics] = sets.values()
+with open(f"{folder}/signal.jsonl", "w") as file:
+    for line, (_, right) in zip(open(f"{folder}/asked.jsonl"), metrics["per_problem"], strict=True):
+        if right:
+            file.write(line)
 PY
-  for kind in "program 300" "calculator 197" "text 315"; do  # 0.97 million tokens each
-    set -- $kind
-    timed warm_start gsm8k-$1 "$OUT/$1.jsonl" $2
-    timed evaluate eval-gsm8k-$1 "$OUT/gsm8k-$1" $WORDS
-    timed evaluate greedy-gsm8k-$1 "$OUT/gsm8k-$1" $WORDS --temperature 0
+  TRAIN="--train_data $OUT/signal.jsonl --eval_data $GSM8K/test.jsonl --eval_problems 1319 --eval_samples 4 --steps 12"
+  timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS $TRAIN --advantage grpo --samples_per_prompt 8 --prompts_per_step 16 --drop_uniform \
+    --critic_warmup 0
+  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 4 2e-4 $SCRIPTS
+  timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft; do
+    timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
   done
-  timed evaluate released-gsm8k "$MODEL" $WORDS --prompt_template retool
-  QUESTIONS="--train_data $OUT/calculator.jsonl --eval_data $OUT/gsm8k_test.jsonl"
-  timed reinforce ppo-gsm8k "$OUT/gsm8k-program" $QUESTIONS --steps 12
-  timed evaluate greedy-ppo-gsm8k "$OUT/ppo-gsm8k/checkpoint" $WORDS --temperature 0
-  timed reinforce ppo-gsm8k-text "$OUT/gsm8k-text" $QUESTIONS --steps 6 --tools off
 fi
 
-# 6. The engine against `generate`, token for token and tokens per second. PPO killed and resumed, and on two ranks: the same
+# 7. The engine against `generate`, token for token and tokens per second. PPO killed and resumed, and on two ranks: the same
 #    three steps?
 if [ ! -e "$OUT/engine.txt" ]; then
-  python tests/bench_rollout.py --model "$OUT/mixed-640" --check_rows 8 --rows 32 --batch_sizes 16 32 | tee "$OUT/engine.partial"
+  python tests/bench_rollout.py --model "$OUT/numbers" --check_rows 8 --rows 32 --batch_sizes 16 32 | tee "$OUT/engine.partial"
   mv "$OUT/engine.partial" "$OUT/engine.txt"
 fi
 short_run() {  # name, how to start it, flags
@@ -144,7 +156,8 @@ short_run() {  # name, how to start it, flags
   [[ $3 == --resume* ]] || rm -rf "$OUT/$1"
   $2 ppo.py $3 > "$OUT/$1.log"
 }
-few() { echo "--run_dir $OUT/$1 --model $OUT/mixed-640 $UPDATES --prompts_per_step 8 --critic_warmup 0 --lr_warmup 1 --steps 3 --eval_problems 4 \
+UPDATES="--actor_lr 2e-5 --critic_lr 1e-4 --token_budget 2048 --max_prompt_tokens 320 --max_response_tokens 256 --eval_samples 1"
+few() { echo "--run_dir $OUT/$1 --model $OUT/numbers $UPDATES --prompts_per_step 8 --critic_warmup 0 --lr_warmup 1 --steps 3 --eval_problems 4 \
   --save_every 1 --dtype fp32 --sandbox_timeout 2"; }
 short_run check-one python "$(few check-one)"
 short_run check-two "torchrun --nproc_per_node 2" "$(few check-two)"
