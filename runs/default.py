@@ -75,10 +75,12 @@ def read_scripts(path):
 
 
 def spread(values, scale=100):
-    """mean [least, most]."""
+    """mean [least, most]; one value alone."""
     known = [scale * value for value in values if value is not None]
     if not known:
         return "-"
+    if len(known) == 1:
+        return f"{known[0]:.1f}"
     return f"{np.mean(known):.1f} [{min(known):.1f}, {max(known):.1f}]"
 
 

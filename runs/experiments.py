@@ -159,6 +159,12 @@ def early(name, steps=10):
     return [np.mean([row["accuracy"] for row in run["steps"][:steps]]) for run in seeds_of(name).values() if run["steps"]]
 
 
+def seconds(name):
+    """Of a step: rollout, score and update."""
+    rows = [row for run in seeds_of(name).values() for row in run["steps"]]
+    return f"{np.mean([row['seconds_rollout'] + row['seconds_score'] + row['seconds_update'] for row in rows]):.1f}"
+
+
 def last_entropy(name):
     return [np.mean([row["entropy"] for row in run["steps"][-5:]]) for run in seeds_of(name).values() if run["steps"]]
 
@@ -178,15 +184,15 @@ def table(*names, base="ppo"):
     rows = []
     for name in names:
         is_base = name == base
-        cells = [
-            spread(values(name, "accuracy", "test after")),
-            "" if is_base else gain(name, base),
-            spread(values(name, "accuracy", "test, greedy after"))]
+        cells = []
+        for at in ("test after", "test, greedy after"):
+            cells += [spread(values(name, "accuracy", at)), "" if is_base else gain(name, base, at=at)]
         cells += [spread(values(name, key, "test after")) for key in COLUMNS]
         cells.append(spread(early(name)))
         cells.append(" ".join(f"{value:.3f}" for value in last_entropy(name)))
         rows.append([name, ", ".join(map(str, seeds_of(name))), *cells])
-    return markdown(["", "seeds", "right %", f"gain over {base}, points (95 %)", "greedy %", *(f"{name} %" for name in COLUMNS.values()),
+    of_gain = f"minus {base}, points (95 %)"
+    return markdown(["", "seeds", "sampled %", of_gain, "greedy %", of_gain, *(f"{name} %" for name in COLUMNS.values()),
                      "right in steps 1-10 %", "entropy at the end"], rows)
 
 

@@ -8,12 +8,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=results/experiments
 export OMP_NUM_THREADS=1
+TEXT="--tools off --code_share 0 --warm_start_dir out/warm_start/text"
 two_ranks() { torchrun --nproc_per_node 2 "$@"; }
 
 flags() {  # NAME: what a run has other than the default
   case $1 in
-    ppo) ;;
-    grpo-equal-time) echo --advantage grpo --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30
+    grpo-equal-time) echo --advantage grpo --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30, about
     lam-*) echo --lam_actor "${1#lam-}" ;;
     turn) echo --gae_unit turn ;;
     mask-off) echo --mask_interpreter off ;;
@@ -24,9 +24,9 @@ flags() {  # NAME: what a run has other than the default
     no-whiten-floor) echo --whiten_floor 1e-6 ;;
     cost-*) echo --reward cost --reward_scale "${1#cost-}" ;;
     reward-*) echo --reward "${1#reward-}" --reward_scale 0.3 ;;
-    text) echo --tools off --code_share 0 ;;
-    text-long) echo --tools off --code_share 0 --steps 81 ;;  # 2.7 times the steps, as in the paper
-    text-long-*) echo --tools off --code_share 0 --steps 81 --actor_lr "${1#text-long-}" ;;
+    text) echo "$TEXT" ;;
+    text-long) echo "$TEXT --steps 81" ;;  # 2.7 times the steps, as in the paper
+    text-long-*) echo "$TEXT --steps 81 --actor_lr ${1#text-long-}" ;;
     feedback-*) echo --feedback "${1#feedback-}" ;;
     *) echo "no run is called $1" >&2; return 1 ;;
   esac
@@ -37,16 +37,18 @@ warm_start() {  # SEED FLAGS...: the folder of a warm start, made or found
 }
 
 ppo() {  # NAME SEED
-  local run=out/experiments/$1-$2 from=(--sft_seed "$2" --warm_start_dir "out/warm_start/$2") more
+  local run=out/experiments/$1-$2 from=(--sft_seed "$2" --warm_start_dir "out/warm_start/$2") words more checkpoint
+  words=$(flags "$1")
+  read -ra more <<< "$words"
   if [ -d "$run/checkpoints" ]; then
     two_ranks ppo.py --resume "$run" >> "$run.log"
   else
-    read -ra more <<< "$(flags "$1")"
     # What the policy will not see of a call, its traces do not show.
     if [[ $1 = feedback-* ]]; then
       warm_start "$2" --warm_start_dir "out/warm_start/$2" > /dev/null  # it keeps its traces there
       python runs/hidden.py "${1#feedback-}" "out/warm_start/$2"/traces-*.json > "$run.traces.jsonl"
-      from=(--warm_start "$(warm_start "$2" --traces "$run.traces.jsonl")")
+      checkpoint=$(warm_start "$2" --traces "$run.traces.jsonl")
+      from=(--warm_start "$checkpoint")
     fi
     rm -rf "$run"
     two_ranks ppo.py --run_dir "$run" --seed "$2" "${from[@]}" "${more[@]}" > "$run.log"
@@ -56,20 +58,40 @@ ppo() {  # NAME SEED
 
 # Rejection sampling with as many responses as PPO samples: three times 3,200. After each the policy learns from all its right ones.
 rft() {  # NAME SEED
-  local folder=out/experiments/$1-$2 model models round
-  mkdir -p "$folder" "$OUT/$1-$2"
+  local folder=out/experiments/$1-$2 model models samples=() round
+  mkdir -p "$folder"
   model=$(warm_start "$2" --warm_start_dir "out/warm_start/$2")
   models=("$model")
   for round in 1 2 3; do
     two_ranks eval.py --model "$model" --problems train --limit 3200 --samples 1 --seed "$2$round" --output "$folder/samples-$round.json"
-    python runs/rft.py "$folder"/samples-*.json.responses.jsonl > "$folder/right-$round.jsonl"
+    samples+=("$folder/samples-$round.json.responses.jsonl")
+    python runs/rft.py "${samples[@]}" > "$folder/right-$round.jsonl"
     model=$(warm_start "$2" --model "$model" --traces "$folder/right-$round.jsonl" --sft_steps 200 --sft_warmup 10 --sft_lr 2e-3 --sft_muon_lr 1.6e-2)
     models+=("$model")
   done >> "$folder.log"
   # The same noise as in PPO's own evaluations
   two_ranks eval.py --model "${models[@]}" --samples 2 --output "$folder/sampled.json" >> "$folder.log"
   two_ranks eval.py --model "${models[@]}" --samples 1 --temperature 0 --output "$folder/greedy.json" >> "$folder.log"
-  cp "$folder"/{sampled,greedy}.json "$OUT/$1-$2"
+  keep_scores "$1-$2" sampled greedy
+}
+
+# Greedy, with the call forced, or call and retry: what a run's own table has sampled.
+forced() {  # NAME SEED
+  local folder=out/experiments/$1-$2 model
+  local call=$'<code>\n```python\n' again=$'\nOnce more.\n<code>\n```python\n'
+  mkdir -p "$folder"
+  model=$(warm_start "$2" --warm_start_dir "out/warm_start/$2")
+  two_ranks eval.py --model "$model" --problems test --samples 1 --temperature 0 --prefill "$call" --output "$folder/call.json" > "$folder.log"
+  two_ranks eval.py --model "$model" --problems test --samples 1 --temperature 0 --prefill "$call" --after_busy "$again" \
+    --output "$folder/retry.json" >> "$folder.log"
+  keep_scores "$1-$2" call retry
+}
+
+keep_scores() {  # NAME-SEED FILE...: eval.py's outputs, all or none
+  rm -rf "$OUT/$1.partial"
+  mkdir -p "$OUT/$1.partial"
+  for file in "${@:2}"; do cp "out/experiments/$1/$file.json" "$OUT/$1.partial"; done
+  mv "$OUT/$1.partial" "$OUT/$1"
 }
 
 one() {  # NAME SEED
@@ -77,6 +99,7 @@ one() {  # NAME SEED
   mkdir -p out/experiments
   case $1 in
     rft) rft "$1" "$2" ;;
+    forced) forced "$1" "$2" ;;
     *) ppo "$1" "$2" ;;
   esac
 }

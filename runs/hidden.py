@@ -2,7 +2,8 @@
 
     python runs/hidden.py {hidden,none} TRACES.json > traces.jsonl
 
-TRACES.json: the curated traces that sft.py keeps beside its warm starts.
+TRACES.json: the curated traces that sft.py keeps beside its warm starts. What the text says after a call stays, and
+follows from an output that is no longer there: a policy that learns from it learns to make the result up.
 """
 import json
 import sys
@@ -15,19 +16,23 @@ from sandbox import SandboxResult  # noqa: E402
 
 def hide(trace, feedback):
     """The trace with every output replaced by what the policy will see of it."""
-    calls = iter(range(trace["response"].count(INTERPRETER_OPEN)))
-
-    def block(match):
-        failed = next(calls) in trace["failed_calls"] or match[1].strip() == BUSY
-        result = SandboxResult("error" if failed else "ok", match[1])
-        return f"\n{INTERPRETER_OPEN}\n{shown_output(result, feedback)}\n{INTERPRETER_CLOSE}"
-
-    return trace | {"response": INTERPRETER_BLOCK.sub(block, trace["response"])}
+    response = trace["response"]
+    shown = ""
+    end = 0  # of the block before
+    for number, match in enumerate(INTERPRETER_BLOCK.finditer(response)):
+        is_busy = match[1].strip() == BUSY
+        is_failed = number in trace["failed_calls"]
+        status = "error" if is_busy or is_failed else "ok"
+        output = shown_output(SandboxResult(status, match[1]), feedback)
+        shown += response[end:match.start()]
+        shown += f"\n{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}"
+        end = match.end()
+    return trace | {"response": shown + response[end:]}
 
 
 def main(feedback, path):
-    traces, held_out = json.loads(Path(path).read_text())
-    for trace in traces + held_out:
+    traces, _ = json.loads(Path(path).read_text())  # the rest is held out, also from the warm start made here
+    for trace in traces:
         print(json.dumps(hide(trace, feedback)))
 
 

@@ -1,5 +1,6 @@
 """Are the findings what the committed outputs say?"""
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -89,17 +90,21 @@ def test_right_responses_become_traces(tmp_path, capsys):
 def test_hidden_outputs_are_what_the_engine_shows(tmp_path, capsys):
     """Guards against a warm start under another condition than its rollouts: an output that is left in a trace teaches to read it."""
     trace = script("rft").trace(RESPONSE)
-    (tmp_path / "traces.json").write_text(json.dumps([[trace], [trace]]))
+    third = "\n<code>\n```python\nprint(5)\n```\n</code>\n<interpreter>\n5\n</interpreter>\n<answer>"
+    trace["response"] = trace["response"].replace("\n<answer>", third)
+    (tmp_path / "traces.json").write_text(json.dumps([[trace], [trace | {"question": "held out"}]]))
     tokenizer = sft.embedded_tokenizer()
-    for feedback, shown in (("hidden", ["[failed]", "[failed]"]), ("none", ["", ""])):
+    for feedback, shown in (("hidden", ["[failed]", "[failed]", "[ran]"]), ("none", ["", "", ""])):
         script("hidden").main(feedback, tmp_path / "traces.json")
-        first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert first == second and first["question"] == trace["question"]
-        outputs = [match[1] for match in rollout.INTERPRETER_BLOCK.finditer(first["response"])]
-        assert outputs == shown
-        block = rollout.encode_interpreter(tokenizer, shown[0], 128)
-        assert tokenizer.decode(block) in first["response"]
-        assert rollout.INTERPRETER_BLOCK.sub("", first["response"]) == rollout.INTERPRETER_BLOCK.sub("", trace["response"])
+        [row] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert row["question"] == trace["question"]
+
+        # Token for token: what the policy wrote stays, and a block is the engine's own.
+        ids, mask = rollout.encode_response(tokenizer, row["response"], 128)
+        before, before_mask = rollout.encode_response(tokenizer, trace["response"], 128)
+        assert [i for i, m in zip(ids, mask) if m] == [i for i, m in zip(before, before_mask) if m]
+        blocks = [list(group) for is_sampled, group in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if not is_sampled]
+        assert [[i for i, _ in block] for block in blocks] == [rollout.encode_interpreter(tokenizer, text, 128) for text in shown]
 
 
 def test_the_archived_findings_are_made_of_the_committed_outputs(tmp_path):
