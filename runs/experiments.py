@@ -48,6 +48,7 @@ def keep(run, folder):
     """Copy what is committed of a finished run: its arguments, its evaluations, and these keys of its steps."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a copy that was cut short
     partial.mkdir(parents=True)
     shutil.copy(Path(run) / "arguments.json", partial)
     rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
@@ -72,25 +73,36 @@ def load_runs():
     """{name: {seed: run}}, a run as `default.load` returns it."""
     runs = {}
     for folder in sorted([*ROOT.glob("results/default/*-*"), *ROOT.glob("results/experiments/*-*")]):
+        if folder.suffix == ".partial":
+            continue
         name, seed = folder.name.rsplit("-", 1)
-        name = {"seed": "ppo"}.get(name, name)
-        if (folder / "sampled.json").exists():
-            run = load_scores(folder)
-        else:
-            run = default.load(folder)
-        runs.setdefault(name, {})[int(seed)] = run
+        if name == "seed":
+            name = "ppo"
+        is_run = (folder / "metrics.jsonl").exists()
+        run = default.load(folder) if is_run else load_scores(folder)
+        seeds = runs.setdefault(name, {})
+        if int(seed) in seeds:
+            raise UserError(f"{folder}: {name} with seed {seed} is there twice")
+        seeds[int(seed)] = run
     return runs
 
 
+# Files of eval.py's outputs: name -> label of the evaluation
+SCORES = {"sampled": "{}", "greedy": "{}, greedy", "call": "{}, call forced, greedy", "retry": "{}, call + retry forced, greedy"}
+
+
 def load_scores(folder):
-    """A run of rejection sampling: eval.py's outputs on the warm start and the checkpoint after each round."""
+    """A run that is no run of PPO: eval.py's outputs on the warm start and, of rejection sampling, the checkpoint after
+    each round."""
     evaluations = {}
-    for file, kind in (("sampled.json", ""), ("greedy.json", ", greedy")):
-        record = json.loads((folder / file).read_text())
-        checkpoints = list(record["results"].values())
+    for name, label in SCORES.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        checkpoints = list(json.loads(path.read_text())["results"].values())
         for when, sets in (("before", checkpoints[0]), ("after", checkpoints[-1])):
-            for name, metrics in sets.items():
-                evaluations[f"{name}{kind} {when}"] = metrics
+            for problems, metrics in sets.items():
+                evaluations[f"{label.format(problems)} {when}"] = metrics
     return {"evaluations": evaluations, "steps": []}
 
 
@@ -108,8 +120,11 @@ def seeds_of(name):
 
 
 def values(name, key, at):
-    """The seeds' values of a metric, without those that have none."""
-    found = [run["evaluations"][at][key] for run in seeds_of(name).values() if at in run["evaluations"]]
+    """The seeds' values of a metric, without those that have none: of no call there is no share that is right."""
+    for seed, run in seeds_of(name).items():
+        if at not in run["evaluations"]:
+            raise UserError(f"runs/findings.md: {name}-{seed} has no evaluation {at}")
+    found = [run["evaluations"][at][key] for run in seeds_of(name).values()]
     return [value for value in found if value is not None]
 
 
@@ -119,6 +134,11 @@ def number(name, key, at="test after", digits=2):
 
 def percent(name, key="accuracy", at="test after", digits=0):
     return f"{100 * np.mean(values(name, key, at)):.{digits}f}"
+
+
+def mean(found):
+    """Of the seeds, in percent; "-" where none has a value."""
+    return f"{100 * np.mean(found):.1f}" if found else "-"
 
 
 def each(name, key="accuracy", at="test after", digits=1):
@@ -154,15 +174,34 @@ def gain(*names, **of):
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def early(name, steps=10):
-    """Mean accuracy of the first steps' samples, of each seed."""
-    return [np.mean([row["accuracy"] for row in run["steps"][:steps]]) for run in seeds_of(name).values() if run["steps"]]
+def early_rates(name, begin, end):
+    """Mean accuracy of the samples of some steps, of each seed."""
+    runs = [run for run in seeds_of(name).values() if run["steps"]]
+    return [np.mean([row["accuracy"] for row in run["steps"][begin:end]]) for run in runs]
+
+
+def early(name, begin=0, end=10):
+    return f"{100 * np.mean(early_rates(name, begin, end)):.0f}"
+
+
+def step_percent(name, step):
+    """Right ones among the samples of a step, counted from 1."""
+    return f"{100 * np.mean([run['steps'][step - 1]['accuracy'] for run in seeds_of(name).values()]):.0f}"
 
 
 def seconds(name):
     """Of a step: rollout, score and update."""
     rows = [row for run in seeds_of(name).values() for row in run["steps"]]
     return f"{np.mean([row['seconds_rollout'] + row['seconds_score'] + row['seconds_update'] for row in rows]):.1f}"
+
+
+def interpreter_share(name):
+    """Percent of a response's tokens that the interpreter wrote, in the last five steps."""
+    shares = []
+    for run in seeds_of(name).values():
+        for row in run["steps"][-5:]:
+            shares.append(1 - row["response_tokens_sampled"] / row["response_tokens"])
+    return f"{100 * np.mean(shares):.0f}"
 
 
 def last_entropy(name):
@@ -187,9 +226,9 @@ def table(*names, base="ppo"):
         cells = []
         for at in ("test after", "test, greedy after"):
             cells += [spread(values(name, "accuracy", at)), "" if is_base else gain(name, base, at=at)]
-        cells += [spread(values(name, key, "test after")) for key in COLUMNS]
-        cells.append(spread(early(name)))
-        cells.append(" ".join(f"{value:.3f}" for value in last_entropy(name)))
+        cells += [mean(values(name, key, "test after")) for key in COLUMNS]
+        cells.append(mean(early_rates(name, 0, 10)))
+        cells.append(f"{np.mean(last_entropy(name)):.3f}" if last_entropy(name) else "-")
         rows.append([name, ", ".join(map(str, seeds_of(name))), *cells])
     of_gain = f"minus {base}, points (95 %)"
     return markdown(["", "seeds", "sampled %", of_gain, "greedy %", of_gain, *(f"{name} %" for name in COLUMNS.values()),
@@ -201,8 +240,8 @@ def ladder():
     steps = [
         ("untrained", "ppo", "test, untrained before", ""),
         ("warm start", "ppo", "test before", "test, greedy before"),
-        ("call forced, no RL", "ppo", "test, call forced before", ""),
-        ("call and retry forced, no RL", "ppo", "test, call + retry forced before", ""),
+        ("call forced, no RL", "ppo", "test, call forced before", "test, call forced, greedy before"),
+        ("call and retry forced, no RL", "ppo", "test, call + retry forced before", "test, call + retry forced, greedy before"),
         ("rejection sampling (RFT)", "rft", "test after", "test, greedy after"),
         ("text, warm start", "text", "test before", "test, greedy before"),
         ("text, RL", "text", "test after", "test, greedy after"),
@@ -211,15 +250,14 @@ def ladder():
         ("best policy known (a script)", "ppo", "test, best known before", "")]
     rows = []
     for heading, name, sampled, greedy in steps:
-        if name not in RUNS:
-            continue
-        cells = [spread(values(name, "accuracy", sampled)), spread(values(name, "accuracy", greedy)) if greedy else ""]
-        cells += [spread(values(name, key, sampled)) for key in COLUMNS]
+        of_greedy = "forced" if "forced" in greedy else name
+        cells = [spread(values(name, "accuracy", sampled)), spread(values(of_greedy, "accuracy", greedy)) if greedy else ""]
+        cells += [mean(values(name, key, sampled)) for key in COLUMNS]
         rows.append([heading, ", ".join(map(str, seeds_of(name))), *cells])
     return markdown(["", "seeds", "sampled %", "greedy %", *(f"{name} %" for name in COLUMNS.values())], rows)
 
 
-def forced_table():
+def hand_table():
     """By family: right by hand (of all samples without a call), with the call forced, after PPO; and how many samples."""
     rows = []
     for family in sorted(by_hand()):
@@ -246,7 +284,8 @@ def by_hand():
 
 
 def best_utility(family, price):
-    """Of the best policy known at this price: the scripted one, or the warm start's work by hand."""
+    """Of the better of two policies at this price: the scripted one, or the warm start's work by hand. One that asks less than
+    the script may be better than both."""
     right, count = by_hand()[family]
     scripted = next(iter(seeds_of("ppo").values()))["evaluations"]["test, best known before"]["families"][family]
     return max(default.utility(scripted, price), 2 * right / count - 1)
@@ -268,11 +307,11 @@ def price_table(prices):
             f"{price}",
             ", ".join(map(str, seeds_of(name))),
             spread(values(name, "accuracy", "test after")),
-            spread(values(name, "code_ratio_needed", "test after")),
-            spread(values(name, "code_ratio_trivial", "test after")),
-            spread([m["code_ratio"] for m in searches]),
+            mean(values(name, "code_ratio_needed", "test after")),
+            mean(values(name, "code_ratio_trivial", "test after")),
+            mean([m["code_ratio"] for m in searches]),
             f"{np.mean([m['snippets_per_response'] for m in searches]):.2f}",
-            spread(values(name, "retry_busy", "test after")),
+            mean(values(name, "retry_busy", "test after")),
             f"{np.mean(regrets):.2f}"])
     return markdown(["price of a call", "seeds", "right %", "calls where a tool is needed %", "calls where by hand is as good %",
                      "calls in search %", "calls per search", "asks again %", "regret"], rows)
@@ -293,17 +332,22 @@ EVOLUTION = {  # key -> (name, scale, digits)
 
 
 def evolution(name, n=3):
-    """Means of the first and the last n steps of all seeds."""
+    """Of the first and the last n steps of all seeds; a rate of few cases is pooled over them."""
     rows = []
     for key, (heading, scale, digits) in EVOLUTION.items():
         cells = []
         for part in (slice(0, n), slice(-n, None)):
-            steps = [row for run in seeds_of(name).values() for row in run["steps"][part]]
-            if key == "lines_per_snippet":
-                found = [row["code_lines"] / row["snippets_per_response"] for row in steps]
+            steps = []
+            for run in seeds_of(name).values():
+                steps += run["steps"][part]
+            if f"{key}_count" in steps[0]:
+                rate, count = default.pooled(steps, key)
+                cells.append(f"{scale * rate:.{digits}f} (of {count})")
+            elif key == "lines_per_snippet":
+                lines = [row["code_lines"] / row["snippets_per_response"] for row in steps]
+                cells.append(f"{np.mean(lines):.{digits}f}")
             else:
-                found = [row[key] for row in steps if row[key] is not None]
-            cells.append(f"{scale * np.mean(found):.{digits}f}" if found else "-")
+                cells.append(f"{scale * np.mean([row[key] for row in steps]):.{digits}f}")
         rows.append([heading, *cells])
     return markdown(["", f"first {n} steps", f"last {n}"], rows)
 
@@ -322,9 +366,10 @@ def signatures_table():
         "literal_prints": "snippets that print what stands in them"}
     rows = []
     for key, name in names.items():
-        rows.append([name, *(spread([seed[key] for seed in signatures_of(when)]) for when in ("before", "after"))])
+        cells = [mean([seed[key] for seed in signatures_of(when)]) for when in ("before", "after")]
+        rows.append([name, *cells])
     for purpose in ("calculation", "enumeration", "verification", "unreadable"):
-        cells = [spread([seed["purposes"].get(purpose, 0) for seed in signatures_of(when)]) for when in ("before", "after")]
+        cells = [mean([seed["purposes"].get(purpose, 0) for seed in signatures_of(when)]) for when in ("before", "after")]
         rows.append([f"snippets for {purpose}", *cells])
     return markdown(["%", "warm start", "after PPO"], rows)
 
@@ -333,7 +378,8 @@ def ood_table():
     rows = []
     for split in ("test", "ood_large", "ood_families"):
         for when in ("before", "after"):
-            cells = [spread(values("ppo", key, f"{split} {when}")) for key in ("accuracy", "code_ratio", "retry_busy", "right_script", "middle_probe", "copied_script")]
+            keys = ("accuracy", "code_ratio", "retry_busy", "right_script", "middle_probe", "copied_script")
+            cells = [mean(values("ppo", key, f"{split} {when}")) for key in keys]
             rows.append([f"{split}, {when}", *cells])
     return markdown(["%", "right", "calls", "asks again", "script that works", "asks in the middle", "copied right"], rows)
 
@@ -342,51 +388,50 @@ def ood_table():
 # Figures
 
 
+GREY, BLUE, GREEN = "#999999", "#0072B2", "#009E73"  # Okabe and Ito's, told apart by the colour-blind
+# ReTool, table 1: AIME24, Qwen2.5-32B-Instruct, mean of 32 samples
+PAPER = [("no training", 26.7, None, GREY), ("cold start alone", 40.9, None, GREY), ("text RL", 40.0, None, BLUE), ("ReTool", 67.0, None, GREEN)]
+
+
 def bars(title, rows, left, top, width):
-    """SVG of a bar chart: rows (name, percent, colour)."""
+    """SVG of a bar chart: rows (name, percent, percent of the black mark or None, colour)."""
     parts = [f'<text x="{left}" y="{top + 12}" font-weight="bold">{title}</text>']
-    name_width = 150
-    scale = (width - name_width - 40) / 100
-    for i, (name, value, colour) in enumerate(rows):
+    zero = left + 150  # right of the names
+    scale = (width - 190) / 100
+    for i, (name, value, marked, colour) in enumerate(rows):
         y = top + 24 + 22 * i
-        parts.append(f'<text x="{left + name_width - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
-        parts.append(f'<rect x="{left + name_width}" y="{y}" width="{scale * value:.1f}" height="17" fill="{colour}"/>')
-        parts.append(f'<text x="{left + name_width + scale * value + 5:.1f}" y="{y + 13}">{value:.0f}</text>')
+        parts.append(f'<text x="{zero - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
+        parts.append(f'<rect x="{zero}" y="{y}" width="{scale * value:.1f}" height="17" fill="{colour}"/>')
+        end = zero + scale * max(value, marked or 0)
+        parts.append(f'<text x="{end + 6:.1f}" y="{y + 13}">{value:.0f}</text>')
+        if marked is not None:
+            x = zero + scale * marked
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 2}" y2="{y + 19}" stroke="black" stroke-width="2"/>')
     return "\n".join(parts)
 
 
-GREY, BLUE, GREEN = "#999999", "#0072B2", "#009E73"  # Okabe and Ito's, told apart by the colour-blind
-# ReTool, table 1: AIME24, Qwen2.5-32B-Instruct, mean of 32 samples
-PAPER = [("no training", 26.7, GREY), ("cold start alone", 40.9, GREY), ("text RL", 40.0, BLUE), ("ReTool", 67.0, GREEN)]
-
-
 def table1_figure():
-    def mean(name, at):
-        return 100 * np.mean(values(name, "accuracy", at))
+    """Bars: the paper's table 1 and ours, sampled; black marks: greedily."""
+    def row(heading, name, sampled, greedy, colour, of_greedy=None):
+        marked = 100 * np.mean(values(of_greedy or name, "accuracy", greedy)) if greedy else None
+        return heading, 100 * np.mean(values(name, "accuracy", sampled)), marked, colour
 
-    rows = [("untrained", mean("ppo", "test, untrained before"), GREY),
-            ("cold start alone", mean("ppo", "test before"), GREY),
-            ("the same, greedy", mean("ppo", "test, greedy before"), GREY),
-            ("call forced, no RL", mean("ppo", "test, call forced before"), GREY)]
-    for name, heading in (("rft", "RFT"), ("text", "text RL"), ("text-long", "text RL, 2.7x steps")):
-        if name in RUNS:
-            rows.append((heading, mean(name, "test after"), BLUE))
-    rows.append(("ReTool", mean("ppo", "test after"), GREEN))
+    after = ("test after", "test, greedy after")
+    rows = [
+        row("untrained", "ppo", "test, untrained before", "", GREY),
+        row("cold start alone", "ppo", "test before", "test, greedy before", GREY),
+        row("call and retry forced", "ppo", "test, call + retry forced before", "test, call + retry forced, greedy before", GREY, "forced"),
+        row("rejection sampling", "rft", *after, BLUE),
+        row("text RL", "text", *after, BLUE),
+        row("text RL, 2.7x the steps", "text-long", *after, BLUE),
+        row("ReTool", "ppo", *after, GREEN)]
     height = 40 + 22 * len(rows)
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="760" height="{height}" fill="white"/>',
-        bars("the paper: AIME24, 32B, %", PAPER, 8, 8, 370),
-        bars("here: test problems, 0.7 M, %", rows, 388, 8, 370),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="780" height="{height}" fill="white"/>',
+        bars("the paper: AIME24, 32B, %", PAPER, 8, 8, 380),
+        bars("here: test problems, 0.7 M, %; black: greedily", rows, 398, 8, 380),
         "</svg>\n"])
-
-
-def curve(name, key):
-    """The mean of the seeds at each step, smoothed over three steps."""
-    runs = seeds_of(name).values()
-    steps = np.array([[np.nan if row[key] is None else row[key] for row in run["steps"]] for run in runs])
-    mean = np.nanmean(steps, axis=0)
-    return [np.nanmean(mean[max(0, i - 1):i + 2]) for i in range(len(mean))]
 
 
 # ---------------------------------------------------------------------------------------------
