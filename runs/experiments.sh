@@ -87,6 +87,24 @@ forced() {  # NAME SEED
   keep_scores "$1-$2" call retry
 }
 
+# Memorisation: a warm start on N traces, asked the problems of its own traces and others of the same kind.
+traces() {  # traces-N SEED
+  local folder=out/experiments/$1-$2 model
+  mkdir -p "$folder"
+  model=$(warm_start "$2" --sft_traces "${1#traces-}" --warm_start_dir out/warm_start/traces)
+  two_ranks eval.py --model "$model" --problems traces,held_out_traces --seed "$2" --samples 2 --output "$folder/sampled.json" > "$folder.log"
+  keep_scores "$1-$2" sampled
+  cp "$model/metrics.jsonl" "$OUT/$1-$2/warm_start.jsonl"
+}
+
+# Latency: what a slow sandbox would cost the rollouts of the trained default.
+latency() {  # NAME SEED
+  local table=out/experiments/$1-$2.json
+  python tests/bench_rollout.py --delays --model "out/ppo/default-$2/checkpoint" | tail -n 1 > "$table"
+  mkdir "$OUT/$1-$2"
+  mv "$table" "$OUT/$1-$2/delays.json"
+}
+
 keep_scores() {  # NAME-SEED FILE...: eval.py's outputs, all or none
   rm -rf "$OUT/$1.partial"
   mkdir -p "$OUT/$1.partial"
@@ -100,6 +118,8 @@ one() {  # NAME SEED
   case $1 in
     rft) rft "$1" "$2" ;;
     forced) forced "$1" "$2" ;;
+    traces-*) traces "$1" "$2" ;;
+    latency) latency "$1" "$2" ;;
     *) ppo "$1" "$2" ;;
   esac
 }
@@ -108,7 +128,12 @@ if [ $# -gt 0 ]; then
   while [ $# -gt 0 ]; do one "$1" "$2"; shift 2; done
   exit
 fi
-# Three seeds for what a headline says
+# Most important ones first; three seeds for what a headline says.
 for seed in 51 52 53; do
-  for name in rft text feedback-hidden feedback-none; do one $name $seed; done
+  for name in rft forced text mask-off lam-0.95; do one $name $seed; done
+done
+for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
+    sync-16-weighted kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
+    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time traces-500 traces-2000 traces-10000 latency; do
+  one $name 51
 done

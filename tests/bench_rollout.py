@@ -234,10 +234,11 @@ async def delays(model, tokenizer, rows=256, repeats=3):
     problems, found, same = embedded_rows("test", rows), {}, {}
     prompts = [encode_prompt(tokenizer, load_template("plain"), row["question"]) for row in problems]
     async with Sandbox(workers=2, timeout=0.5) as sandbox:
+        service = rollout.Service(sandbox, busy=0.3)
         for ticks, delay in list(itertools.product((4, 0), (0.0, 0.1, 0.5, 2.0))) * repeats:
             begin = time.perf_counter()
-            trajectories = await generate(model, tokenizer, prompts, Distant(sandbox, delay), n_slots=128,
-                                          max_response_tokens=320, rejoin_ticks=ticks)
+            trajectories = await generate(model, tokenizer, prompts, Distant(service, delay), n_slots=128,
+                                          max_response_tokens=320, max_calls=3, rejoin_ticks=ticks)
             found.setdefault((ticks, delay), []).append(time.perf_counter() - begin)
             tokens = [t.response_ids for t in trajectories]
             assert not ticks or tokens == same.setdefault(ticks, tokens)
