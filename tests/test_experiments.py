@@ -33,6 +33,25 @@ def test_the_findings_are_made_of_the_committed_outputs(tmp_path):
     assert figures and all((ROOT / "results" / "figures" / f.name).read_text() == f.read_text() for f in figures)
 
 
+def test_README_says_what_the_runs_say(monkeypatch):
+    """Guards against figures of earlier runs on README's first screen."""
+    module = script("experiments")
+    monkeypatch.setattr(module, "RUNS", module.load_runs())
+    percent = module.percent
+    rows = [
+        f"| calls the tool | {percent('ppo', 'code_ratio', 'test before')} % | {percent('ppo', 'code_ratio')} % |",
+        f"three times in ten) | {percent('ppo', 'retry_busy', 'test before')} % | {percent('ppo', 'retry_busy')} % |",
+        f" once it asks | {percent('ppo', 'search_solved', 'test before')} % | {percent('ppo', 'search_solved')} % |",
+        f"| **{percent('ppo', at='test before')} %** | **{percent('ppo')} %** |",
+        f"without RL, gives {percent('ppo', at='test, call forced before')} %",
+        f"the retry too, {percent('ppo', at='test, call + retry forced before')} %",
+        f"(rejection sampling), gives {percent('rft')} %; greedily {percent('rft', at='test, greedy after')} %, "
+        f"where PPO has {percent('ppo', at='test, greedy after')} %",
+        f"a script, has {percent('ppo', at='test, best known before')} %"]
+    text = (ROOT / "README.md").read_text()
+    assert [row for row in rows if row not in text] == []
+
+
 @pytest.fixture
 def experiments(monkeypatch):
     """runs/experiments.py with three runs of its own: two seeds of "ppo", one of "other"."""
