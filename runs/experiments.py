@@ -128,10 +128,6 @@ def values(name, key, at):
     return [value for value in found if value is not None]
 
 
-def number(name, key, at="test after", digits=2):
-    return f"{np.mean(values(name, key, at)):.{digits}f}"
-
-
 def percent(name, key="accuracy", at="test after", digits=0):
     return f"{100 * np.mean(values(name, key, at)):.{digits}f}"
 
@@ -145,33 +141,22 @@ def each(name, key="accuracy", at="test after", digits=1):
     return ", ".join(f"{100 * value:.{digits}f}" for value in values(name, key, at))
 
 
-def rates(run, at):
-    """Share of right responses to each problem, nan where the sandbox failed."""
-    return np.array([right / n if n else np.nan for n, right in run["evaluations"][at]["per_problem"]])
-
-
-def difference(name, base="ppo", at="test after", base_at="", draws=4000):
-    """(gain in points, low, high) over the same problems and seeds of another run: the 95 % interval of a bootstrap over
-    problems, and over seeds where there are several."""
+def difference(name, base="ppo", at="test after", base_at=""):
+    """(gain in points, low, high) over the same problems and seeds of another run."""
     seeds = sorted(seeds_of(name).keys() & seeds_of(base).keys())
     if not seeds:
         raise UserError(f"runs/findings.md: {name} and {base} have no seed in common")
-    gains = [rates(RUNS[name][seed], at) - rates(RUNS[base][seed], base_at or at) for seed in seeds]
-    gains = 100 * np.array(gains)  # (seeds, problems)
-
-    rng = np.random.default_rng(0)
-    means = []
-    for _ in range(draws):
-        rows = rng.integers(0, len(seeds), len(seeds))
-        columns = rng.integers(0, gains.shape[1], gains.shape[1])
-        means.append(np.nanmean(gains[np.ix_(rows, columns)]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return np.nanmean(gains), low, high
+    gains = []
+    for seed in seeds:
+        ours = default.rates(RUNS[name][seed], at)
+        theirs = default.rates(RUNS[base][seed], base_at or at)
+        gains.append(np.subtract(ours, theirs))
+    return default.interval(gains)
 
 
 def gain(*names, **of):
-    mean, low, high = difference(*names, **of)
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    points, low, high = difference(*names, **of)
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def early_rates(name, begin, end):
