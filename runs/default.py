@@ -157,15 +157,19 @@ def interval(differences, draws=4000):
     """(mean in points, low, high): the 95 % interval of a bootstrap over problems and seeds. differences: for each seed those
     of all problems."""
     differences = 100 * np.array(differences)  # (seeds, problems)
+    is_known = ~np.isnan(differences)
+    differences = np.nan_to_num(differences)
     n_seeds, n_problems = differences.shape
+
+    # How often a draw has each seed, and each problem
     rng = np.random.default_rng(0)
-    means = []
-    for _ in range(draws):
-        seeds = rng.integers(0, n_seeds, n_seeds)
-        problems = rng.integers(0, n_problems, n_problems)
-        means.append(np.nanmean(differences[np.ix_(seeds, problems)]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return np.nanmean(differences), low, high
+    of_seeds = rng.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)  # (draws, seeds)
+    of_problems = rng.multinomial(n_problems, [1 / n_problems] * n_problems, size=draws)
+
+    sums = ((of_seeds @ differences) * of_problems).sum(axis=1)
+    counts = ((of_seeds @ is_known) * of_problems).sum(axis=1)
+    low, high = np.percentile(sums / counts, [2.5, 97.5])
+    return differences.sum() / is_known.sum(), low, high
 
 
 def critic_table(runs, others):

@@ -191,7 +191,7 @@ def test_a_void_response_is_one_whose_last_turn_has_no_answer():
 # Every flag once; those in a line have nothing to do with each other.
 FLAGS = ["--gae_unit turn --lam_actor adaptive --reward steps", "--mask_interpreter off --dual_clip 3 --reward cost",
          "--feedback hidden --entropy_coef 0.01 --reward bonus", "--feedback none --interpreter replay --reward executable",
-         "--kl_coef 0.1 --track trackio", "--importance token --sync_every 2", "--drop_void", "--advantage grpo --samples_per_prompt 2"]
+         "--kl_coef 0.1 --track trackio", "--importance token --sync_every 2", "--drop_void", "--advantage grpo --samples_per_prompt 2 --drop_uniform"]
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +217,9 @@ def test_every_flag_runs_three_steps(checkpoint, tmp_path, monkeypatch, flags):
     steps = [row for row in metrics_of(tmp_path) if "step" in row]
     assert len(steps) == 3 and ("reference_kl" in steps[2]) == ("kl_coef" in flags)
     assert sent == ([tmp_path.name, True, True, True, "end"] if "track" in flags else [])
-    if "void" in flags:  # a random model answers nothing
+    if "drop" in flags:  # a random model answers nothing
         assert all(row["update_skipped"] for row in steps)
+        assert all(row.get("uniform_dropped", 1) > 0 for row in steps)
         return
     assert all(math.isfinite(row["policy_loss"]) for row in steps[1:])
     row = json.loads((tmp_path / "rollouts.jsonl").read_text().splitlines()[-1])
