@@ -265,11 +265,11 @@ def fingerprint():
 
 def test_problems_and_tokenizer_are_the_same_in_every_process():
     """Guards against hash(), set order and global generators: ranks would disagree, and checkpoints would not
-    fit."""
+    fit. And against phrasings that are docstrings: python -OO leaves them out."""
     program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                "import random; random.seed(99); from test_data import fingerprint; print(fingerprint())")
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
-    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+    other = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, text=True, check=True,
                            env=os.environ | {"PYTHONHASHSEED": seed})
     assert other.stdout.strip().splitlines()[-1] == fingerprint()
 
@@ -278,13 +278,6 @@ def test_problems_do_not_depend_on_what_was_drawn_before(drawn):
     """Guards against a shared generator: resuming at index i must give problem i."""
     for i in (1999, 0, 500):
         assert embedded_problem("train", 0, i) == drawn["train"][i]
-
-
-def test_problems_need_no_docstrings():
-    """Guards against phrasings that are docstrings: python -OO leaves them out."""
-    command = [sys.executable, "-OO", "data.py"]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"question: {embedded_problem('train', 0, 0).question}\n" in output
 
 
 # ------------------------------------------------------------------------------------------------------------
