@@ -12,6 +12,7 @@ In runs/findings.md `{{ expression }}` is a Python expression over the functions
 
 A run is called by its name, "grpo", and stands for its seeds, grpo-51, grpo-52, ...
 """
+import functools
 import json
 import re
 import shutil
@@ -255,6 +256,7 @@ def hand_table():
     return markdown(["family", "by hand %", "call forced, no RL %", "after PPO %", "best policy known %"], rows)
 
 
+@functools.cache
 def by_hand():
     """{family: (right ones, responses)} of the warm starts' samples without a call (results/default/warm_starts.json)."""
     found = {}
