@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/smollm2}
+SEEDS=${SEEDS:-0 1 2}
 HUB=HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL=$OUT/model
 SHARED="--dtype auto --sandbox_timeout 2"
@@ -86,25 +87,27 @@ reinforce() {  # name, model, further flags: $OUT/name becomes the run
   $RUN ppo.py "${begin[@]}" --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
   [ -e "$OUT/$1/checkpoint" ] || exit 0
 }
-rft() {  # name, model, problems, samples per problem, rate, further flags of sampling: SFT on the model's own right responses, once each
+rft() {  # name, model, problems, samples per problem, seed, rate, further flags of sampling: SFT on its own right responses, once each
   [ -e "$OUT/$1" ] && return
-  evaluate "$1-samples" "$2" --problems "$3" --samples "$4" --seed 1 "${@:6}"
+  evaluate "$1-samples" "$2" --problems "$3" --samples "$4" --seed "9$5" "${@:7}"
   python runs/rft.py "$OUT/$1-samples.json.responses.jsonl" > "$OUT/$1.jsonl"
-  warm_start "$1" "$2" "$OUT/$1.jsonl" $(($(wc -l < "$OUT/$1.jsonl") / 16)) "$5"
+  warm_start "$1" "$2" "$OUT/$1.jsonl" $(($(wc -l < "$OUT/$1.jsonl") / 16)) "$6"
 }
 
-# 4. habit. 640 traces, each once; then eight steps of 128 responses, three seeds. The words are families never trained on, and none
-#    of them is a trained one with another sign.
+# 4. habit. 640 traces, each once; then eight steps of 128 responses. All checkpoints are evaluated alike at the end, so the runs
+#    themselves evaluate next to nothing. The words are families never trained on, and none of them is a trained one with another sign.
 NUMBERS="--max_response_tokens 320"
 timed warm_start numbers "$MODEL" "$OUT/numbers.jsonl" 40 5e-4
-for seed in 0 1 2; do
-  timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
+timed evaluate numbers-test "$OUT/numbers" --problems test --samples 4 $NUMBERS
+for seed in $SEEDS; do
+  timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 --critic_warmup 1 --eval_problems 2
+  timed evaluate habit-$seed-test "$OUT/habit-$seed/checkpoint" --problems test --samples 4 $NUMBERS
+  timed rft habit-rft-$seed "$OUT/numbers" train 1 $seed 2e-4 --limit 1024 $NUMBERS
+  timed evaluate habit-rft-$seed-test "$OUT/habit-rft-$seed" --problems test --samples 4 $NUMBERS
 done
-timed rft habit-rft "$OUT/numbers" train 1 2e-4 --limit 1024 $NUMBERS
-timed evaluate habit-numbers "$OUT/numbers" --samples 2 $NUMBERS
-timed evaluate habit-rft-numbers "$OUT/habit-rft" --samples 2 $NUMBERS
-for model in numbers habit-rft habit-0/checkpoint habit-1/checkpoint habit-2/checkpoint; do
-  timed evaluate "never-trained-${model%/checkpoint}" "$OUT/$model" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+timed evaluate numbers-words "$OUT/numbers" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+for seed in $SEEDS; do
+  timed evaluate habit-$seed-words "$OUT/habit-$seed/checkpoint" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 done
 
 # 5. words: half of the traces hold code.
@@ -112,7 +115,7 @@ head -n 640 "$OUT/words/traces.jsonl" > "$OUT/words-640.jsonl"
 timed warm_start words-640 "$MODEL" "$OUT/words-640.jsonl" 40 5e-4
 timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/train.jsonl" --eval_data "$OUT/words/test.jsonl" \
   --steps 12 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
-timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1 2e-4 $NUMBERS
+timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1 0 2e-4 --limit 1536 $NUMBERS
 timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 
 # 6. GSM8K. Three epochs of programs; RL in groups of eight where there is signal: problems solved at least once in four samples.
@@ -138,7 +141,7 @@ PY
   TRAIN="--train_data $OUT/signal.jsonl --eval_data $GSM8K/test.jsonl --eval_problems 1319 --eval_samples 4 --steps 12"
   timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS $TRAIN --advantage grpo --samples_per_prompt 8 --prompts_per_step 16 --drop_uniform \
     --critic_warmup 0
-  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 4 2e-4 $SCRIPTS
+  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 4 0 2e-4 $SCRIPTS
   timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft; do
     timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
