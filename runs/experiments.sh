@@ -28,6 +28,7 @@ flags() {  # NAME: what a run has other than the default
     text-long) echo "$TEXT --steps 81" ;;  # 2.7 times the steps, as in the paper
     text-long-*) echo "$TEXT --steps 81 --actor_lr ${1#text-long-}" ;;
     feedback-*) echo --feedback "${1#feedback-}" ;;
+    from-*) echo "--sft_traces ${1#from-} --warm_start_dir out/warm_start/traces" ;;  # those of traces-N
     *) echo "no run is called $1" >&2; return 1 ;;
   esac
 }
@@ -72,7 +73,7 @@ rft() {  # NAME SEED
   # The same noise as in PPO's own evaluations
   two_ranks eval.py --model "${models[@]}" --samples 2 --output "$folder/sampled.json" >> "$folder.log"
   two_ranks eval.py --model "${models[@]}" --samples 1 --temperature 0 --output "$folder/greedy.json" >> "$folder.log"
-  keep_scores "$1-$2" sampled greedy
+  keep_scores "$1-$2" sampled.json greedy.json
 }
 
 # Greedy, with the call forced, or call and retry: what a run's own table has sampled.
@@ -84,7 +85,7 @@ forced() {  # NAME SEED
   two_ranks eval.py --model "$model" --problems test --samples 1 --temperature 0 --prefill "$call" --output "$folder/call.json" > "$folder.log"
   two_ranks eval.py --model "$model" --problems test --samples 1 --temperature 0 --prefill "$call" --after_busy "$again" \
     --output "$folder/retry.json" >> "$folder.log"
-  keep_scores "$1-$2" call retry
+  keep_scores "$1-$2" call.json retry.json
 }
 
 # Memorisation: a warm start on N traces, asked the problems of its own traces and others of the same kind.
@@ -93,8 +94,8 @@ traces() {  # traces-N SEED
   mkdir -p "$folder"
   model=$(warm_start "$2" --sft_traces "${1#traces-}" --warm_start_dir out/warm_start/traces)
   two_ranks eval.py --model "$model" --problems traces,held_out_traces --seed "$2" --samples 2 --output "$folder/sampled.json" > "$folder.log"
-  keep_scores "$1-$2" sampled
-  cp "$model/metrics.jsonl" "$OUT/$1-$2/warm_start.jsonl"
+  cp "$model/metrics.jsonl" "$folder/warm_start.jsonl"
+  keep_scores "$1-$2" sampled.json warm_start.jsonl
 }
 
 # Latency: what a slow sandbox would cost the rollouts of the trained default.
@@ -105,10 +106,10 @@ latency() {  # NAME SEED
   mv "$table" "$OUT/$1-$2/delays.json"
 }
 
-keep_scores() {  # NAME-SEED FILE...: eval.py's outputs, all or none
+keep_scores() {  # NAME-SEED FILE...: all of them or none
   rm -rf "$OUT/$1.partial"
   mkdir -p "$OUT/$1.partial"
-  for file in "${@:2}"; do cp "out/experiments/$1/$file.json" "$OUT/$1.partial"; done
+  for file in "${@:2}"; do cp "out/experiments/$1/$file" "$OUT/$1.partial"; done
   mv "$OUT/$1.partial" "$OUT/$1"
 }
 
@@ -134,6 +135,6 @@ for seed in 51 52 53; do
 done
 for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
     sync-16-weighted kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
-    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time traces-500 traces-2000 traces-10000 latency; do
+    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time traces-500 traces-2000 traces-10000 from-500 from-2000 latency; do
   one $name 51
 done
