@@ -15,6 +15,7 @@ flags() {  # NAME: what a run has other than the default
   case $1 in
     grpo-equal-time) echo --advantage grpo --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30, about
     lam-*) echo --lam_actor "${1#lam-}" ;;
+    curve) echo --eval_every 3 ;;  # the default, evaluated as it learns
     turn) echo --gae_unit turn ;;
     mask-off) echo --mask_interpreter off ;;
     sync-*-weighted) local name=${1#sync-}; echo --sync_every "${name%-weighted}" --importance token ;;
@@ -131,7 +132,7 @@ if [ $# -gt 0 ]; then
 fi
 # Most important ones first; three seeds for what a headline says.
 for seed in 51 52 53; do
-  for name in rft forced text mask-off lam-0.95; do one $name $seed; done
+  for name in rft forced curve text mask-off lam-0.95; do one $name $seed; done
 done
 for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
     sync-16-weighted kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
