@@ -58,17 +58,22 @@ ppo() {  # NAME SEED
   python runs/experiments.py --keep "$run" "$OUT/$1-$2"
 }
 
-# Rejection sampling with as many responses as PPO samples: three times 3,200. After each the policy learns from all its right ones.
+# Rejection sampling with as many responses as PPO samples, 9,600, and 600 steps of SFT.
+# rft: three rounds; after each the policy learns from all its right responses. rft-10: ten rounds; from the newest alone, as PPO.
 rft() {  # NAME SEED
-  local folder=out/experiments/$1-$2 model models samples=() round
+  local folder=out/experiments/$1-$2 rounds=3 model models newest samples=() round
+  [ "$1" = rft-10 ] && rounds=10
   mkdir -p "$folder"
   model=$(warm_start "$2" --warm_start_dir "out/warm_start/$2")
   models=("$model")
-  for round in 1 2 3; do
-    two_ranks eval.py --model "$model" --problems train --limit 3200 --samples 1 --seed "$2$round" --output "$folder/samples-$round.json"
-    samples+=("$folder/samples-$round.json.responses.jsonl")
+  for ((round = 1; round <= rounds; round++)); do
+    newest=$folder/samples-$round.json
+    two_ranks eval.py --model "$model" --problems train --limit $((9600 / rounds)) --samples 1 --seed "$2$round" --output "$newest"
+    [ "$1" = rft-10 ] && samples=()
+    samples+=("$newest.responses.jsonl")
     python runs/rft.py "${samples[@]}" > "$folder/right-$round.jsonl"
-    model=$(warm_start "$2" --model "$model" --traces "$folder/right-$round.jsonl" --sft_steps 200 --sft_warmup 10 --sft_lr 2e-3 --sft_muon_lr 1.6e-2)
+    model=$(warm_start "$2" --model "$model" --traces "$folder/right-$round.jsonl" --sft_steps $((600 / rounds)) --sft_warmup 10 \
+      --sft_lr 2e-3 --sft_muon_lr 1.6e-2)
     models+=("$model")
   done >> "$folder.log"
   # The same noise as in PPO's own evaluations
@@ -118,7 +123,7 @@ one() {  # NAME SEED
   [ -e "$OUT/$1-$2" ] && return
   mkdir -p out/experiments
   case $1 in
-    rft) rft "$1" "$2" ;;
+    rft | rft-10) rft "$1" "$2" ;;
     forced) forced "$1" "$2" ;;
     traces-*) traces "$1" "$2" ;;
     latency) latency "$1" "$2" ;;
@@ -132,7 +137,7 @@ if [ $# -gt 0 ]; then
 fi
 # Most important ones first; three seeds for what a headline says.
 for seed in 51 52 53; do
-  for name in rft forced curve text mask-off lam-0.95; do one $name $seed; done
+  for name in rft rft-10 forced curve text mask-off lam-0.95; do one $name $seed; done
 done
 for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
     sync-16-weighted kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
