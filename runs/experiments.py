@@ -3,6 +3,7 @@
     python runs/experiments.py results/figures > results/RESULTS.md     # and the figures
     python runs/experiments.py --keep RUN results/experiments/NAME-SEED
     python runs/experiments.py --signatures OUTPUT > results/default/seed-SEED/signatures.json
+    python runs/experiments.py --power OUTPUT                           # what gain over an evaluation would be seen
 
 In runs/findings.md `{{ expression }}` is a Python expression over the functions of this file:
 
@@ -70,6 +71,20 @@ def print_signatures(output):
     print(json.dumps(found, indent=1))
 
 
+def print_power(output):
+    """The smallest gain that is seen with 80 % power, at 95 %, between two policies as this one, of as many samples each. Problems
+    that move more than others, and seeds, add to it."""
+    for sets in json.loads(Path(output).read_text())["results"].values():
+        for problems, metrics in sets.items():
+            counts = np.array(metrics["per_problem"], dtype=float)
+            n, right = counts[counts[:, 0] > 1].T
+            rate = right / n
+            variance = np.mean(rate * (1 - rate) / (n - 1))  # of a problem's mean over its samples, unbiased
+            error = np.sqrt(2 * variance / len(n))  # of a difference
+            print(f"{problems}: {len(n)} problems, {n.mean():.0f} samples each, {100 * rate.mean():.1f} % right: "
+                  f"{100 * (1.96 + 0.84) * error:.1f} points")
+
+
 def load_runs():
     """{name: {seed: run}}, a run as `default.load` returns it."""
     runs = {}
@@ -101,7 +116,8 @@ def load_scores(folder):
         if not path.exists():
             continue
         checkpoints = list(json.loads(path.read_text())["results"].values())
-        for when, sets in (("before", checkpoints[0]), ("after", checkpoints[-1])):
+        rounds = [(f"round {n}", sets) for n, sets in enumerate(checkpoints)]
+        for when, sets in [("before", checkpoints[0]), *rounds, ("after", checkpoints[-1])]:
             for problems, metrics in sets.items():
                 evaluations[f"{label.format(problems)} {when}"] = metrics
     return {"evaluations": evaluations, "steps": []}
@@ -371,6 +387,50 @@ def ood_table():
     return markdown(["%", "right", "calls", "asks again", "script that works", "asks in the middle", "copied right"], rows)
 
 
+# Of SmolLM2: eval.py's outputs in results/smollm2, each of one checkpoint and one set; a pattern stands for those of all seeds.
+
+
+def scores(pattern):
+    """[metrics] of the outputs that match."""
+    found = []
+    for path in sorted((ROOT / "results" / "smollm2").glob(f"{pattern}.json")):
+        [sets] = json.loads(path.read_text())["results"].values()
+        found += sets.values()
+    if not found:
+        raise UserError(f"runs/findings.md: results/smollm2 has no {pattern}.json")
+    return found
+
+
+def score(pattern, key="accuracy", digits=1):
+    return f"{100 * np.mean([metrics[key] for metrics in scores(pattern)]):.{digits}f}"
+
+
+def score_gain(pattern, base):
+    """In points, over one checkpoint or as many, on the same problems."""
+    bases = scores(base)
+    ours = scores(pattern)
+    if len(bases) == 1:
+        bases = bases * len(ours)
+    gains = []
+    for a, b in zip(ours, bases, strict=True):
+        gains.append([right / n - right_b / n_b for (n, right), (n_b, right_b) in zip(a["per_problem"], b["per_problem"], strict=True)])
+    points, low, high = default.interval(gains)
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def score_table(**patterns):
+    """A row for each name = pattern; gains are over the first."""
+    base = next(iter(patterns.values()))
+    rows = []
+    for name, pattern in patterns.items():
+        found = scores(pattern)
+        cells = [spread([metrics["accuracy"] for metrics in found]), "" if pattern == base else score_gain(pattern, base)]
+        cells += [mean([metrics[key] for metrics in found if metrics[key] is not None]) for key in COLUMNS]
+        rows.append([name.replace("_", " "), str(len(found)), *cells])
+    first = next(iter(patterns)).replace("_", " ")
+    return markdown(["", "checkpoints", "right %", f"minus {first}, points (95 %)", *(f"{name} %" for name in COLUMNS.values())], rows)
+
+
 # ---------------------------------------------------------------------------------------------
 # Figures
 
@@ -421,6 +481,59 @@ def table1_figure():
         "</svg>\n"])
 
 
+def learning_figure():
+    """SVG: right test problems, sampled, over the responses that were sampled to learn from; mean of the seeds."""
+    left, top, width, height, n_responses = 46, 14, 400, 250, 9600
+
+    def x(responses):
+        return left + width * responses / n_responses
+
+    def y(percent):
+        return top + height * (1 - percent / 100)
+
+    def line(points, **style):
+        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
+        corners = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+        return f'<polyline points="{corners}" fill="none" {styles}/>'
+
+    def text(a, b, words, **style):
+        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
+        return f'<text x="{a:.1f}" y="{b:.1f}" {styles}>{words}</text>'
+
+    def curve(name, labels):
+        """[(responses, percent)] of the evaluations with these labels, from the first response to the last."""
+        share = n_responses / (len(labels) - 1)
+        return [(i * share, 100 * np.mean(values(name, "accuracy", label))) for i, label in enumerate(labels)]
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 310" font-family="sans-serif" font-size="12">',
+             '<rect width="680" height="310" fill="white"/>']
+    for percent in range(0, 101, 20):
+        parts.append(line([(0, percent), (n_responses, percent)], stroke="#ddd"))
+        parts.append(text(left - 6, y(percent) + 4, f"{percent} %", text_anchor="end"))
+    for responses in range(0, n_responses + 1, 1920):
+        parts.append(text(x(responses), y(0) + 16, f"{responses:,}", text_anchor="middle"))
+    parts.append(text(x(n_responses / 2), y(0) + 34, "responses sampled to learn from", text_anchor="middle"))
+
+    steps = [f"test step {step}" for step in range(3, 30, 3)]
+    curves = {  # name -> (points, colour, dashes)
+        "ReTool": (curve("curve", ["test before", *steps, "test after"]), GREEN, ""),
+        "rejection sampling, 10 rounds": (curve("rft-10", [f"test round {n}" for n in range(11)]), "#D55E00", ""),
+        "rejection sampling, 3 rounds": (curve("rft", [f"test round {n}" for n in range(4)]), BLUE, ""),
+        "text RL": (curve("text", ["test before", "test after"]), "#CC79A7", ""),
+        "best policy known": (curve("ppo", ["test, best known before"] * 2), GREY, "2 3"),
+        "call and retry forced, no RL": (curve("ppo", ["test, call + retry forced before"] * 2), GREY, "6 4"),
+        "call forced, no RL": (curve("ppo", ["test, call forced before"] * 2), GREY, "6 4")}
+    lowest = 0
+    for name, (points, colour, dashes) in sorted(curves.items(), key=lambda item: -item[1][0][-1][1]):
+        parts.append(line(points, stroke=colour, stroke_width=2, stroke_dasharray=dashes or "none"))
+        if len(points) > 2:
+            parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{colour}"/>' for a, b in points]
+        # Names stand below each other.
+        lowest = max(y(points[-1][1]) + 4, lowest + 15)
+        parts.append(text(x(n_responses) + 8, lowest, f"{name}: {points[-1][1]:.0f} %", fill=colour))
+    return "\n".join(parts) + "\n</svg>\n"
+
+
 # ---------------------------------------------------------------------------------------------
 
 
@@ -443,11 +556,15 @@ def main(arguments):
     if arguments[:1] == ["--signatures"]:
         print_signatures(arguments[1])
         return
+    if arguments[:1] == ["--power"]:
+        print_power(arguments[1])
+        return
     RUNS.update(load_runs())
     print(fill(TEMPLATE.read_text()), end="")
     figures = Path(arguments[0])
     figures.mkdir(exist_ok=True)
     (figures / "table1.svg").write_text(table1_figure())
+    (figures / "learning.svg").write_text(learning_figure())
 
 
 if __name__ == "__main__":

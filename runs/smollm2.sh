@@ -118,13 +118,16 @@ timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/tra
 timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1 0 2e-4 --limit 1536 $NUMBERS
 timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 
-# 6. GSM8K. Three epochs of programs; RL in groups of eight where there is signal: problems solved at least once in four samples.
+# 6. GSM8K. Three epochs of programs, all but the last thousand. Of those, RL in groups of eight, and RFT, have the problems where there is
+#    signal: solved at least once in four samples. So neither learns from problems whose programs the warm start has seen.
 if [ -n "${GSM8K:-}" ]; then
   SCRIPTS="--max_response_tokens 256"
   [ -e "$OUT/program.jsonl" ] || python sft.py curate --rewriter program --input "$GSM8K/train.jsonl" \
     --decontaminate "$GSM8K/test.jsonl" --output "$OUT/program.jsonl" --prompt_template plain --tokenizer "$MODEL"
-  timed warm_start gsm8k "$MODEL" "$OUT/program.jsonl" 960 5e-4
-  head -n "${TRAINED_ON:-1500}" "$OUT/program.jsonl" > "$OUT/asked.jsonl"
+  head -n -1000 "$OUT/program.jsonl" > "$OUT/shown.jsonl"
+  tail -n 1000 "$OUT/program.jsonl" > "$OUT/asked.jsonl"
+  timed warm_start gsm8k "$MODEL" "$OUT/shown.jsonl" $((3 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
+  timed evaluate gsm8k-test "$OUT/gsm8k" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   timed evaluate gsm8k-signal "$OUT/gsm8k" --problems "$OUT/asked.jsonl" --samples 4 $SCRIPTS
   [ -e "$OUT/signal.jsonl" ] || python - "$OUT" <<'PY'
 import json
@@ -138,10 +141,11 @@ with open(f"{folder}/signal.jsonl", "w") as file:
         if right:
             file.write(line)
 PY
-  TRAIN="--train_data $OUT/signal.jsonl --eval_data $GSM8K/test.jsonl --eval_problems 1319 --eval_samples 4 --steps 12"
-  timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS $TRAIN --advantage grpo --samples_per_prompt 8 --prompts_per_step 16 --drop_uniform \
-    --critic_warmup 0
-  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 4 0 2e-4 $SCRIPTS
+  timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
+    --prompts_per_step 16 --drop_uniform --critic_warmup 0
+  timed evaluate gsm8k-grpo-test "$OUT/gsm8k-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  head -n 192 "$OUT/signal.jsonl" > "$OUT/signal-192.jsonl"  # eight samples each: as many responses
+  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal-192.jsonl" 8 0 2e-4 $SCRIPTS
   timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft; do
     timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
@@ -178,3 +182,15 @@ for name, rows in (("resumed", resumed), ("two ranks", two)):
                                                      "grad_norm_actor", "grad_norm_critic")}
         print(f"one process against {name}, step {a['step']}, relative differences:", *(f"{k} {v:.0e}" for k, v in gaps.items()))
 PY
+
+# 8. What is committed: evaluations, and of runs what tables show.
+KEPT=results/smollm2
+mkdir -p $KEPT
+for file in "$OUT"/*.json; do
+  case $file in *-samples.json | *-signal.json) ;; *) cp "$file" $KEPT ;; esac
+done
+cp "$OUT/minutes.txt" "$OUT/engine.txt" "$OUT/checks.txt" $KEPT
+for run in "$OUT"/*/checkpoint; do
+  name=$(basename "$(dirname "$run")")
+  [[ $name = check-* || -e $KEPT/$name ]] || python runs/experiments.py --keep "$OUT/$name" "$KEPT/$name"
+done
