@@ -77,8 +77,8 @@ rft() {  # NAME SEED
     models+=("$model")
   done >> "$folder.log"
   # The same noise as in PPO's own evaluations
-  two_ranks eval.py --model "${models[@]}" --samples 2 --output "$folder/sampled.json" >> "$folder.log"
-  two_ranks eval.py --model "${models[@]}" --samples 1 --temperature 0 --output "$folder/greedy.json" >> "$folder.log"
+  two_ranks eval.py --model "${models[@]}" --problems test --samples 2 --output "$folder/sampled.json" >> "$folder.log"
+  two_ranks eval.py --model "${models[@]}" --problems test --samples 1 --temperature 0 --output "$folder/greedy.json" >> "$folder.log"
   keep_scores "$1-$2" sampled.json greedy.json
 }
 
