@@ -87,11 +87,22 @@ reinforce() {  # name, model, further flags: $OUT/name becomes the run
   $RUN ppo.py "${begin[@]}" --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
   [ -e "$OUT/$1/checkpoint" ] || exit 0
 }
-rft() {  # name, model, problems, samples per problem, seed, rate, further flags of sampling: SFT on its own right responses, once each
+# Rejection sampling in four rounds: of so many problems the next quarter is sampled from the policy that learns; two epochs of SFT on the
+# right responses.
+rft() {  # name, model, problems, how many, samples of each, seed, further flags of sampling
+  local model=$2 part=$(($4 / 4)) asked=$3 round
   [ -e "$OUT/$1" ] && return
-  evaluate "$1-samples" "$2" --problems "$3" --samples "$4" --seed "9$5" "${@:7}"
-  python runs/rft.py "$OUT/$1-samples.json.responses.jsonl" > "$OUT/$1.jsonl"
-  warm_start "$1" "$2" "$OUT/$1.jsonl" $(($(wc -l < "$OUT/$1.jsonl") / 16)) "$6"
+  for round in 1 2 3 4; do
+    if [ -e "$3" ]; then
+      asked=$OUT/$1-$round-asked.jsonl
+      sed -n "$(((round - 1) * part + 1)),$((round * part))p" "$3" > "$asked"
+    fi
+    evaluate "$1-$round-samples" "$model" --problems "$asked" --limit $part --samples "$5" --seed "9$6$round" "${@:7}"
+    python runs/rft.py "$OUT/$1-$round-samples.json.responses.jsonl" > "$OUT/$1-$round.jsonl"
+    warm_start "$1-$round" "$model" "$OUT/$1-$round.jsonl" $(($(wc -l < "$OUT/$1-$round.jsonl") / 8)) 2e-4
+    model=$OUT/$1-$round
+  done
+  ln -s "$(realpath "$model")" "$OUT/$1"
 }
 
 # 4. habit. 640 traces, each once; then eight steps of 128 responses. All checkpoints are evaluated alike at the end, so the runs
@@ -102,7 +113,7 @@ timed evaluate numbers-test "$OUT/numbers" --problems test --samples 4 $NUMBERS
 for seed in $SEEDS; do
   timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 --critic_warmup 1 --eval_problems 2
   timed evaluate habit-$seed-test "$OUT/habit-$seed/checkpoint" --problems test --samples 4 $NUMBERS
-  timed rft habit-rft-$seed "$OUT/numbers" train 1 $seed 2e-4 --limit 1024 $NUMBERS
+  timed rft habit-rft-$seed "$OUT/numbers" train 1024 1 $seed $NUMBERS
   timed evaluate habit-rft-$seed-test "$OUT/habit-rft-$seed" --problems test --samples 4 $NUMBERS
 done
 timed evaluate numbers-words "$OUT/numbers" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
@@ -115,7 +126,7 @@ head -n 640 "$OUT/words/traces.jsonl" > "$OUT/words-640.jsonl"
 timed warm_start words-640 "$MODEL" "$OUT/words-640.jsonl" 40 5e-4
 timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/train.jsonl" --eval_data "$OUT/words/test.jsonl" \
   --steps 12 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
-timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1 0 2e-4 --limit 1536 $NUMBERS
+timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1536 1 0 $NUMBERS
 timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 
 # 6. GSM8K. Three epochs of programs, all but the last thousand. Of those, RL in groups of eight, and RFT, have the problems where there is
@@ -144,8 +155,7 @@ PY
   timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
     --prompts_per_step 16 --drop_uniform --critic_warmup 0
   timed evaluate gsm8k-grpo-test "$OUT/gsm8k-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
-  head -n 192 "$OUT/signal.jsonl" > "$OUT/signal-192.jsonl"  # eight samples each: as many responses
-  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal-192.jsonl" 8 0 2e-4 $SCRIPTS
+  timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 192 8 0 $SCRIPTS
   timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft; do
     timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
