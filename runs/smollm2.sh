@@ -157,7 +157,28 @@ PY
   timed evaluate gsm8k-grpo-test "$OUT/gsm8k-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 192 8 0 $SCRIPTS
   timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
-  for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft; do
+  # The text twin: the same problems with their solutions in words, and as many responses.
+  [ -e "$OUT/shown-text.jsonl" ] || python - "$OUT/shown.jsonl" "$GSM8K/train.jsonl" "$OUT/shown-text.jsonl" <<'PY'
+import json
+import re
+import sys
+
+shown, train, output = sys.argv[1:]
+rows = [json.loads(line) for line in open(train)]
+with open(output, "w") as file:
+    for line in open(shown):
+        number = int(json.loads(line)["place"].rsplit(":", 1)[1])  # of a line in train.jsonl
+        row = rows[number - 1]
+        solution, answer = row["answer"].split("\n#### ")
+        response = re.sub("<<.*?>>", "", solution) + f"\n<answer>\\boxed{{{answer}}}</answer>"
+        file.write(json.dumps({"question": row["question"], "answer": answer, "response": response}) + "\n")
+PY
+  timed warm_start text "$MODEL" "$OUT/shown-text.jsonl" $((3 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
+  timed evaluate text-test "$OUT/text" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  timed reinforce text-grpo "$OUT/text" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
+    --prompts_per_step 16 --drop_uniform --critic_warmup 0
+  timed evaluate text-grpo-test "$OUT/text-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft text text-grpo/checkpoint; do
     timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
   done
 fi
