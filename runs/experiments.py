@@ -154,6 +154,20 @@ def family_percent(name, family, key="accuracy", at="test after"):
     return f"{100 * np.mean([m[key] for m in metrics]):.0f}"
 
 
+def points_of_family(family, name="ppo", at="test after", base_at="test, call + retry forced before"):
+    """How many of the points between two evaluations of a run one family accounts for."""
+    points = []
+    for run in seeds_of(name).values():
+        after, before = (run["evaluations"][label]["families"] for label in (at, base_at))
+        n = sum(metrics["count"] for metrics in after.values())
+        points.append(100 * after[family]["count"] * (after[family]["accuracy"] - before[family]["accuracy"]) / n)
+    return f"{np.mean(points):.1f}"
+
+
+def number(name, key, at="test after", digits=2):
+    return f"{np.mean(values(name, key, at)):.{digits}f}"
+
+
 def mean(found):
     """Of the seeds, in percent; "-" where none has a value."""
     return f"{100 * np.mean(found):.1f}" if found else "-"
@@ -221,7 +235,6 @@ COLUMNS = {  # key of the evaluations -> heading
     "retry_busy": "asks again",
     "right_script": "script that works",
     "search_solved": "search solved",
-    "middle_probe": "asks in the middle",
 }
 
 
@@ -236,7 +249,7 @@ def table(*names, base="ppo"):
         cells += [mean(values(name, key, "test after")) for key in COLUMNS]
         cells.append(mean(early_rates(name, 0, 10)))
         cells.append(f"{np.mean(last_entropy(name)):.3f}" if last_entropy(name) else "-")
-        rows.append([name, ", ".join(map(str, seeds_of(name))), *cells])
+        rows.append([name, str(len(seeds_of(name))), *cells])
     of_gain = f"minus {base}, points (95 %)"
     return markdown(["", "seeds", "sampled %", of_gain, "greedy %", of_gain, *(f"{name} %" for name in COLUMNS.values()),
                      "right in steps 1-10 %", "entropy at the end"], rows)
@@ -261,7 +274,7 @@ def ladder():
         of_greedy = "forced" if "forced" in greedy else name
         cells = [spread(values(name, "accuracy", sampled)), spread(values(of_greedy, "accuracy", greedy)) if greedy else ""]
         cells += [mean(values(name, key, sampled)) for key in COLUMNS]
-        rows.append([heading, ", ".join(map(str, seeds_of(name))), *cells])
+        rows.append([heading, str(len(seeds_of(name))), *cells])
     return markdown(["", "seeds", "sampled %", "greedy %", *(f"{name} %" for name in COLUMNS.values())], rows)
 
 
@@ -300,29 +313,58 @@ def best_utility(family, price):
 
 
 def price_table(prices):
-    """After PPO at each price of a call: what is right, where the tool is called, and how much less a response earns than the
-    best policy known at this price."""
+    """After PPO at each price of a call: what is right, in which families the tool is called, and how much less a response earns
+    than the best policy known at this price."""
     rows = []
     for price in prices:
         name = f"cost-{price}" if price else "ppo"
         regrets = []
+        calls = {"by hand": [], "search": [], "power_sum": [], "others": []}  # share of a family's responses
         for run in seeds_of(name).values():
             families = run["evaluations"]["test after"]["families"]
             gaps = [best_utility(family, price) - default.utility(m, price) for family, m in families.items()]
             regrets.append(np.average(gaps, weights=[m["count"] for m in families.values()]))
-        searches = [run["evaluations"]["test after"]["families"]["search"] for run in seeds_of(name).values()]
+            for family, metrics in families.items():
+                group = family if family in calls else "by hand" if family in ("is_odd", "last_digit") else "others"
+                calls[group] += [metrics["code_ratio"]] * metrics["count"]
         rows.append([
             f"{price}",
-            ", ".join(map(str, seeds_of(name))),
+            str(len(seeds_of(name))),
             spread(values(name, "accuracy", "test after")),
-            mean(values(name, "code_ratio_needed", "test after")),
-            mean(values(name, "code_ratio_trivial", "test after")),
-            mean([m["code_ratio"] for m in searches]),
-            f"{np.mean([m['snippets_per_response'] for m in searches]):.2f}",
+            *(f"{100 * np.mean(shares):.0f}" for shares in calls.values()),
             mean(values(name, "retry_busy", "test after")),
             f"{np.mean(regrets):.2f}"])
-    return markdown(["price of a call", "seeds", "right %", "calls where a tool is needed %", "calls where by hand is as good %",
-                     "calls in search %", "calls per search", "asks again %", "regret"], rows)
+    return markdown(["price of a call", "seeds", "right %", "calls where by hand is as good %", "calls in search %",
+                     "in power_sum %", "in the other families %", "asks again %", "regret"], rows)
+
+
+def memory_table(counts):
+    """Of warm starts on so many traces: loss and right answers on their own and on held-out ones, and PPO from there."""
+    rows = []
+    for count in counts:
+        cells = [f"{count:,}"]
+        [folder] = ROOT.glob(f"results/experiments/traces-{count}-*")
+        losses = json.loads((folder / "warm_start.jsonl").read_text().splitlines()[-1])
+        cells += [f"{losses['train_loss']:.2f}", f"{losses['held_out_loss']:.2f}"]
+        for problems in ("traces", "held_out_traces"):
+            cells.append(percent(f"traces-{count}", at=f"{problems} before"))
+        run = "ppo" if count == 10000 else f"from-{count}"  # the default has 10,000
+        cells += [percent(run), percent(run, at="test, greedy after"), str(len(seeds_of(run)))]
+        rows.append(cells)
+    return markdown(["traces", "loss on them", "on others", "right on their problems %", "on others %", "after PPO, sampled %", "greedy %",
+                     "seeds of PPO"], rows)
+
+
+def delay_table():
+    """Seconds of a rollout with so many seconds more for each call."""
+    [file] = ROOT.glob("results/experiments/latency-*/delays.json")
+    rows = {}
+    for row in json.loads(file.read_text()):
+        rows.setdefault(row["delay"], {})[row["rejoin_ticks"]] = row
+    cells = []
+    for delay, by_ticks in rows.items():
+        cells.append([f"{delay:g}", *(f"{by_ticks[ticks]['rollout_seconds']:.1f}" for ticks in (4, 0))])
+    return markdown(["seconds per call", "a result comes back four ticks after its call, s", "as soon as it is there, s"], cells)
 
 
 EVOLUTION = {  # key -> (name, scale, digits)
@@ -408,6 +450,10 @@ def scores(pattern):
 
 def score(pattern, key="accuracy", digits=1):
     return f"{100 * np.mean([metrics[key] for metrics in scores(pattern)]):.{digits}f}"
+
+
+def score_family(pattern, family):
+    return f"{100 * np.mean([metrics['families'][family]['accuracy'] for metrics in scores(pattern)]):.0f}"
 
 
 def score_gain(pattern, base):

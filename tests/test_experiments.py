@@ -66,6 +66,34 @@ def experiments(monkeypatch):
     return module
 
 
+def test_checkpoints_of_several_seeds_are_held_against_one_start(experiments, tmp_path, monkeypatch):
+    """Guards against a pattern that takes other files too, or a gain over other problems."""
+    folder = tmp_path / "results" / "smollm2"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    for name, right in {"start": (0, 2, 4), "rl-0": (2, 2, 4), "rl-1": (4, 4, 4), "rl-0-samples": (0, 0, 0)}.items():
+        metrics = {"per_problem": [(4, n) for n in right], "accuracy": sum(right) / 12}
+        (folder / f"{name}.json").write_text(json.dumps({"results": {"a checkpoint": {"test": metrics}}}))
+    assert experiments.score("rl-[0-9]") == "83.3" and experiments.score("start") == "50.0"
+    # Gains of 50, 0, 0 and 100, 50, 0 points
+    assert experiments.score_gain("rl-[0-9]", "start").startswith("+33.3 (")
+    with pytest.raises(UserError, match="results/smollm2 has no rl-7.json"):
+        experiments.score("rl-7")
+
+
+def test_the_power_of_a_comparison_is_that_of_its_sampling_noise(experiments, tmp_path, capsys):
+    """Guards against a bound that counts differences between problems, which are the same on both sides."""
+    def power(*counts):
+        (tmp_path / "o.json").write_text(json.dumps({"results": {"a": {"test": {"per_problem": counts}}}}))
+        experiments.print_power(tmp_path / "o.json")
+        return float(capsys.readouterr().out.split()[-2])
+
+    assert power(*[(4, 0)] * 50, *[(4, 4)] * 50) == 0
+    # Each problem right half of the time: 2.8 standard errors of a difference of means of 400 coin tosses; the estimate of the
+    # variance from two of four right is 1/3 instead of 1/4
+    assert power(*[(4, 2)] * 100) == pytest.approx(280 * (2 / 3 / 400) ** 0.5, abs=0.06) == pytest.approx(11.4, abs=0.1)
+
+
 def test_a_gain_is_paired_by_problem_and_seed(experiments):
     """Guards against a difference of means over other problems, or over seeds that only one side has."""
     mean, low, high = experiments.difference("other", "ppo")
