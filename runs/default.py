@@ -142,10 +142,13 @@ def regret_table(runs, prices=(0.0, 0.3)):
     return markdown(header + [f"regret at a price of {price} per call" for price in prices], rows)
 
 
-def rates(run, label):
+def problem_rates(metrics):
     """Share of right responses to each problem, nan where the sandbox failed."""
-    pairs = run["evaluations"][label]["per_problem"]
-    return [right / n if n else np.nan for n, right in pairs]
+    return [right / n if n else np.nan for n, right in metrics["per_problem"]]
+
+
+def rates(run, label):
+    return problem_rates(run["evaluations"][label])
 
 
 def gain(runs, after, before):

@@ -462,9 +462,7 @@ def score_gain(pattern, base):
     ours = scores(pattern)
     if len(bases) == 1:
         bases = bases * len(ours)
-    gains = []
-    for a, b in zip(ours, bases, strict=True):
-        gains.append([right / n - right_b / n_b for (n, right), (n_b, right_b) in zip(a["per_problem"], b["per_problem"], strict=True)])
+    gains = [np.subtract(default.problem_rates(a), default.problem_rates(b)) for a, b in zip(ours, bases, strict=True)]
     points, low, high = default.interval(gains)
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
 
