@@ -3,6 +3,7 @@
     python runs/default.py results/default/seed-* --figure results/default/finds.svg > results/default/README.md
 """
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -156,6 +157,15 @@ def gain(runs, after, before):
     return interval([np.subtract(rates(run, after), rates(run, before)) for run in runs])
 
 
+@functools.cache
+def bootstrap_counts(n_seeds, n_problems, draws):
+    """How often a draw has each seed (draws, seeds), and each problem (draws, problems)."""
+    rng = np.random.default_rng(0)
+    of_seeds = rng.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
+    of_problems = rng.multinomial(n_problems, [1 / n_problems] * n_problems, size=draws)
+    return of_seeds, of_problems
+
+
 def interval(differences, draws=4000):
     """(mean in points, low, high): the 95 % interval of a bootstrap over problems and seeds. differences: for each seed those
     of all problems."""
@@ -164,11 +174,7 @@ def interval(differences, draws=4000):
     differences = np.nan_to_num(differences)
     n_seeds, n_problems = differences.shape
 
-    # How often a draw has each seed, and each problem
-    rng = np.random.default_rng(0)
-    of_seeds = rng.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)  # (draws, seeds)
-    of_problems = rng.multinomial(n_problems, [1 / n_problems] * n_problems, size=draws)
-
+    of_seeds, of_problems = bootstrap_counts(n_seeds, n_problems, draws)
     sums = ((of_seeds @ differences) * of_problems).sum(axis=1)
     counts = ((of_seeds @ is_known) * of_problems).sum(axis=1)
     low, high = np.percentile(sums / counts, [2.5, 97.5])

@@ -230,7 +230,7 @@ def test_every_flag_runs_three_steps(checkpoint, tmp_path, monkeypatch, flags):
 def test_a_stale_sampler_is_part_of_the_checkpoint(checkpoint, tmp_path):
     """Guards against a run with --sync_every that a resume silently brings back on policy, and a reference that
     becomes the present policy."""
-    flags = [*PPO, *OWN, "--steps", "5", "--model", checkpoint, "--eval_problems", "2", "--critic_warmup", "0",
+    flags = [*PPO, *OWN, "--steps", "4", "--model", checkpoint, "--eval_problems", "2", "--critic_warmup", "0",
              "--save_every", "1", "--sync_every", "3", "--kl_coef", "0.1", "--actor_lr", "0.01"]
     for name, more in (("whole", []), ("parts", ["--minutes", "0.0001"])):
         result = run_here(*flags, *more, "--run_dir", str(tmp_path / name))

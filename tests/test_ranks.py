@@ -113,13 +113,16 @@ with evaluation.distributed() as process:
 def test_muon_on_two_ranks_has_the_bits_of_one(tmp_path):
     """Guards against rows of the update that go to another rank's shard, also where a shard is smaller, and
     against messages that carry a device."""
-    for ranks in (1, 2):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    running = []
+    for ranks, command in ((1, [sys.executable]), (2, torchrun)):
         script = tmp_path / f"{ranks}.py"
         script.write_text(TWO_RANKS.format(root=str(ROOT), path=str(tmp_path / f"{ranks}.pt")))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        result = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr[-3000:]
+        running.append(subprocess.Popen([*command, str(script)], stderr=subprocess.PIPE, text=True,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
     one, two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
