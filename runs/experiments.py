@@ -190,9 +190,12 @@ def difference(name, base="ppo", at="test after", base_at=""):
     return default.interval(gains)
 
 
-def gain(*names, **of):
-    points, low, high = difference(*names, **of)
+def with_interval(points, low, high):
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def gain(*names, **of):
+    return with_interval(*difference(*names, **of))
 
 
 def early_rates(name, begin, end):
@@ -463,8 +466,7 @@ def score_gain(pattern, base):
     if len(bases) == 1:
         bases = bases * len(ours)
     gains = [np.subtract(default.problem_rates(a), default.problem_rates(b)) for a, b in zip(ours, bases, strict=True)]
-    points, low, high = default.interval(gains)
-    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+    return with_interval(*default.interval(gains))
 
 
 def score_table(**patterns):
