@@ -273,7 +273,7 @@ def test_problems_and_tokenizer_are_the_same_in_every_process():
     assert other.stdout.strip().splitlines()[-1] == fingerprint()
 
 
-def test_problems_need_no_docstrings(monkeypatch):
+def test_problems_need_no_docstrings(monkeypatch, capsys):
     """Guards against phrasings that are docstrings: python -OO leaves them out."""
     bare = ModuleType("bare")
     monkeypatch.setitem(sys.modules, "bare", bare)
@@ -281,6 +281,9 @@ def test_problems_need_no_docstrings(monkeypatch):
     assert data.embedded_rows.__doc__ and not bare.embedded_rows.__doc__
     for split in SPLITS:
         assert bare.embedded_rows(split, 20) == data.embedded_rows(split, 20)
+    monkeypatch.setattr(sys, "argv", ["data.py"])
+    bare.main()
+    assert f"question: {embedded_problem('train', 0, 0).question}\n" in capsys.readouterr().out
 
 
 def test_problems_do_not_depend_on_what_was_drawn_before(drawn):
