@@ -129,7 +129,7 @@ timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/tra
 timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1536 1 0 $NUMBERS
 timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 
-# 6. GSM8K. Three epochs of programs, all but the last thousand. Of those, RL in groups of eight, and RFT, have the problems where there is
+# 6. GSM8K. Two epochs of programs, all but the last thousand. Of those, RL in groups of eight, and RFT, have the problems where there is
 #    signal: solved at least once in four samples. So neither learns from problems whose programs the warm start has seen.
 if [ -n "${GSM8K:-}" ]; then
   SCRIPTS="--max_response_tokens 256"
@@ -137,7 +137,7 @@ if [ -n "${GSM8K:-}" ]; then
     --decontaminate "$GSM8K/test.jsonl" --output "$OUT/program.jsonl" --prompt_template plain --tokenizer "$MODEL"
   head -n -1000 "$OUT/program.jsonl" > "$OUT/shown.jsonl"
   tail -n 1000 "$OUT/program.jsonl" > "$OUT/asked.jsonl"
-  timed warm_start gsm8k "$MODEL" "$OUT/shown.jsonl" $((3 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
+  timed warm_start gsm8k "$MODEL" "$OUT/shown.jsonl" $((2 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
   timed evaluate gsm8k-test "$OUT/gsm8k" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   timed evaluate gsm8k-signal "$OUT/gsm8k" --problems "$OUT/asked.jsonl" --samples 4 $SCRIPTS
   [ -e "$OUT/signal.jsonl" ] || python - "$OUT" <<'PY'
@@ -173,7 +173,7 @@ with open(output, "w") as file:
         response = re.sub("<<.*?>>", "", solution) + f"\n<answer>\\boxed{{{answer}}}</answer>"
         file.write(json.dumps({"question": row["question"], "answer": answer, "response": response}) + "\n")
 PY
-  timed warm_start text "$MODEL" "$OUT/shown-text.jsonl" $((3 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
+  timed warm_start text "$MODEL" "$OUT/shown-text.jsonl" $((2 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
   timed evaluate text-test "$OUT/text" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   timed reinforce text-grpo "$OUT/text" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
     --prompts_per_step 16 --drop_uniform --critic_warmup 0
