@@ -126,6 +126,10 @@ head -n 640 "$OUT/words/traces.jsonl" > "$OUT/words-640.jsonl"
 timed warm_start words-640 "$MODEL" "$OUT/words-640.jsonl" 40 5e-4
 timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/train.jsonl" --eval_data "$OUT/words/test.jsonl" \
   --steps 12 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
+timed evaluate words-test "$OUT/words-640" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+# The cheapest other explanation: the call forced, without any learning.
+timed evaluate words-forced-test "$OUT/words-640" --problems "$OUT/words/test.jsonl" --samples 2 --prefill $'<code>\n```python\n' $NUMBERS
+timed evaluate words-ppo-test "$OUT/words-ppo/checkpoint" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1536 1 0 $NUMBERS
 timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 
