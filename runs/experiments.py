@@ -319,6 +319,7 @@ def price_table(prices):
     """After PPO at each price of a call: what is right, in which families the tool is called, and how much less a response earns
     than the best policy known at this price."""
     rows = []
+    solved_by_hand = by_hand()
     for price in prices:
         name = f"cost-{price}" if price else "ppo"
         regrets = []
@@ -328,7 +329,11 @@ def price_table(prices):
             gaps = [best_utility(family, price) - default.utility(m, price) for family, m in families.items()]
             regrets.append(np.average(gaps, weights=[m["count"] for m in families.values()]))
             for family, metrics in families.items():
-                group = family if family in calls else "by hand" if family in ("is_odd", "last_digit") else "others"
+                right, count = solved_by_hand[family]
+                if right >= 0.95 * count:
+                    group = "by hand"
+                else:
+                    group = family if family in calls else "others"
                 calls[group] += [metrics["code_ratio"]] * metrics["count"]
         rows.append([
             f"{price}",
