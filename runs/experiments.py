@@ -475,16 +475,18 @@ def score_gain(pattern, base):
 
 
 def score_table(**patterns):
-    """A row for each name = pattern; gains are over the first."""
+    """A row for each name = pattern; gains are over the first. A column that says nothing of any is left out."""
     base = next(iter(patterns.values()))
+    everything = [metrics for pattern in patterns.values() for metrics in scores(pattern)]
+    columns = [key for key in COLUMNS if any(metrics[key] is not None for metrics in everything)]
     rows = []
     for name, pattern in patterns.items():
         found = scores(pattern)
         cells = [spread([metrics["accuracy"] for metrics in found]), "" if pattern == base else score_gain(pattern, base)]
-        cells += [mean([metrics[key] for metrics in found if metrics[key] is not None]) for key in COLUMNS]
+        cells += [mean([metrics[key] for metrics in found if metrics[key] is not None]) for key in columns]
         rows.append([name.replace("_", " "), str(len(found)), *cells])
     first = next(iter(patterns)).replace("_", " ")
-    return markdown(["", "checkpoints", "right %", f"minus {first}, points (95 %)", *(f"{name} %" for name in COLUMNS.values())], rows)
+    return markdown(["", "checkpoints", "right %", f"minus {first}, points (95 %)", *(f"{COLUMNS[key]} %" for key in columns)], rows)
 
 
 # ---------------------------------------------------------------------------------------------
