@@ -1689,6 +1689,8 @@ def print_tick(engine, admitted):
 async def demo(args):
     if args.samples < 1 or args.max_calls < 0 or not args.temperature >= 0:
         raise UserError("--samples must be at least 1, --max_calls and --temperature at least 0")
+    if not -2**63 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed}: 64 bits do not hold it")
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
