@@ -949,6 +949,7 @@ def test_the_other_scripts_run(monkeypatch, capsys):
     (["--model", "WINDOW"], "attention has sliding_window, which is not implemented"),
     (["--n_slots", "0"], "--n_slots: 0: must be at least 1"),
     (["--tools", "maybe"], "argument --tools: invalid choice: 'maybe'"),
+    (["--dual_clip", "0.5"], "argument --dual_clip: 0.5: must be 0 or at least 1"),
     (["--prompt_template", "nowhere.txt"], "--prompt_template nowhere.txt"),
     (["--template_kwargs", '{"enable_thinking": false}'], "--template_kwargs: the embedded chat template has no var"),
     (["--template_kwargs", "enable_thinking=false"], "enable_thinking=false: must be a JSON object"),
