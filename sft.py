@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import argparse
 import ast
 import asyncio
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -464,6 +465,7 @@ async def warm_start(args, process, traces_file=""):
 
     # Rank 0 makes or reads the traces, and waits for a run that makes the same warm start.
     shared = [None]
+    lock = contextlib.nullcontext()
     if process.rank == 0:
         traces, held_out = await warm_start_traces(args, recipe, traces_file, parent)
         folder = warm_start_folder(parent, recipe, traces, held_out)
@@ -474,12 +476,19 @@ async def warm_start(args, process, traces_file=""):
             print(f"warm start: waiting for the run that makes {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         shared = [(traces, held_out, folder, folder.is_dir())]
-    dist.broadcast_object_list(shared)
-    traces, held_out, folder, is_there = shared[0]
-    if is_there:
-        print(f"warm start: reusing {folder}")
-        return folder
 
+    with lock:  # whether this ends with a checkpoint or before
+        dist.broadcast_object_list(shared)
+        traces, held_out, folder, is_there = shared[0]
+        if is_there:
+            print(f"warm start: reusing {folder}")
+        else:
+            make_warm_start(traces, held_out, recipe, args, folder, process)
+    return folder
+
+
+def make_warm_start(traces, held_out, recipe, args, folder, process):
+    """Train, and put the checkpoint under its name."""
     print(f"warm start: {recipe.sft_steps} steps on {len(traces)} traces", flush=True)
     partial = folder.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
@@ -494,7 +503,6 @@ async def warm_start(args, process, traces_file=""):
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         partial.rename(folder)
     dist.barrier()
-    return folder
 
 
 def train_on_traces(traces, held_out, recipe, args, folder, process):

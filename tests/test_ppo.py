@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import fcntl
+import gc
 import importlib.util
 import io
 import json
@@ -881,12 +882,18 @@ def test_an_interrupted_warm_start_goes_on_with_the_same_metrics(runs, tmp_path)
 
 
 def test_a_warm_start_in_slices_of_minutes_equals_one_in_a_piece(runs, tmp_path):
-    """Guards against a stop that leaves no checkpoint, an error code for it, and steps lost or done twice."""
+    """Guards against a stop that leaves no checkpoint or holds its lock, an error code for it, and steps lost or done
+    twice."""
     flags = [*SFT, "--warm_start_dir", str(tmp_path)]
+    gc.disable()  # it would free the lock some time
     for step in (1, 2, 3):
         result = run_here(*flags, "--minutes", "1e-9", script=sft)
         assert result.returncode == 0 and f"over after step {step} of the warm start" in result.stdout
         assert not (tmp_path / "checkpoint").exists() and "checkpoint: " not in result.stdout
+        [lock] = tmp_path.glob("*.lock")
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    gc.enable()
     run_here(*flags, "--minutes", "1e-9", script=sft)  # the last step needs no checkpoint
     assert metrics_of(finished(tmp_path)) == metrics_of(finished(runs[0] / "warm"))
 
