@@ -262,12 +262,24 @@ def run_ranks(world, output, *flags, script="ppo"):
     assert [rank.exitcode for rank in ranks] == [0] * world, output.read_text()[-3000:]
 
 
+KNOWN_HASHES = {}
+
+
+def code_hashes_once(entries, left_out=(), compute=sft.code_hashes):
+    """The same in each of these runs, and half a second each time."""
+    key = tuple(entries), tuple(left_out)
+    if key not in KNOWN_HASHES:
+        KNOWN_HASHES[key] = compute(entries, left_out)
+    return KNOWN_HASHES[key]
+
+
 def run_here(*flags, script=ppo):
     """The same in this process, which has paid for the imports already."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script.__file__, *flags])
+            patch.setattr(sft, "code_hashes", code_hashes_once)
             try:
                 evaluation.run_script(script.main)
             except SystemExit as stop:
