@@ -236,8 +236,8 @@ def synchronise(device):
 
 
 def free_memory(device):
-    gc.collect()
     if on_gpu(device):
+        gc.collect()
         torch.cuda.empty_cache()
 
 

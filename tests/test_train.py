@@ -212,9 +212,10 @@ def test_cosine_schedule_warms_up_and_ends_at_the_floor():
     assert all(a > b for a, b in zip(factors[50:], factors[51:])) and 0 < factors[-1] <= 0.02
 
 
-def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept():
+def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(monkeypatch):
     """Guards against a stale warm start: a run with other traces, code share or seed must not reuse it."""
     import argparse
+    monkeypatch.setattr(sft, "training_code", dict)  # the next test asks about code
     parser = argparse.ArgumentParser()
     sft.add_warm_start_arguments(parser)
     sft.add_trainer_arguments(parser)
