@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import default  # noqa: E402
+import words  # noqa: E402
 from default import spread  # noqa: E402
 
 from eval import markdown  # noqa: E402
@@ -462,6 +463,16 @@ def score(pattern, key="accuracy", digits=1):
 
 def score_family(pattern, family):
     return f"{100 * np.mean([metrics['families'][family]['accuracy'] for metrics in scores(pattern)]):.0f}"
+
+
+def score_words(pattern, family):
+    """Of the problems about words that runs/words.py draws from this family for the test, in percent."""
+    shares = []
+    for metrics in scores(pattern):
+        for index, (count, right) in enumerate(metrics["per_problem"]):
+            if words.problem("test", 0, index).family == family:
+                shares.append(right / count)
+    return f"{100 * np.mean(shares):.0f}"
 
 
 def score_gain(pattern, base):
