@@ -1691,6 +1691,8 @@ async def demo(args):
         raise UserError("--samples must be at least 1, --max_calls and --temperature at least 0")
     if not -2**63 <= args.seed < 2**64:
         raise UserError(f"--seed {args.seed}: 64 bits do not hold it")
+    if args.busy is not None and not 0 <= args.busy <= 1:
+        raise UserError(f"--busy {args.busy}: must be from 0 to 1")
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
