@@ -410,39 +410,16 @@ def trajectory_example(trajectory, rewards, mask_interpreter=True):
 
 
 def score_metrics(trajectories):
-    """Mean reward, entropy, and how far sampler and trainer are apart, also by kind of text."""
-    prose_gaps = []
-    code_gaps = []
-    late_gaps = []
-    for trajectory in trajectories:
-        # Position t of an example speaks of token t + 1.
-        gap = sampler_gap(trajectory.example)[len(trajectory.prompt_ids) - 1:]  # (response tokens,)
-        is_code = torch.zeros(len(gap), dtype=torch.bool)
-        for call in trajectory.tool_calls:
-            is_code[call.start:call.end] = True
-
-        # The cumulative product is 1 up to the first forced token.
-        sampled = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
-        is_late = sampled & (sampled.cumprod(0) == 0)
-        code_gaps.append(gap[is_code])
-        prose_gaps.append(gap[sampled & ~is_code & ~is_late])
-        late_gaps.append(gap[is_late & ~is_code])
-
-    prose = torch.cat(prose_gaps)
-    code = torch.cat(code_gaps)
-    late = torch.cat(late_gaps)
-    everything = torch.cat([prose, code, late])
-
+    """Mean reward, entropy, and how far sampler and trainer are apart."""
     examples = [trajectory.example for trajectory in trajectories]
     loss_mask = torch.cat([example.loss_mask for example in examples])
     entropy = torch.cat([example.entropy for example in examples])
+    gap = torch.cat([sampler_gap(example) for example in examples])
+    sampled = torch.cat([example.sampled for example in examples])
     return {"reward": mean([example.rewards.sum().item() for example in examples]),
             "entropy": ((entropy * loss_mask).sum() / loss_mask.sum()).item(),
-            "sampler_difference": everything.mean().item(),
-            "sampler_difference_max": everything.max().item(),
-            "sampler_difference_prose": mean(prose.tolist()),
-            "sampler_difference_code": mean(code.tolist()),
-            "sampler_difference_after_interpreter": mean(late.tolist())}
+            "sampler_difference": (gap.sum() / sampled.sum()).item(),
+            "sampler_difference_max": gap.max().item()}
 
 
 def sampler_gap(example):
@@ -1019,11 +996,10 @@ async def main(process):
     with RunFolder(args, process) as run:
         # What can be wrong is found before the warm start, which takes minutes.
         sft.check_mesh(args.replicas, process.world)
-        saved_model = run.path / "model"
         checkpoint, record = sft.find_checkpoint(
             run.path / "checkpoints", process.rank, only_weights=bool(args.export))
         # Only where there is a checkpoint is it known that model/ was written to its end.
-        start_model = str(saved_model) if checkpoint else args.model or args.warm_start
+        start_model = str(run.path / "model") if checkpoint else args.model or args.warm_start
         config, tokenizer = sft.starting_point(start_model, args.template_kwargs)
         evaluation.check_positions(config, args)
         if args.critic_model:
@@ -1048,13 +1024,8 @@ async def main(process):
             process.goes_on = f"torchrun ppo.py --resume {run.path}"
         run.track(args)
 
-        # The model: a checkpoint of this run, a checkpoint of the user's, or the warm start.
-        if checkpoint:
-            model_path = str(saved_model)  # of it only the configuration is needed
-        elif args.model or args.warm_start:
-            model_path = args.model or args.warm_start
-        else:
-            model_path = str(await sft.warm_start(args, process))
+        # Of this run's own only the configuration is needed, for the weights are in the checkpoint.
+        model_path = start_model or str(await sft.warm_start(args, process))
         tokenizer = load_tokenizer(model_path, args.template_kwargs)
         if args.export:
             if process.rank == 0:
