@@ -81,8 +81,8 @@ evaluate() {  # name, model, further flags
 }
 reinforce() {  # name, model, further flags: $OUT/name becomes the run
   [ -e "$OUT/$1/checkpoint" ] && return
-  local begin=(--run_dir "$OUT/$1" --model "$2" --actor_lr 2e-5 --critic_lr 1e-4 --token_budget 2048 --n_slots 64 --max_prompt_tokens 320
-    --lr_warmup 2 --save_every 2 $SHARED "${@:3}")
+  local begin=(--run_dir "$OUT/$1" --model "$2" --actor_lr 2e-5 --token_budget 2048 --n_slots 64 --max_prompt_tokens 320 --lr_warmup 2
+    --save_every 2 $SHARED "${@:3}")
   [ -d "$OUT/$1/checkpoints" ] && begin=(--resume "$OUT/$1")
   $RUN ppo.py "${begin[@]}" --minutes "${MINUTES:-0}" | tee -a "$OUT/$1.log"
   [ -e "$OUT/$1/checkpoint" ] || exit 0
@@ -108,10 +108,11 @@ rft() {  # name, model, problems, how many, samples of each, seed, further flags
 # 4. habit. 640 traces, each once; then eight steps of 128 responses. All checkpoints are evaluated alike at the end, so the runs
 #    themselves evaluate next to nothing. The words are families never trained on, and none of them is a trained one with another sign.
 NUMBERS="--max_response_tokens 320"
+CRITIC="--critic_lr 1e-4 --critic_warmup 1"
 timed warm_start numbers "$MODEL" "$OUT/numbers.jsonl" 40 5e-4
 timed evaluate numbers-test "$OUT/numbers" --problems test --samples 4 $NUMBERS
 for seed in $SEEDS; do
-  timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 --critic_warmup 1 --eval_problems 2
+  timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 $CRITIC --eval_problems 2
   timed evaluate habit-$seed-test "$OUT/habit-$seed/checkpoint" --problems test --samples 4 $NUMBERS
   timed rft habit-rft-$seed "$OUT/numbers" train 1024 1 $seed $NUMBERS
   timed evaluate habit-rft-$seed-test "$OUT/habit-rft-$seed" --problems test --samples 4 $NUMBERS
@@ -125,7 +126,7 @@ done
 head -n 640 "$OUT/words/traces.jsonl" > "$OUT/words-640.jsonl"
 timed warm_start words-640 "$MODEL" "$OUT/words-640.jsonl" 40 5e-4
 timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/train.jsonl" --eval_data "$OUT/words/test.jsonl" \
-  --steps 12 --prompts_per_step 128 --critic_warmup 1 --eval_samples 2
+  --steps 12 --prompts_per_step 128 $CRITIC --eval_samples 2
 timed evaluate words-test "$OUT/words-640" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 # The cheapest other explanation: the call forced, without any learning.
 timed evaluate words-forced-test "$OUT/words-640" --problems "$OUT/words/test.jsonl" --samples 2 --prefill $'<code>\n```python\n' $NUMBERS
@@ -157,7 +158,7 @@ with open(f"{folder}/signal.jsonl", "w") as file:
             file.write(line)
 PY
   timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
-    --prompts_per_step 16 --drop_uniform --critic_warmup 0
+    --prompts_per_step 16 --drop_uniform
   timed evaluate gsm8k-grpo-test "$OUT/gsm8k-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 192 8 0 $SCRIPTS
   timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
@@ -180,7 +181,7 @@ PY
   timed warm_start text "$MODEL" "$OUT/shown-text.jsonl" $((2 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
   timed evaluate text-test "$OUT/text" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   timed reinforce text-grpo "$OUT/text" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
-    --prompts_per_step 16 --drop_uniform --critic_warmup 0
+    --prompts_per_step 16 --drop_uniform
   timed evaluate text-grpo-test "$OUT/text-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
   for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft text text-grpo/checkpoint; do
     timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
