@@ -1419,15 +1419,18 @@ def need_values(parser, flags, names):
                      + ", ".join(missing))
 
 
-def in_range(low, high=math.inf, number=float, above=False):
-    """An argparse type: a number from low to high; above: low itself is too low."""
+def in_range(low, high=math.inf, number=float, above=False, off=None):
+    """An argparse type: a number from low to high, or `off`; above: low itself is too low."""
     limits = f"above {low}" if above else f"at least {low}"
     if high < math.inf:
         limits += f" and at most {high}"
+    if off is not None:
+        limits = f"{off} or {limits}"
 
     def parse(text):
         value = number(text)
-        if not low <= value <= high or (above and value == low):
+        is_inside = low <= value <= high and not (above and value == low)
+        if not is_inside and value != off:
             raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return value
 

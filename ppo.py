@@ -867,7 +867,7 @@ def add_ppo_arguments(parser):
         help="probability ratios below 1 - clip_low are clipped")
     add("--clip_high", type=in_range(0.0), default=0.28,
         help="probability ratios above 1 + clip_high are clipped")
-    add("--dual_clip", type=in_range(0.0), default=0.0,
+    add("--dual_clip", type=in_range(1.0, off=0), default=0.0,
         help="bound of a bad token's surrogate, e.g. 3; 0: none")
     add("--value_clip", type=in_range(0.0), default=0.5,
         help="how far values may move")
@@ -958,8 +958,6 @@ def refuse_contradictions(parser, args, given):
         refuse("--reward outcome", {"reward_scale"})
 
     # Combinations that cannot work.
-    if 0 < args.dual_clip < 1:
-        parser.error(f"argument --dual_clip: {args.dual_clip}: must be 0 or at least 1")
     if args.export and not args.resume:
         parser.error("--export needs --resume")
     if args.model and not args.resume and not args.preset:
