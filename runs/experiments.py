@@ -465,13 +465,18 @@ def score_family(pattern, family):
     return f"{100 * np.mean([metrics['families'][family]['accuracy'] for metrics in scores(pattern)]):.0f}"
 
 
+@functools.cache
+def words_family(index):
+    """Of a test problem of runs/words.py."""
+    return words.problem("test", 0, index).family
+
+
 def score_words(pattern, family):
-    """Of the problems about words that runs/words.py draws from this family for the test, in percent."""
+    """Of the problems about words that are of this family, in percent."""
     shares = []
     for metrics in scores(pattern):
-        for index, (count, right) in enumerate(metrics["per_problem"]):
-            if words.problem("test", 0, index).family == family:
-                shares.append(right / count)
+        rates = default.problem_rates(metrics)
+        shares += [rate for index, rate in enumerate(rates) if words_family(index) == family]
     return f"{100 * np.mean(shares):.0f}"
 
 
