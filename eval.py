@@ -338,6 +338,7 @@ def exact_value(text):
     if not match or len(text) > MAX_LENGTH:  # int() has a limit
         return None
 
+    # Sign, whole + top/bottom, times a power of ten.
     bottom = int(match["bottom"] or 1)
     if bottom == 0:
         return None
@@ -375,6 +376,7 @@ def brackets_and_parts(text):
     if separators:
         return "", parts, separators
 
+    # Nothing is separated outside brackets: is all of it inside one pair?
     match = re.fullmatch(r"(\\\{|[(\[{⟦])(.*?)(\\\}|[)\]}⟧])", text)
     if not match:
         return "", [text], []
@@ -400,6 +402,7 @@ def acceptable_answers(reference):
     if texts and "".join(texts).isprintable():
         return texts
 
+    # So it is Python, whose backslashes may be doubled or not.
     texts = [quoted[1:-1] for quoted in re.findall(QUOTED, reference)]
     if re.sub(r"\\\\", "", reference).count("\\") == 0:
         texts = [text.replace(r"\\", "\\") for text in texts]
@@ -421,6 +424,7 @@ async def is_equivalent(predicted, reference, sandbox):
         if len(re.findall(r"[(\[{=]", text)) > MAX_BRACKETS:
             return False
 
+    # A reference may list several texts, of which one has to match.
     answers = acceptable_answers(reference)
     for answer in answers:
         if await is_equivalent(predicted, answer, sandbox):
@@ -428,6 +432,7 @@ async def is_equivalent(predicted, reference, sandbox):
     if answers:
         return predicted == reference
 
+    # Both in one spelling, without a label that says nothing.
     predicted = one_spelling(predicted)
     reference = one_spelling(reference)
     predicted_value = without_label(predicted, reference)
@@ -444,6 +449,7 @@ async def means_the_same(predicted, reference, sandbox):
     if '"' in reference and predicted.lower() == reference.lower():
         return True
 
+    # An inequality can only be another one, or an interval.
     brackets, parts, separators = brackets_and_parts(predicted)
     wanted_brackets, wanted_parts, wanted_separators = brackets_and_parts(reference)
     is_inequality = bool(INEQUALITY.search(predicted))
@@ -453,6 +459,7 @@ async def means_the_same(predicted, reference, sandbox):
         # x>5 is the interval (5,\infty)
         return await is_same_expression(predicted, reference, sandbox)
 
+    # Parts are compared one by one, with their order if brackets keep it.
     if brackets != wanted_brackets or separators != wanted_separators:
         return False
     if parts == [predicted] and wanted_parts == [reference]:
@@ -482,6 +489,7 @@ async def match_without_order(parts, wanted_parts, sandbox):
 
 async def is_same_expression(predicted, reference, sandbox):
     """Whether two texts are equal as numbers or, to math-verify, expressions or relations."""
+    # Units may be missing on one side, but not differ.
     predicted, unit = without_unit(predicted)
     reference, wanted_unit = without_unit(reference)
     if unit and wanted_unit and unit != wanted_unit:
@@ -489,6 +497,7 @@ async def is_same_expression(predicted, reference, sandbox):
     if ("=" in predicted) != ("=" in reference):
         return False
 
+    # Where the reference is a number, the answer must be one.
     value = exact_value(predicted)
     wanted = exact_value(LABEL.sub("", reference, count=1))
     if wanted is not None:
@@ -500,6 +509,7 @@ async def is_same_expression(predicted, reference, sandbox):
             scaled /= 100
         return value in (wanted, scaled)
 
+    # math-verify sees only what it reads rightly, without a function that would do the work.
     if MISREAD.search(predicted) or MISREAD.search(reference):
         return False
     allowed = HARMLESS | set(FUNCTION.findall(reference))
@@ -745,6 +755,7 @@ def behaviour_metrics(trajectories, problems):
             is_right = works.get(words(t.snippets[0].code), False)
             right_script[problem["kind"]].append(is_right)
 
+        # Scripts that ran, but printed something else: does a later one print the answer?
         for number, call in enumerate(t.snippets, 1):
             copied.append(call.code in [code for code, _ in problem["scripts"]])
             if call.status == "ok" and call.output.strip() != problem["answer"]:
@@ -948,6 +959,7 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
     if not kept:
         raise UserError(f"{desc}: the sandbox failed in every response")
 
+    # Answers by problem, and responses by family.
     votes = [[] for _ in problems]
     by_family = {}
     for t in kept:
@@ -958,6 +970,7 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
         family = problems[t.prompt_index]["family"]
         by_family.setdefault(family, []).append(t)
 
+    # A family is trivial if its problems can be solved by hand.
     families = {}
     trivial = []
     needed = []
@@ -1135,6 +1148,7 @@ def report_page(runs):
         except (OSError, ValueError) as error:
             raise UserError(f"--report {path}: {error}") from None
 
+        # Runs with the same settings are one group.
         settings = {key: value for key, value in arguments.items() if key not in NOT_A_SETTING}
         if settings not in groups:
             groups.append(settings)
@@ -1178,6 +1192,7 @@ def describe_trajectory(t, tokenizer, problem):
         "loss_mask": t.loss_mask,
     }
 
+    # What the trainer knows of each token, if it was trained on.
     columns = {"logprobs": t.logprobs}
     if t.example:
         columns["values"] = t.example.values

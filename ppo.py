@@ -354,6 +354,7 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
     trainer.fill_ratios([trajectory.example for trajectory in kept if trajectory.example])
     stopwatch.lap("ratios")
 
+    # Tokens per second, of sampling and of training.
     seconds = stopwatch.seconds
     n_sampled = sum(sum(trajectory.loss_mask) for trajectory in trajectories)
     n_trained = sum(len(example) for example in examples)
@@ -508,6 +509,7 @@ class Trainer:
         if args.kl_coef:
             self.reference = sharded(sft.Policy, model_path).requires_grad_(False)
 
+        # Actor and critic have an optimiser each; the critic may learn some steps alone.
         self.optimizers = {"actor": self.adamw(self.actor)}
         if self.critic:
             self.optimizers["critic"] = self.adamw(self.critic)
@@ -549,6 +551,7 @@ class Trainer:
             columns = [getattr(example, name) for example in examples]
             return pad_sequence(columns, batch_first=True)  # (B, T)
 
+        # All responses side by side, as (B, T).
         loss_mask = padded("loss_mask")
         values = padded("values") if self.critic else None
         advantages, returns = advantages_and_returns(
@@ -1036,6 +1039,7 @@ async def main(process):
             if args.sync_every == 1:
                 sft.sync_weights(trainer.actor, trainer.sampler)
 
+        # Problems become prompts, for training and for evaluation.
         prompts = Prompts(problems, args.seed, tokenizer, template, args.max_prompt_tokens)
         for name in sets:
             sets[name] = evaluation.encode_problems(
@@ -1086,6 +1090,7 @@ async def main(process):
             if sets:
                 print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n", flush=True)
 
+        # The sandbox starts with its self-test; then the run is evaluated before its first step.
         async with evaluation.make_sandbox(args) as sandbox:
             print(sandbox.report)
             if args.resume:  # only now: what is refused leaves no trace
@@ -1227,6 +1232,7 @@ def lock_folder(folder):
             break
         file.close()
 
+    # Say who has it, for whoever is refused.
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
@@ -1275,6 +1281,7 @@ class RunFolder:
                 self.arguments_before = (self.path / "arguments.json").read_text()
             return
 
+        # A new folder, of this name or named by the time.
         if args.run_dir:
             self.path = Path(args.run_dir)
             # Nothing is written into a folder that is somebody else's.
@@ -1292,6 +1299,7 @@ class RunFolder:
                     break
                 except FileExistsError:
                     self.path = Path(f"{name}-{number}")
+        # Locked before it is looked into: no other run comes in between.
         self.lock = lock_folder(self.path)
         self.refuse_a_full_folder()
 

@@ -540,6 +540,7 @@ class Engine:
         # Prompt index -> (logits after it, keys and values), for other samples.
         self.shared = {}
 
+        # How many bytes of keys and values one row takes.
         weight = next(model.parameters())
         is_paged = uses_varlen(weight.device, weight.dtype)
         row_tokens = n_pages(longest) * PAGE_TOKENS if is_paged else longest
@@ -547,6 +548,7 @@ class Engine:
         row_bytes = numbers * weight.element_size()
         n_rows = min(settings.n_slots, len(rows))
 
+        # How many rows fit, beside what a tick itself needs.
         budget = free_bytes(weight.device)
         if weight.is_cuda:
             longest_prompt = longest - settings.max_response_tokens
@@ -668,6 +670,7 @@ class Engine:
             if has_begun and n_tokens and n_tokens + len(row.pending) > PREFILL_TOKENS:
                 break
 
+            # The first sample of a prompt computes it, others copy.
             self.queue.popleft()
             row.slot = heapq.heappop(self.free)
             self.cache.reserve(row.slot, len(row.pending))

@@ -235,6 +235,7 @@ class Sandbox:
         if not self.futures:
             self.heard_at = self.loop.time()  # an idle zygote owes nobody a sign of life
 
+        # Code and output are files in memory, whose descriptors go to the zygote.
         request_id = next(self.ids)
         future = self.loop.create_future()
         patience = WALL_FACTOR * timeout + FROZEN_SECONDS
@@ -257,6 +258,7 @@ class Sandbox:
                     self._send(request_id, 0, 0.0, [])
             raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
 
+        # What came back, as the model sees it.
         try:
             exit_code, timed_out, seconds, own_seconds = future.result()
         except ZygoteDied as death:
@@ -311,6 +313,7 @@ class Sandbox:
             self._stop(grace=0)
             return
 
+        # A snippet has ended: its task goes on.
         self.heard_at = self.loop.time()
         self.deaths = 0
         request_id, *reply = REPLY.unpack(message)
@@ -737,6 +740,7 @@ def serve(sock, config):
                     reap(job)
                 return None
 
+            # A request without a timeout cancels the one of its number.
             request_id, seed, timeout = REQUEST.unpack(message)
             if timeout:
                 assert len(fds) == 2, "a request lost its descriptors: too many open files?"
@@ -778,6 +782,7 @@ def look(job):
         fields = process_file(job.pid, "stat").rpartition(")")[2].split()
         threads = int(fields[17])
 
+    # Too late, or too many threads.
     is_late = used >= job.timeout or now - job.started_at >= WALL_FACTOR * job.timeout
     if is_late or threads > MAX_THREADS:
         job.timed_out = is_late

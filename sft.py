@@ -417,6 +417,7 @@ def train(policy, examples, held_out, recipe, process, folder, save_every):
     for _ in range(record["step"]):
         next(order)
 
+    # A step: one batch, and for each optimiser the rate of this step.
     steps = recipe.sft_steps
     bar = tqdm(range(record["step"], steps), desc="warm start", disable=process.rank > 0,
                mininterval=1.0)
@@ -444,6 +445,7 @@ def train(policy, examples, held_out, recipe, process, folder, save_every):
                       f"{process.goes_on}")
                 sys.exit(0)
 
+    # The loss on traces that were trained on and on others: the gap is what is learnt by heart.
     seen = batch_loss(policy, examples[:len(held_out)], recipe.token_budget, process)
     unseen = batch_loss(policy, held_out, recipe.token_budget, process)
     metrics = {"train_loss": seen, "held_out_loss": unseen, "memorisation_gap": unseen - seen}
@@ -642,6 +644,7 @@ def code_hashes(entries, left_out=()):
         for node in ast.parse(path.read_text()).body:
             definitions.append((path.name, defined_names(node), node))
 
+    # From the entries on, follow every name that is used to where it is defined.
     reached = {}  # file -> the trees, as text
     waiting = [("", entry) for entry in entries]  # (file that uses the name, name)
     done = {("", name) for name in left_out}
@@ -775,6 +778,7 @@ def take_apart(response):
     texts = segments[::2]
     outputs = segments[1::2]
 
+    # A call is what stands behind its text's last opening tag.
     calls = []
     for text in texts[:-1]:
         tool = tool_of(text)
@@ -873,6 +877,7 @@ async def check_trace(candidate, reference, sandbox):
         response += f"\n{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}"
         response += texts[i + 1]
 
+    # With the real outputs, the answer must still be right.
     if not await is_equivalent(extract_answer(response), reference, sandbox):
         raise Rejected("answer: differs from the reference")
     # That the tool is busy is no fault of a snippet.
@@ -903,6 +908,7 @@ async def embedded_traces(n, code_share, seed, sandbox, split="traces"):
             "response": response,
             "failed_calls": failed_calls}
 
+    # All at once: the sandbox has a queue.
     with tqdm(total=n, desc="curation", mininterval=1.0) as bar:
         outcomes = await asyncio.gather(*map(verify, problems, candidates))
     traces = [trace for _, trace in outcomes if trace]
@@ -1114,6 +1120,7 @@ def read_manifest(path):
     if not is_right:
         raise ValueError("manifest.json is not what a run writes")
 
+    # Every file is there, and none was changed.
     names = {file.name for file in path.glob("__*")} | {".metadata"} | set(hashes)
     for name in sorted(names):
         if file_hash(path / name) != hashes.get(name):
@@ -1242,6 +1249,7 @@ def check_quality(candidate, results, reference):
     if not calls:
         raise Rejected("quality: no snippet")
 
+    # Each snippet must do something for the answer, or be corrected.
     for i, (tool, snippet) in enumerate(calls):
         status = results[i].status
         if status == "ok":
@@ -1277,6 +1285,7 @@ async def check_problem(record, run):
             f"unknown layout ({field_names(row)}), name its --question_field and --answer_field")))
     record.update(problem)
 
+    # What cannot be asked, compared or rewritten is left out.
     question = record["question"]
     answer = record["answer"] or ""  # a solution may state none
     solution = record["solution"]
@@ -1293,6 +1302,7 @@ async def check_problem(record, run):
     elif not await is_equivalent(record["own"], answer, run.sandbox):
         raise Rejected("filter: the solution's answer is not the reference")
 
+    # Nor may it be, even in part, a problem of an evaluation.
     for key in contamination_keys(question):
         if key in run.evaluation:
             overlap = "13 words" if " " in key else "whole question"
@@ -1307,6 +1317,7 @@ async def make_trace(record, run):
     response, failed_calls, results = await check_trace(candidate, record["answer"], run.sandbox)
     check_quality(candidate, results, record["answer"])
 
+    # Prompt and response must fit the model.
     prompt = run.template.replace("{question}", record["question"])
     if len(encode_text(run.tokenizer, prompt + response)) > run.max_tokens:
         raise Rejected("quality: too long")
