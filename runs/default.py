@@ -273,6 +273,19 @@ WIDTH, HEIGHT = 640, 330
 LEFT, RIGHT, TOP, BOTTOM = 46, 210, 16, 40
 
 
+def svg(name, content="", **attributes):
+    """An element; stroke_width=2 is the attribute stroke-width="2"."""
+    written = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+    return f"<{name}{written}>{content}</{name}>"
+
+
+def svg_page(width, height, parts):
+    """A picture of elements, on white."""
+    page = svg("rect", width=width, height=height, fill="white") + "\n" + "\n".join(parts) + "\n"
+    return svg("svg", page, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}",
+               font_family="sans-serif", font_size=12) + "\n"
+
+
 def figure(runs):
     """SVG: over PPO steps the rates of four behaviours, mean and range of the seeds; circles at
     the left are the warm start's on test problems; dashed is accuracy with the call forced."""
@@ -286,15 +299,12 @@ def figure(runs):
 
     def line(xs, ys, **style):
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
-        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
-        return f'<polyline points="{points}" fill="none" {styles}/>'
+        return svg("polyline", points=points, fill="none", **style)
 
     def text(left, top, words, **style):
-        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
-        return f'<text x="{left:.1f}" y="{top:.1f}" {styles}>{words}</text>'
+        return svg("text", words, x=f"{left:.1f}", y=f"{top:.1f}", **style)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-             f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    parts = []
     for percent in (0, 20, 40, 60, 80, 100):
         parts.append(line([0, n_steps], [percent, percent], stroke="#ddd"))
         parts.append(text(LEFT - 8, y(percent) + 4, f"{percent} %", text_anchor="end"))
@@ -314,7 +324,7 @@ def figure(runs):
         smooth = [np.nanmean(mean[max(0, i - 1):i + 2]) for i in range(n_steps)]
         parts.append(line([i + 0.5 for i in range(n_steps)], smooth, stroke=colour, stroke_width=2))
         before = 100 * np.mean([run["evaluations"]["test before"][key] for run in runs])
-        parts.append(f'<circle cx="{x(0):.1f}" cy="{y(before):.1f}" r="3.5" fill="{colour}"/>')
+        parts.append(svg("circle", cx=f"{x(0):.1f}", cy=f"{y(before):.1f}", r=3.5, fill=colour))
         labels.append((smooth[-1], name, colour))
 
     # Names stand in the order of the ends of their curves, and do not cover each other.
@@ -323,7 +333,7 @@ def figure(runs):
         top = max(y(height) + 4, lowest)
         parts.append(text(x(n_steps) + 8, top, name, fill=colour))
         lowest = top + 15
-    return "\n".join(parts) + "\n</svg>\n"
+    return svg_page(WIDTH, HEIGHT, parts)
 
 
 def main():

@@ -25,7 +25,7 @@ import numpy as np
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import default  # noqa: E402
 import words  # noqa: E402
-from default import spread  # noqa: E402
+from default import spread, svg, svg_page  # noqa: E402
 
 from eval import markdown  # noqa: E402
 from results import failure_signatures  # noqa: E402
@@ -150,9 +150,12 @@ def percent(name, key="accuracy", at="test after", digits=0):
     return f"{100 * np.mean(values(name, key, at)):.{digits}f}"
 
 
+def of_family(evaluations, family, key):
+    return f"{100 * np.mean([metrics['families'][family][key] for metrics in evaluations]):.0f}"
+
+
 def family_percent(name, family, key="accuracy", at="test after"):
-    metrics = [run["evaluations"][at]["families"][family] for run in seeds_of(name).values()]
-    return f"{100 * np.mean([m[key] for m in metrics]):.0f}"
+    return of_family([run["evaluations"][at] for run in seeds_of(name).values()], family, key)
 
 
 def points_of_family(family, name="ppo", at="test after", base_at="test, call + retry forced before"):
@@ -462,7 +465,7 @@ def score(pattern, key="accuracy", digits=1):
 
 
 def score_family(pattern, family):
-    return f"{100 * np.mean([metrics['families'][family]['accuracy'] for metrics in scores(pattern)]):.0f}"
+    return of_family(scores(pattern), family, "accuracy")
 
 
 @functools.cache
@@ -516,19 +519,19 @@ PAPER = [("no training", 26.7, None, GREY), ("cold start alone", 40.9, None, GRE
 
 def bars(title, rows, left, top, width):
     """SVG of a bar chart: rows (name, percent, percent of the black mark or None, colour)."""
-    parts = [f'<text x="{left}" y="{top + 12}" font-weight="bold">{title}</text>']
+    parts = [svg("text", title, x=left, y=top + 12, font_weight="bold")]
     zero = left + 150  # right of the names
     scale = (width - 190) / 100
     for i, (name, value, marked, colour) in enumerate(rows):
         y = top + 24 + 22 * i
-        parts.append(f'<text x="{zero - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
-        parts.append(f'<rect x="{zero}" y="{y}" width="{scale * value:.1f}" height="17" fill="{colour}"/>')
+        parts.append(svg("text", name, x=zero - 8, y=y + 13, text_anchor="end"))
+        parts.append(svg("rect", x=zero, y=y, width=f"{scale * value:.1f}", height=17, fill=colour))
         end = zero + scale * max(value, marked or 0)
-        parts.append(f'<text x="{end + 6:.1f}" y="{y + 13}">{value:.0f}</text>')
+        parts.append(svg("text", f"{value:.0f}", x=f"{end + 6:.1f}", y=y + 13))
         if marked is not None:
-            x = zero + scale * marked
-            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 2}" y2="{y + 19}" stroke="black" stroke-width="2"/>')
-    return "\n".join(parts)
+            x = f"{zero + scale * marked:.1f}"
+            parts.append(svg("line", x1=x, x2=x, y1=y - 2, y2=y + 19, stroke="black", stroke_width=2))
+    return parts
 
 
 def table1_figure():
@@ -546,13 +549,9 @@ def table1_figure():
         row("text RL", "text", *after, BLUE),
         row("text RL, 2.7x the steps", "text-long", *after, BLUE),
         row("ReTool", "ppo", *after, GREEN)]
-    height = 40 + 22 * len(rows)
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="780" height="{height}" fill="white"/>',
-        bars("the paper: AIME24, 32B, %", PAPER, 8, 8, 380),
-        bars("here: test problems, 0.7 M, %; black: greedily", rows, 398, 8, 380),
-        "</svg>\n"])
+    paper = bars("the paper: AIME24, 32B, %", PAPER, 8, 8, 380)
+    ours = bars("here: test problems, 0.7 M, %; black: greedily", rows, 398, 8, 380)
+    return svg_page(780, 40 + 22 * len(rows), paper + ours)
 
 
 def learning_figure():
@@ -566,21 +565,18 @@ def learning_figure():
         return top + height * (1 - percent / 100)
 
     def line(points, **style):
-        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
         corners = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
-        return f'<polyline points="{corners}" fill="none" {styles}/>'
+        return svg("polyline", points=corners, fill="none", **style)
 
     def text(a, b, words, **style):
-        styles = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in style.items())
-        return f'<text x="{a:.1f}" y="{b:.1f}" {styles}>{words}</text>'
+        return svg("text", words, x=f"{a:.1f}", y=f"{b:.1f}", **style)
 
     def curve(name, labels):
         """[(responses, percent)] of the evaluations with these labels, from the first response to the last."""
         share = n_responses / (len(labels) - 1)
         return [(i * share, 100 * np.mean(values(name, "accuracy", label))) for i, label in enumerate(labels)]
 
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 310" font-family="sans-serif" font-size="12">',
-             '<rect width="680" height="310" fill="white"/>']
+    parts = []
     for percent in range(0, 101, 20):
         parts.append(line([(0, percent), (n_responses, percent)], stroke="#ddd"))
         parts.append(text(left - 6, y(percent) + 4, f"{percent} %", text_anchor="end"))
@@ -601,11 +597,11 @@ def learning_figure():
     for name, (points, colour, dashes) in sorted(curves.items(), key=lambda item: -item[1][0][-1][1]):
         parts.append(line(points, stroke=colour, stroke_width=2, stroke_dasharray=dashes or "none"))
         if len(points) > 2:
-            parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{colour}"/>' for a, b in points]
+            parts += [svg("circle", cx=f"{x(a):.1f}", cy=f"{y(b):.1f}", r=3, fill=colour) for a, b in points]
         # Names stand below each other.
         lowest = max(y(points[-1][1]) + 4, lowest + 15)
         parts.append(text(x(n_responses) + 8, lowest, f"{name}: {points[-1][1]:.0f} %", fill=colour))
-    return "\n".join(parts) + "\n</svg>\n"
+    return svg_page(680, 310, parts)
 
 
 # ---------------------------------------------------------------------------------------------
