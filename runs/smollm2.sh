@@ -138,12 +138,18 @@ timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl
 #    signal: solved at least once in four samples. So neither learns from problems whose programs the warm start has seen.
 if [ -n "${GSM8K:-}" ]; then
   SCRIPTS="--max_response_tokens 256"
+  two_epochs() { timed warm_start "$1" "$MODEL" "$2" $((2 * $(wc -l < "$2") / 16)) 5e-4; }  # name, traces
+  test_gsm8k() { timed evaluate "$1" "$2" --problems "$GSM8K/test.jsonl" $SCRIPTS "${@:3}"; }  # name, model, further flags
+  in_groups() {  # name, model
+    timed reinforce "$1" "$2" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
+      --prompts_per_step 16 --drop_uniform
+  }
   [ -e "$OUT/program.jsonl" ] || python sft.py curate --rewriter program --input "$GSM8K/train.jsonl" \
     --decontaminate "$GSM8K/test.jsonl" --output "$OUT/program.jsonl" --prompt_template plain --tokenizer "$MODEL"
   head -n -1000 "$OUT/program.jsonl" > "$OUT/shown.jsonl"
   tail -n 1000 "$OUT/program.jsonl" > "$OUT/asked.jsonl"
-  timed warm_start gsm8k "$MODEL" "$OUT/shown.jsonl" $((2 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
-  timed evaluate gsm8k-test "$OUT/gsm8k" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  two_epochs gsm8k "$OUT/shown.jsonl"
+  test_gsm8k gsm8k-test "$OUT/gsm8k" --samples 4
   timed evaluate gsm8k-signal "$OUT/gsm8k" --problems "$OUT/asked.jsonl" --samples 4 $SCRIPTS
   [ -e "$OUT/signal.jsonl" ] || python - "$OUT" <<'PY'
 import json
@@ -157,11 +163,10 @@ with open(f"{folder}/signal.jsonl", "w") as file:
         if right:
             file.write(line)
 PY
-  timed reinforce gsm8k-grpo "$OUT/gsm8k" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
-    --prompts_per_step 16 --drop_uniform
-  timed evaluate gsm8k-grpo-test "$OUT/gsm8k-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  in_groups gsm8k-grpo "$OUT/gsm8k"
+  test_gsm8k gsm8k-grpo-test "$OUT/gsm8k-grpo/checkpoint" --samples 4
   timed rft gsm8k-rft "$OUT/gsm8k" "$OUT/signal.jsonl" 192 8 0 $SCRIPTS
-  timed evaluate gsm8k-rft-test "$OUT/gsm8k-rft" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  test_gsm8k gsm8k-rft-test "$OUT/gsm8k-rft" --samples 4
   # The text twin: the same problems with their solutions in words, and as many responses.
   [ -e "$OUT/shown-text.jsonl" ] || python - "$OUT/shown.jsonl" "$GSM8K/train.jsonl" "$OUT/shown-text.jsonl" <<'PY'
 import json
@@ -178,13 +183,12 @@ with open(output, "w") as file:
         response = re.sub("<<.*?>>", "", solution) + f"\n<answer>\\boxed{{{answer}}}</answer>"
         file.write(json.dumps({"question": row["question"], "answer": answer, "response": response}) + "\n")
 PY
-  timed warm_start text "$MODEL" "$OUT/shown-text.jsonl" $((2 * $(wc -l < "$OUT/shown.jsonl") / 16)) 5e-4
-  timed evaluate text-test "$OUT/text" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
-  timed reinforce text-grpo "$OUT/text" $SCRIPTS --train_data "$OUT/signal.jsonl" --steps 12 --advantage grpo --samples_per_prompt 8 \
-    --prompts_per_step 16 --drop_uniform
-  timed evaluate text-grpo-test "$OUT/text-grpo/checkpoint" --problems "$GSM8K/test.jsonl" --samples 4 $SCRIPTS
+  two_epochs text "$OUT/shown-text.jsonl"
+  test_gsm8k text-test "$OUT/text" --samples 4
+  in_groups text-grpo "$OUT/text"
+  test_gsm8k text-grpo-test "$OUT/text-grpo/checkpoint" --samples 4
   for model in gsm8k gsm8k-grpo/checkpoint gsm8k-rft text text-grpo/checkpoint; do
-    timed evaluate "greedy-${model%/checkpoint}" "$OUT/$model" --problems "$GSM8K/test.jsonl" --samples 1 --temperature 0 $SCRIPTS
+    test_gsm8k "greedy-${model%/checkpoint}" "$OUT/$model" --samples 1 --temperature 0
   done
 fi
 
