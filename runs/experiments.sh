@@ -13,11 +13,13 @@ two_ranks() { torchrun --nproc_per_node 2 "$@"; }
 
 flags() {  # NAME: what a run has other than the default
   case $1 in
-    grpo-equal-time) echo --advantage grpo --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30, about
+    *-equal-time) echo --advantage "${1%-equal-time}" --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30, about
     lam-*) echo --lam_actor "${1#lam-}" ;;
     curve) echo --eval_every 3 ;;  # the default, evaluated as it learns
     turn) echo --gae_unit turn ;;
     mask-off) echo --mask_interpreter off ;;
+    sft-mask-off) echo --sft_mask_interpreter off ;;
+    mask-failed-off) echo --mask_failed off ;;
     sync-*-weighted) local name=${1#sync-}; echo --sync_every "${name%-weighted}" --importance token ;;
     sync-*) echo --sync_every "${1#sync-}" ;;
     minibatches-*) echo --minibatches "${1#minibatches-}" ;;
@@ -142,6 +144,6 @@ for seed in 51 52 53; do
 done
 for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
     sync-16-weighted minibatches-16 kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
-    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time traces-500 traces-2000 traces-10000 from-500 from-2000 latency; do
+    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time rloo-equal-time sft-mask-off mask-failed-off traces-500 traces-2000 traces-10000 from-500 from-2000 latency; do
   one $name 51
 done

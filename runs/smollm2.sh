@@ -111,15 +111,22 @@ NUMBERS="--max_response_tokens 320"
 CRITIC="--critic_lr 1e-4 --critic_warmup 1"
 timed warm_start numbers "$MODEL" "$OUT/numbers.jsonl" 40 5e-4
 timed evaluate numbers-test "$OUT/numbers" --problems test --samples 4 $NUMBERS
+timed evaluate numbers-greedy "$OUT/numbers" --problems test --samples 1 --temperature 0 $NUMBERS
+# The cheapest other explanations, without any learning: another call forced after each busy one; the model as it is.
+timed evaluate numbers-retry-test "$OUT/numbers" --problems test --samples 4 --after_busy $'\nOnce more.\n<code>\n```python\n' $NUMBERS
+timed evaluate untrained-test "$MODEL" --problems test --samples 1 $NUMBERS
 for seed in $SEEDS; do
   timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 $CRITIC --eval_problems 2
   timed evaluate habit-$seed-test "$OUT/habit-$seed/checkpoint" --problems test --samples 4 $NUMBERS
+  timed evaluate habit-$seed-greedy "$OUT/habit-$seed/checkpoint" --problems test --samples 1 --temperature 0 $NUMBERS
   timed rft habit-rft-$seed "$OUT/numbers" train 1024 1 $seed $NUMBERS
   timed evaluate habit-rft-$seed-test "$OUT/habit-rft-$seed" --problems test --samples 4 $NUMBERS
+  timed evaluate habit-rft-$seed-greedy "$OUT/habit-rft-$seed" --problems test --samples 1 --temperature 0 $NUMBERS
 done
 timed evaluate numbers-words "$OUT/numbers" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 for seed in $SEEDS; do
   timed evaluate habit-$seed-words "$OUT/habit-$seed/checkpoint" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+  timed evaluate habit-rft-$seed-words "$OUT/habit-rft-$seed" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 done
 
 # 5. words: half of the traces hold code.
@@ -133,6 +140,10 @@ timed evaluate words-forced-test "$OUT/words-640" --problems "$OUT/words/test.js
 timed evaluate words-ppo-test "$OUT/words-ppo/checkpoint" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
 timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1536 1 0 $NUMBERS
 timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+timed evaluate words-untrained-test "$MODEL" --problems "$OUT/words/test.jsonl" --samples 1 $NUMBERS
+for model in words-640 words-ppo/checkpoint words-rft; do
+  timed evaluate "${model%/checkpoint}-greedy" "$OUT/$model" --problems "$OUT/words/test.jsonl" --samples 1 --temperature 0 $NUMBERS
+done
 
 # 6. GSM8K. Two epochs of programs, all but the last thousand. Of those, RL in groups of eight, and RFT, have the problems where there is
 #    signal: solved at least once in four samples. So neither learns from problems whose programs the warm start has seen.
