@@ -1011,7 +1011,6 @@ NOT_A_SETTING = {
     "warm_start_dir",
     "resume",
     "export",
-    "plan",
     "save_every",
     "keep_checkpoints",
     "save_rollouts",
