@@ -614,8 +614,9 @@ def warm_start_recipe(args):
 def warm_start_folder(parent, recipe, traces, held_out):
     """Where this warm start lies. If other code made one, says which file has changed."""
     _, tokenizer = starting_point(recipe.model)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    decides = digest(vars(recipe), traces, held_out, vocabulary, versions())
+    text_to_ids = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+                   tokenizer.eos_token)
+    decides = digest(vars(recipe), traces, held_out, text_to_ids, versions())
     code = training_code()
     folder = parent / f"{decides}-{digest(code)}"
     if not folder.is_dir():
@@ -632,13 +633,15 @@ def warm_start_folder(parent, recipe, traces, held_out):
 
 def training_code():
     """`code_hashes` of the training loop and of the forward pass, which transformers calls. For
-    the tokenizer the key holds what its code has made."""
-    return code_hashes(["train_on_traces", "packed_attention"], left_out=["embedded_tokenizer"])
+    the tokenizer the key holds what its code has made; how checkpoints are kept changes none."""
+    return code_hashes(
+        ["train_on_traces", "packed_attention"],
+        left_out=["embedded_tokenizer", "save_checkpoint", "find_checkpoint"])
 
 
 def code_hashes(entries, left_out=()):
     """{file: hash} of the definitions that the entries reach by name; an entry may be a file."""
-    # Comments, docstrings, layout, and what is not reached may change freely.
+    # Comments, docstrings, messages, layout, and what is not reached may change freely.
     definitions = []  # (file, names that it defines, tree)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -647,20 +650,23 @@ def code_hashes(entries, left_out=()):
     # From the entries on, follow every name that is used to where it is defined.
     reached = {}  # file -> the trees, as text
     waiting = [("", entry) for entry in entries]  # (file that uses the name, name)
-    done = {("", name) for name in left_out}
+    done = set()
     while waiting:
         user, name = waiting.pop()
         matches = [(file, node) for file, names, node in definitions
                    if name in names or name == file]
         if user not in [file for file, _ in matches]:
             user = ""  # it is imported
-        if (user, name) in done:
+        if name in left_out or (user, name) in done:
             continue
         done.add((user, name))
         for file, node in matches:
             if user in ("", file):
                 waiting += [(file, used) for used in used_names(node)]
-                reached.setdefault(file, set()).add(ast.dump(without_docstrings(node)))
+                remove_docstrings(node)
+                if file != "sandbox.py":  # whose messages are in traces, as a snippet's output
+                    remove_messages(node)
+                reached.setdefault(file, set()).add(ast.dump(node))
     return {file: digest(sorted(reached[file])) for file in sorted(reached)}
 
 
@@ -690,12 +696,23 @@ def used_names(node):
     return used
 
 
-def without_docstrings(node):
+def remove_docstrings(node):
     for part in ast.walk(node):
         if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if ast.get_docstring(part) is not None:
                 part.body = part.body[1:]
-    return node
+
+
+def remove_messages(node):
+    """What is printed or raised: no number depends on it."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Raise):
+            part.exc = None
+        elif isinstance(part, ast.Assert):
+            part.msg = None
+        elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
+            if getattr(part.value.func, "id", "") == "print":
+                part.value = ast.Constant(None)
 
 
 def digest(*records):

@@ -1,4 +1,5 @@
 """Are log-probabilities, loss and gradient those of the plain model, however packed?"""
+import copy
 import math
 import random
 import shutil
@@ -234,6 +235,18 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(mon
     }
     assert len(others | {key()}) == 6
 
+    # The same vocabulary makes other tokens behind another chat template or EOS.
+    tokenizer = copy.deepcopy(data.embedded_tokenizer())
+    monkeypatch.setattr(sft, "embedded_tokenizer", lambda: tokenizer)
+    assert key() not in others
+    same = key()
+    tokenizer.chat_template += "."
+    assert key() != same
+    tokenizer.chat_template = tokenizer.chat_template[:-1]
+    assert key() == same
+    tokenizer.eos_token = "<|endoftext|>"
+    assert key() != same
+
 
 @pytest.mark.parametrize("file, before, after, changes", [
     ("ppo.py", "def gae(", "def gae2(", set()),
@@ -241,6 +254,9 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(mon
     ("sft.py", "def summarise(", "def summarise2(", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-7)  # why", set()),
     ("sft.py", '"""U V^T of x', '"""About U V^T of x', set()),
+    ("sft.py", 'print(f"--minutes are over after', 'print(f"The minutes are over after', set()),
+    ("sft.py", 'raise UserError(f"a trace has {longest} tokens', 'raise UserError(f"A trace has {longest} tokens', set()),
+    ("sft.py", "def save_checkpoint(folder,", "def save_checkpoint(folder, *,", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-6)", {"sft.py"}),
     ("sft.py", "LOGIT_BYTES = ", "LOGIT_BYTES = 1 and ", {"sft.py"}),
     ("rollout.py", "AttentionInterface.register", "\n\nAttentionInterface.register", set()),
