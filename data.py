@@ -1,4 +1,4 @@
-"""Problems and prompts: what the policy is asked, and the reference answers.
+"""Problems: what the policy is asked, and the reference answers.
 
 The default needs no download: endless, seeded number problems (`embedded_problem`), solved by hand
 and with code, and a tokenizer trained on them. All else is a file or hub id in a public layout.
@@ -30,9 +30,7 @@ from rollout import (
     HIGHEST,
     INTERPRETER_CLOSE,
     INTERPRETER_OPEN,
-    break_added_tokens,
     compare,
-    encode_chat,
     first_line,
     hidden_number,
     narrowed,
@@ -40,49 +38,6 @@ from rollout import (
     question_to_box,
 )
 from sandbox import UserError
-
-# ---------------------------------------------------------------------------------------------
-# Prompt
-
-# For a model that has never seen the format.
-RETOOL_PROMPT = """Work out the problem below, thinking step by step. Whenever a calculation or a \
-check is better done by a program, write a complete Python script (with its imports, printing \
-what you need) in this form:
-<code>
-```python
-print(...)
-```
-</code>
-It is run at once and what it printed is given back between <interpreter> and </interpreter>; \
-then go on with your reasoning. You may do so several times, and correct a script that failed. \
-Close with the final result in this form:
-<answer>\\boxed{...}</answer>
-
-*user question:*
-{question}"""
-PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT}
-
-
-def load_template(name):
-    """"plain" (the question alone), "retool", or a file containing {question}."""
-    if name in PROMPT_TEMPLATES:
-        return PROMPT_TEMPLATES[name]
-
-    if not Path(name).is_file():
-        raise UserError(f"--prompt_template {name}: neither plain nor retool nor a file")
-
-    template = Path(name).read_text()
-    if "{question}" not in template:
-        raise UserError(f"--prompt_template {name}: the file does not contain {{question}}")
-    return template
-
-
-def encode_prompt(tokenizer, template, question):
-    """One user message in the tokenizer's chat template -> token ids."""
-    # A question that names control tokens must not open a turn.
-    question = break_added_tokens(tokenizer, question)
-    return encode_chat(tokenizer, template.replace("{question}", question))
-
 
 # ---------------------------------------------------------------------------------------------
 # The answer that a text states
@@ -251,8 +206,8 @@ def marked_answer(text):
 
 
 def read_row(row, layouts=LAYOUTS):
-    """{"question", "answer", "solution", "own"} of a row in a known layout, or None. "own": the
-    solution's answer, None if missing; "solution": "" if missing."""
+    """{"question", "answer", "solution", "stated"} of a row in a known layout, or None.
+    "stated": the solution's answer, None if missing; "solution": "" if missing."""
     for question_path, answer_path, solution_path in layouts:
         question = dig(row, question_path)
         answer = dig(row, answer_path)
@@ -278,7 +233,7 @@ def read_row(row, layouts=LAYOUTS):
         elif answer_path == solution_path:
             answer = None  # the solution states none
 
-        own_answer = marked_answer(solution)
+        stated_answer = marked_answer(solution)
         if "<answer>" not in solution:  # not a trace
             solution = solution.rsplit("####", 1)[0]
             solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution)
@@ -286,7 +241,7 @@ def read_row(row, layouts=LAYOUTS):
         return {"question": question.strip(),
                 "answer": answer,
                 "solution": solution.strip(),
-                "own": own_answer}
+                "stated": stated_answer}
     return None
 
 
@@ -810,7 +765,7 @@ def main():
         "--file",
         help="file or hub id of problems to load; empty: the embedded problems")
     parser.add_argument("--n", type=int, default=2, help="problems to print")
-    parser.add_argument("--seed", type=int, default=0, help="of the embedded problems")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the embedded problems")
     args = parser.parse_args()
 
     if args.file:

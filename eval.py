@@ -39,10 +39,8 @@ from tqdm import tqdm
 from data import (
     SPLITS,
     embedded_rows,
-    encode_prompt,
     extract_answer,
     load_problems,
-    load_template,
     need_source,
 )
 from rollout import (
@@ -58,10 +56,12 @@ from rollout import (
     ToolCall,
     Trajectory,
     choose_dtype,
+    encode_prompt,
     generate,
     json_object,
     load_config,
     load_model,
+    load_template,
     load_tokenizer,
     narrowed,
 )

@@ -58,13 +58,19 @@ from data import (
     FORCED_RETRY,
     embedded_problem,
     embedded_rows,
-    encode_prompt,
     load_problems,
-    load_template,
     problem_row,
 )
 from eval import at_least, in_range, mean, parse_flags, percent, seed_number
-from rollout import Pieces, Service, load_model, load_tokenizer, save_beside_weights
+from rollout import (
+    Pieces,
+    Service,
+    encode_prompt,
+    load_model,
+    load_template,
+    load_tokenizer,
+    save_beside_weights,
+)
 from runs import oracle
 from sandbox import UserError
 
@@ -1143,11 +1149,13 @@ async def main(process):
         run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
         run.finish(trainer.sampler, tokenizer)
         question = prompts[args.steps * args.prompts_per_step]["question"]
-        busy = f"--busy {args.busy} " if problems is None else ""
+        flags = f"--busy {args.busy} " if problems is None else ""
+        if args.prompt_template != "plain":
+            flags += f"--prompt_template {shlex.quote(args.prompt_template)} "
         print(f"{run.path}: done in {seconds_total:.0f} s\n"
               f"curves and responses: {run.path}/report.html, in a browser\n"
               "one response live: python rollout.py "
-              f"--model {run.path}/checkpoint {busy}{shlex.quote(question)}")
+              f"--model {run.path}/checkpoint {flags}{shlex.quote(question)}")
 
 
 def export(checkpoint, model_path, dtype, folder, tokenizer):

@@ -1496,6 +1496,46 @@ def encode_chat(tokenizer, content):
     if "".join(content.split()) not in "".join(prompt.split()):
         raise UserError(f"{tokenizer.name_or_path}: its chat template does not write the user's "
                         f"message as it is: {content[:60]!r}")
+# The paper's way to ask, for a model that has never seen the format.
+RETOOL_PROMPT = """Work out the problem below, thinking step by step. Whenever a calculation or a \
+check is better done by a program, write a complete Python script (with its imports, printing \
+what you need) in this form:
+<code>
+```python
+print(...)
+```
+</code>
+It is run at once and what it printed is given back between <interpreter> and </interpreter>; \
+then go on with your reasoning. You may do so several times, and correct a script that failed. \
+Close with the final result in this form:
+<answer>\\boxed{...}</answer>
+
+*user question:*
+{question}"""
+PROMPT_TEMPLATES = {"plain": "{question}", "retool": RETOOL_PROMPT}
+
+
+def load_template(name):
+    """"plain" (the question alone), "retool", or a file containing {question}."""
+    if name in PROMPT_TEMPLATES:
+        return PROMPT_TEMPLATES[name]
+
+    if not Path(name).is_file():
+        raise UserError(f"--prompt_template {name}: neither plain nor retool nor a file")
+
+    template = Path(name).read_text()
+    if "{question}" not in template:
+        raise UserError(f"--prompt_template {name}: the file does not contain {{question}}")
+    return template
+
+
+def encode_prompt(tokenizer, template, question):
+    """One user message in the tokenizer's chat template -> token ids."""
+    # A question that names control tokens must not open a turn.
+    question = break_added_tokens(tokenizer, question)
+    return encode_chat(tokenizer, template.replace("{question}", question))
+
+
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
@@ -1700,7 +1740,7 @@ async def demo(args):
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
 
-    prompt = encode_chat(tokenizer, break_added_tokens(tokenizer, args.question))
+    prompt = encode_prompt(tokenizer, load_template(args.prompt_template), args.question)
     room = model.config.max_position_embeddings - len(prompt)
     limit = args.max_response_tokens or min(room, 1024)
     if not 1 <= limit <= room:
@@ -1727,19 +1767,23 @@ async def demo(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Ask a checkpoint a question.")
-    parser.add_argument("question")
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--samples", type=int, default=1, help="responses")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--max_response_tokens", type=int, default=0, help="0: what fits, at most 1024")
-    parser.add_argument("--max_calls", type=int, default=8)
-    parser.add_argument(
-        "--busy", type=float, help="give it the embedded problems' tool, busy so often (0 to 1)")
-    parser.add_argument("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS)
-    parser.add_argument("--ticks", action="store_true", help="print what every tick feeds")
+    parser = argparse.ArgumentParser(
+        usage="python rollout.py --model MODEL [flags] QUESTION",
+        description="Ask a checkpoint a question.")
+    add = parser.add_argument
+    add("question", help="text of the user's message")
+    add("--model", required=True, help="checkpoint folder or hub id")
+    add("--samples", type=int, default=1, help="number of responses; a single one streams")
+    add("--temperature", type=float, default=1.0, help="temperature of sampling, 0: greedy")
+    add("--seed", type=int, default=0, help="seed of sampling")
+    add("--max_response_tokens", type=int, default=0,
+        help="length of a response with interpreter text; 0: what fits, at most 1024")
+    add("--max_calls", type=int, default=8, help="snippets per response")
+    add("--busy", type=float,
+        help="probability that a call is refused; with it, calls may ask the embedded boxes")
+    add("--prompt_template", default="plain", help="plain, retool, or a file with {question}")
+    add("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS)
+    add("--ticks", action="store_true", help="print what every tick feeds")
     try:
         asyncio.run(demo(parser.parse_args()))
     except UserError as error:

@@ -68,11 +68,9 @@ from data import (
     boxed,
     embedded_problem,
     embedded_tokenizer,
-    encode_prompt,
     extract_answer,
     field_names,
     load_problems,
-    load_template,
     numbers,
     read_row,
     read_rows,
@@ -113,11 +111,13 @@ from rollout import (
     at_least_fp32,
     break_tags,
     encode_response,
+    encode_prompt,
     encode_text,
     json_object,
     load_config,
     load_model,
     load_tokenizer,
+    load_template,
     need_varlen,
     save_beside_weights,
     split_segments,
@@ -767,7 +767,7 @@ def load_traces(source):
     problems = []
     for place, row in read_rows(source):
         problem = read_row(row)
-        if not problem or problem["own"] is None:
+        if not problem or problem["stated"] is None:
             raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: "
                             "this is no trace (sft.py curate makes them)")
         trace = {
@@ -1316,7 +1316,7 @@ async def check_problem(record, run):
     # A trace already is checked, not rewritten.
     if "<answer>" in solution:
         record["candidate"] = solution
-    elif not await is_equivalent(record["own"], answer, run.sandbox):
+    elif not await is_equivalent(record["stated"], answer, run.sandbox):
         raise Rejected("filter: the solution's answer is not the reference")
 
     # Nor may it be, even in part, a problem of an evaluation.

@@ -44,8 +44,8 @@ import eval as evaluation  # noqa: E402
 import ppo  # noqa: E402
 import rollout  # noqa: E402
 import sft  # noqa: E402
-from data import embedded_problem, embedded_tokenizer, encode_prompt  # noqa: E402
-from rollout import DTYPES, encode_text, free_bytes, generate, head_dim  # noqa: E402
+from data import embedded_problem, embedded_tokenizer  # noqa: E402
+from rollout import DTYPES, encode_prompt, encode_text, free_bytes, generate, head_dim  # noqa: E402
 from sandbox import SandboxResult  # noqa: E402
 
 PPO_SCRIPT = ROOT / "ppo.py"

@@ -11,8 +11,8 @@ from collections import Counter
 
 import torch
 
-from data import CODE_OPEN, NUMBER_IN_TEXT, encode_prompt, numbers, tool_call
-from rollout import generate, load_model, load_tokenizer
+from data import CODE_OPEN, NUMBER_IN_TEXT, numbers, tool_call
+from rollout import encode_prompt, generate, load_model, load_tokenizer
 from sandbox import UserError
 
 # Of "48/2 = $<<48/2=24>>24" it matches " = $<<48/2=24>>", but not <<60=60>>: no calculation.
@@ -187,10 +187,10 @@ def local_model(args):
 def make_rewriter(args):
     """rewrite(records) -> a candidate, or None, for each."""
     async def by_calculator(records):
-        return [calculator(record["solution"], record["own"]) for record in records]
+        return [calculator(record["solution"], record["stated"]) for record in records]
 
     async def by_program(records):
-        return [program(record["solution"], record["own"], record["question"])
+        return [program(record["solution"], record["stated"], record["question"])
                 for record in records]
 
     async def by_model(records):

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rollout  # noqa: E402
 import sft  # noqa: E402
-from data import embedded_problem, embedded_rows, encode_prompt, load_template  # noqa: E402
+from data import embedded_problem, embedded_rows  # noqa: E402
 from eval import stated_answer  # noqa: E402
 from rollout import (  # noqa: E402
     CODE_CLOSE,
@@ -37,10 +37,12 @@ from rollout import (  # noqa: E402
     KVCache,
     Pieces,
     encode_interpreter,
+    encode_prompt,
     encode_text,
     forward_step,
     generate,
     load_model,
+    load_template,
     sample,
     split_segments,
     strip_fence,

@@ -139,7 +139,7 @@ GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold ha
 ])
 def test_layouts_of_real_sets_are_understood(row, question, answer, solution, own):
     """Guards against a prompt's instructions being taken for the question, and #### in code for an answer."""
-    assert read_row(row) == {"question": question, "answer": answer, "solution": solution, "own": own}
+    assert read_row(row) == {"question": question, "answer": answer, "solution": solution, "stated": own}
 
 
 def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_fields_of_an_unknown_layout_can_be_named(tmp_path, trusted):
 def test_annotations_become_snippets_in_place():
     """Guards against a result that stands in the text before its snippet, and annotations left there."""
     found = read_row(GSM8K[0])
-    assert calculator(found["solution"], found["own"]) == (
+    assert calculator(found["solution"], found["stated"]) == (
         f"Ann sold 4/2 =\n{fenced('print(4/2)', '2')}2 boxes of fruit.\n"
         f"So Bob sold 2 + 5 =\n{fenced('print(2+5)', '7')}7 boxes.\n" r"<answer>\boxed{7}</answer>")
 

@@ -331,7 +331,7 @@ def test_text_survives_the_tokenizer(tokenizer):
 def test_the_prompt_ends_where_the_assistant_begins(tokenizer):
     """Guards against a lost generation prompt, a template's braces being formatted, and a second user
     turn."""
-    ids = data.encode_prompt(tokenizer, "Q {x} {question}!", "1+{0}?")
+    ids = rollout.encode_prompt(tokenizer, "Q {x} {question}!", "1+{0}?")
     assert decode(tokenizer, ids) == "<|im_start|>user\nQ {x} 1+{0}?!<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -27,11 +27,12 @@ from transformers import (
 
 import eval as evaluation
 import rollout
-from data import embedded_problem, encode_prompt
+from data import embedded_problem
 from rollout import (
     Pieces,
     Trajectory,
     encode_interpreter,
+    encode_prompt,
     encode_response,
     encode_text,
     end_tokens,

@@ -1126,6 +1126,13 @@ def test_the_demo_refuses_bad_input_in_one_line(ask, flags, line):
     assert message.startswith("error: ") and line in message and "\n" not in message
 
 
+def test_the_demo_asks_as_the_checkpoint_was_trained(ask, tmp_path):
+    """Guards against a bare question to a policy that has only seen it inside a template."""
+    (tmp_path / "template").write_text("Say it: {question}")
+    _, done, loaded = ask("What?", "--prompt_template", str(tmp_path / "template"), "--max_response_tokens", "3")
+    assert "user\nSay it: What?<|im_end|>" in decode(loaded, done[0].prompt_ids)
+
+
 def test_the_demo_runs_as_a_script(checkpoint):
     """Guards against what only a process of its own shows: imports, the sandbox's start, the exit status."""
     done = subprocess.run([sys.executable, rollout.__file__, "--model", checkpoint, "--max_response_tokens", "9", "What?"],
