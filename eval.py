@@ -1549,6 +1549,7 @@ def parse_arguments():
         help="checkpoint folders or hub ids")
     add("--report", nargs="+", default=[],
         help="run folders: only write a page of them to --output")
+        usage="python eval.py --model MODEL ... [flags], or --report RUN ... --output PAGE",
     add("--problems", default="test,ood_large,ood_families",
         help="JSONL files, hub ids or embedded splits")
     add("--limit", type=at_least(1), default=256,
