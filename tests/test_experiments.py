@@ -2,6 +2,7 @@
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 import rollout
 import sft
+from data import embedded_tokenizer
+from rollout import encode_response
 from sandbox import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +43,15 @@ def test_README_says_what_the_runs_say(monkeypatch):
     module = script("experiments")
     monkeypatch.setattr(module, "RUNS", module.load_runs())
     percent = module.percent
+
+    def of_scripts(key):
+        pairs = [run["scripts"] for run in module.RUNS["ppo"].values()]
+        before, after = (100 * module.default.pooled(metrics, key)[0] for metrics in zip(*pairs))
+        return f"| {before:.0f} % | {after:.0f} % |"
+
     rows = [
+        f"(two families) {of_scripts('second_script')}",
+        f"(one family) {of_scripts('script_by_problem')}",
         f"| calls the tool | {percent('ppo', 'code_ratio', 'test before')} % | {percent('ppo', 'code_ratio')} % |",
         f"three times in ten) | {percent('ppo', 'retry_busy', 'test before')} % | {percent('ppo', 'retry_busy')} % |",
         f" once it asks | {percent('ppo', 'search_solved', 'test before')} % | {percent('ppo', 'search_solved')} % |",
@@ -52,6 +63,22 @@ def test_README_says_what_the_runs_say(monkeypatch):
         f"a script, has {percent('ppo', at='test, best known before')} %"]
     text = (ROOT / "README.md").read_text()
     assert [row for row in rows if row not in text] == []
+
+
+def test_README_shows_a_response_that_a_run_made():
+    """Guards against a response, or its mask, that no model has written."""
+    text = (ROOT / "README.md").read_text()
+    shown = re.search(r"```\n\. user: (.*?)\n((?:[|.] .*\n)+)```\n", text)
+    lines = shown[2].splitlines()
+    response = "\n".join(line[2:] for line in lines)
+    rollouts = map(json.loads, open(ROOT / "results" / "default" / "seed-53" / "rollouts.jsonl"))
+    [row] = [row for row in rollouts if shown[1] in row["prompt"] and row["step"] == 29]
+    assert row["response"] == response + "<|im_end|>"
+
+    ids, mask = encode_response(embedded_tokenizer(), response, 128)
+    assert f"Of its {len(ids)} tokens {sum(mask)} are sampled and {mask.count(0)} masked." in text
+    forced = [line for line in lines if line.startswith(".")]
+    assert forced == [f". {line}" for output in ("[busy]", "415") for line in ("<interpreter>", output, "</interpreter>")]
 
 
 @pytest.fixture
