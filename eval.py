@@ -659,70 +659,75 @@ def mean(values):
     return float(np.mean(values)) if len(values) else None
 
 
+def rate(name, cases):
+    """A metric that is a share of few cases, and how many they are."""
+    return {name: mean(cases), f"{name}_count": len(cases)}
+
+
 def code_ratio(trajectories):
-    return mean([bool(t.snippets) for t in trajectories])
+    return mean([bool(trajectory.snippets) for trajectory in trajectories])
 
 
 def without_sandbox_errors(trajectories):
-    return [t for t in trajectories if t.finish_reason != "sandbox_error"]
+    return [trajectory for trajectory in trajectories
+            if trajectory.finish_reason != "sandbox_error"]
 
 
 def rollout_metrics(trajectories, max_calls=math.inf):
     kept = without_sandbox_errors(trajectories)
-    with_code = [t for t in kept if t.tool_calls]
-    with_snippet = [t.correct for t in kept if t.snippets]
-    without_snippet = [t.correct for t in kept if not t.snippets]
+    with_code = [trajectory for trajectory in kept if trajectory.tool_calls]
+    with_snippet = [trajectory.correct for trajectory in kept if trajectory.snippets]
+    without_snippet = [trajectory.correct for trajectory in kept if not trajectory.snippets]
 
     # An entry per response, and per correct one
     lines = []
     had_failure = []
-    for t in kept:
-        lines.append(sum([code_lines(call.code) for call in t.snippets]))
-        if t.correct:
-            had_failure.append(any(call.status not in ("ok", "busy") for call in t.tool_calls))
+    for trajectory in kept:
+        lines.append(sum([code_lines(call.code) for call in trajectory.snippets]))
+        if trajectory.correct:
+            failed = {call.status for call in trajectory.tool_calls} - {"ok", "busy"}
+            had_failure.append(bool(failed))
 
     # An entry per response with code, per call, per busy one, and per one that failed by itself
     last_ran = {True: [], False: []}  # by correctness
     statuses = Counter()
     starts = []
+    first_starts = []
     retried = []
     right_after_retry = []
     corrected = []
-    for t in with_code:
-        last_ran[t.correct].append(t.tool_calls[-1].status == "ok")
-        for number, call in enumerate(t.tool_calls, 1):
+    for trajectory in with_code:
+        last_ran[trajectory.correct].append(trajectory.tool_calls[-1].status == "ok")
+        first_starts.append(trajectory.tool_calls[0].start / len(trajectory.response_ids))
+        for number, call in enumerate(trajectory.tool_calls, 1):
             statuses[call.status] += 1
-            starts.append(call.start / len(t.response_ids))
-            later = t.tool_calls[number:]
+            starts.append(call.start / len(trajectory.response_ids))
+            later = trajectory.tool_calls[number:]
             if call.status == "busy" and number < max_calls:
                 retried.append(bool(later))
                 if later:
-                    right_after_retry.append(t.correct)
+                    right_after_retry.append(trajectory.correct)
             elif call.status not in ("ok", "busy"):
                 corrected.append(bool(later) and later[0].status == "ok")
 
     return {
-        "accuracy": mean([t.correct for t in kept]),
+        "accuracy": mean([trajectory.correct for trajectory in kept]),
         "code_ratio": code_ratio(kept),
         "accuracy_with_call": mean(with_snippet),
         "accuracy_without_call": mean(without_snippet),
-        "response_tokens": mean([len(t.response_ids) for t in kept]),
-        "response_tokens_sampled": mean([sum(t.loss_mask) for t in kept]),
-        "snippets_per_response": mean([len(t.tool_calls) for t in kept]),
+        "response_tokens": mean([len(trajectory.response_ids) for trajectory in kept]),
+        "response_tokens_sampled": mean([sum(trajectory.loss_mask) for trajectory in kept]),
+        "snippets_per_response": mean([len(trajectory.tool_calls) for trajectory in kept]),
         "code_lines": mean(lines),
-        "pass_last_correct": mean(last_ran[True]),
-        "pass_last_correct_count": len(last_ran[True]),
-        "pass_last_incorrect": mean(last_ran[False]),
-        "pass_last_incorrect_count": len(last_ran[False]),
-        "timing_first": mean([t.tool_calls[0].start / len(t.response_ids) for t in with_code]),
+        **rate("pass_last_correct", last_ran[True]),
+        **rate("pass_last_incorrect", last_ran[False]),
+        "timing_first": mean(first_starts),
         "timing_mean": mean(starts),
-        "retry_busy": mean(retried),
-        "retry_busy_count": len(retried),
+        **rate("retry_busy", retried),
         "accuracy_after_retry": mean(right_after_retry),
-        "self_correction": mean(corrected),
-        "self_correction_count": len(corrected),
+        **rate("self_correction", corrected),
         "corrected_share": mean(had_failure),
-        "truncated": mean([not t.is_complete for t in kept]),
+        "truncated": mean([not trajectory.is_complete for trajectory in kept]),
         "sandbox_outcomes": dict(sorted(statuses.items())),
         "sandbox_errors_dropped": len(trajectories) - len(kept),
     }
@@ -740,44 +745,40 @@ def behaviour_metrics(trajectories, problems):
     corrected = []
     solved = []
     in_middle = []
-    for t in without_sandbox_errors(trajectories):
-        problem = problems[t.prompt_index]
-        if "kind" not in problem or not t.snippets:
+    for trajectory in without_sandbox_errors(trajectories):
+        problem = problems[trajectory.prompt_index]
+        if "kind" not in problem or not trajectory.snippets:
             continue
         if problem["kind"] == "search":
-            solved.append(t.correct)
-            in_middle += probes(t.snippets)
+            solved.append(trajectory.correct)
+            in_middle += probes(trajectory.snippets)
             continue
 
         # Which script was written is seen even if its numbers are miscopied.
-        works = {words(code): works for code, works in problem["scripts"]}
-        if not all(works.values()):
-            is_right = works.get(words(t.snippets[0].code), False)
-            right_script[problem["kind"]].append(is_right)
+        prints_answer = {}
+        for code, works in problem["scripts"]:
+            prints_answer[words(code)] = works
+        if not all(prints_answer.values()):
+            first = words(trajectory.snippets[0].code)
+            right_script[problem["kind"]].append(prints_answer.get(first, False))
 
         # Scripts that ran, but printed something else: does a later one print the answer?
-        for number, call in enumerate(t.snippets, 1):
+        for number, call in enumerate(trajectory.snippets, 1):
             copied.append(call.code in [code for code, _ in problem["scripts"]])
             if call.status == "ok" and call.output.strip() != problem["answer"]:
-                later = [other.output.strip() for other in t.snippets[number:]]
+                later = [other.output.strip() for other in trajectory.snippets[number:]]
                 corrected.append(problem["answer"] in later)
 
     always_second = right_script["two scripts"]
     by_problem = right_script["either one"]
     return {
-        "right_script": mean(always_second + by_problem),
-        "right_script_count": len(always_second + by_problem),
-        "second_script": mean(always_second),
-        "second_script_count": len(always_second),
-        "script_by_problem": mean(by_problem),
-        "script_by_problem_count": len(by_problem),
+        **rate("right_script", always_second + by_problem),
+        **rate("second_script", always_second),
+        **rate("script_by_problem", by_problem),
         "copied_script": mean(copied),
-        "self_correction_silent": mean(corrected),
-        "self_correction_silent_count": len(corrected),
-        "search_solved": mean(solved),
-        "search_solved_count": len(solved),
-        "middle_probe": mean(in_middle),
-        "middle_probe_count": len(in_middle),
+        **rate("self_correction_silent", corrected),
+        **rate("search_solved", solved),
+        **rate("middle_probe", in_middle),
     }
 
 
@@ -805,31 +806,31 @@ def collapse_metrics(trajectories, pieces):
     tags = {"code_open": CODE_OPEN, "code_close": CODE_CLOSE, "answer": ANSWER_OPEN}
     logprobs = {"code_open": [], "code_close": [], "answer": [], "eos": [], "after_interpreter": []}
     refused = 0
-    for t in without_sandbox_errors(trajectories):
+    for trajectory in without_sandbox_errors(trajectories):
         # The sampled text, and of each character its token; a forced token is \0, in no tag.
         text = ""
         token_of = []
-        for i, token_id in enumerate(t.response_ids):
-            piece = pieces[token_id] if t.loss_mask[i] else "\0"
+        for i, token_id in enumerate(trajectory.response_ids):
+            piece = pieces[token_id] if trajectory.loss_mask[i] else "\0"
             text += piece
             token_of += [i] * len(piece)
         for name, tag in tags.items():
             for match in re.finditer(tag, text):
                 tokens = set(token_of[match.start():match.end()])
-                logprobs[name] += [t.logprobs[i] for i in tokens]
+                logprobs[name] += [trajectory.logprobs[i] for i in tokens]
 
         # The first tokens that are sampled after interpreter text
         since_interpreter = AFTER_INTERPRETER
-        for sampled, logprob in zip(t.loss_mask, t.logprobs):
+        for sampled, logprob in zip(trajectory.loss_mask, trajectory.logprobs):
             if not sampled:
                 since_interpreter = 0
             elif since_interpreter < AFTER_INTERPRETER:
                 logprobs["after_interpreter"].append(logprob)
                 since_interpreter += 1
 
-        if t.is_complete:
-            logprobs["eos"].append(t.logprobs[-1])
-        for call in t.tool_calls:
+        if trajectory.finish_reason == "eos":
+            logprobs["eos"].append(trajectory.logprobs[-1])
+        for call in trajectory.tool_calls:
             if re.search(r"(?m)^PermissionError.*\s*\Z", call.output):
                 refused += 1
 
@@ -917,19 +918,19 @@ async def sample_all(model, tokenizer, problems, sandbox, process, desc="", n_sa
 
     # One rank judges each response: under math-verify's time limit two might disagree.
     judgements = []
-    for t in trajectories:
-        t.answer = stated_answer(t, tokenizer)
-        reference = mine[t.prompt_index]["answer"]
-        judgements.append(is_equivalent(t.answer, reference, sandbox))
+    for trajectory in trajectories:
+        trajectory.answer = stated_answer(trajectory, tokenizer)
+        reference = mine[trajectory.prompt_index]["answer"]
+        judgements.append(is_equivalent(trajectory.answer, reference, sandbox))
     verdicts = await asyncio.gather(*judgements)
-    for t, verdict in zip(trajectories, verdicts):
-        t.prompt_index = mine[t.prompt_index]["key"]
-        t.correct = verdict
+    for trajectory, verdict in zip(trajectories, verdicts):
+        trajectory.prompt_index = mine[trajectory.prompt_index]["key"]
+        trajectory.correct = verdict
 
     by_rank = [None] * process.world
     dist.all_gather_object(by_rank, trajectories)
     gathered = sum(by_rank, [])
-    return sorted(gathered, key=lambda t: (t.prompt_index, t.sample_index))
+    return sorted(gathered, key=lambda response: (response.prompt_index, response.sample_index))
 
 
 def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):
@@ -962,26 +963,28 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
     # Answers by problem, and responses by family.
     votes = [[] for _ in problems]
     by_family = {}
-    for t in kept:
-        answer = t.answer
+    for trajectory in kept:
+        answer = trajectory.answer
         if answer and len(answer) <= MAX_VOTE:
             answer = one_spelling(answer)
-        votes[t.prompt_index].append((answer, t.correct))
-        family = problems[t.prompt_index]["family"]
-        by_family.setdefault(family, []).append(t)
+        votes[trajectory.prompt_index].append((answer, trajectory.correct))
+        family = problems[trajectory.prompt_index]["family"]
+        by_family.setdefault(family, []).append(trajectory)
 
     # A family is trivial if its problems can be solved by hand.
     families = {}
     trivial = []
     needed = []
     for family, members in sorted(by_family.items()):
+        with_call = [trajectory.correct for trajectory in members if trajectory.snippets]
+        without_call = [trajectory.correct for trajectory in members if not trajectory.snippets]
         families[family] = {
-            "accuracy": mean([t.correct for t in members]),
+            "accuracy": mean([trajectory.correct for trajectory in members]),
             "count": len(members),
             "code_ratio": code_ratio(members),
-            "snippets_per_response": mean([len(t.tool_calls) for t in members]),
-            "accuracy_with_call": mean([t.correct for t in members if t.snippets]),
-            "accuracy_without_call": mean([t.correct for t in members if not t.snippets]),
+            "snippets_per_response": mean([len(trajectory.tool_calls) for trajectory in members]),
+            "accuracy_with_call": mean(with_call),
+            "accuracy_without_call": mean(without_call),
         }
         if problems[members[0].prompt_index].get("kind") == "by hand":
             trivial += members
@@ -1084,13 +1087,13 @@ def evaluation_summary(results):
 def example_responses(trajectories, problems, tokenizer):
     """Text for the console: the first right and the first wrong response."""
     examples = {}
-    for t in without_sandbox_errors(trajectories):
-        examples.setdefault("right" if t.correct else "wrong", t)
+    for trajectory in without_sandbox_errors(trajectories):
+        examples.setdefault("right" if trajectory.correct else "wrong", trajectory)
 
     lines = []
-    for verdict, t in sorted(examples.items()):
-        problem = problems[t.prompt_index]
-        text = f"{problem['question']}\n\n{tokenizer.decode(t.response_ids)}"
+    for verdict, trajectory in sorted(examples.items()):
+        problem = problems[trajectory.prompt_index]
+        text = f"{problem['question']}\n\n{tokenizer.decode(trajectory.response_ids)}"
         shown = text.splitlines()
         if len(shown) > EXAMPLE_LINES:
             shown = shown[:EXAMPLE_LINES] + ["..."]
@@ -1170,38 +1173,38 @@ def report_page(runs):
     return template.replace("__DATA__", text)
 
 
-def describe_trajectory(t, tokenizer, problem):
+def describe_trajectory(trajectory, tokenizer, problem):
     """A trajectory as a JSON row for people and `--report`. The columns after "tokens" have an
     entry per response token, to three digits. problem: the row that it answers."""
     pieces = Pieces(tokenizer)
     description = {
-        "prompt": tokenizer.decode(t.prompt_ids),
-        "response": tokenizer.decode(t.response_ids),
-        "correct": t.correct,
+        "prompt": tokenizer.decode(trajectory.prompt_ids),
+        "response": tokenizer.decode(trajectory.response_ids),
+        "correct": trajectory.correct,
         "answer": problem["answer"],
         "family": problem["family"],
         "kind": problem.get("kind"),
-        "finish_reason": t.finish_reason,
-        "tool_statuses": [call.status for call in t.tool_calls],
-        "prompt_index": t.prompt_index,
-        "sample_index": t.sample_index,
-        "calls": [[call.start, call.end] for call in t.tool_calls],
-        "codes": [call.code for call in t.tool_calls],
-        "tokens": [pieces[token] for token in t.response_ids],
-        "loss_mask": t.loss_mask,
+        "finish_reason": trajectory.finish_reason,
+        "tool_statuses": [call.status for call in trajectory.tool_calls],
+        "prompt_index": trajectory.prompt_index,
+        "sample_index": trajectory.sample_index,
+        "calls": [[call.start, call.end] for call in trajectory.tool_calls],
+        "codes": [call.code for call in trajectory.tool_calls],
+        "tokens": [pieces[token] for token in trajectory.response_ids],
+        "loss_mask": trajectory.loss_mask,
     }
 
     # What the trainer knows of each token, if it was trained on.
-    columns = {"logprobs": t.logprobs}
-    if t.example:
-        columns["values"] = t.example.values
-        columns["advantages"] = t.example.advantages
-        columns["ratios"] = t.example.ratios
+    columns = {"logprobs": trajectory.logprobs}
+    if trajectory.example:
+        columns["values"] = trajectory.example.values
+        columns["advantages"] = trajectory.example.advantages
+        columns["ratios"] = trajectory.example.ratios
 
     for name, column in columns.items():
         if isinstance(column, torch.Tensor):
             # Position i of an Example speaks of token i + 1 of prompt and response.
-            column = column[len(t.prompt_ids) - 1:].tolist()
+            column = column[len(trajectory.prompt_ids) - 1:].tolist()
         if column is not None:
             description[name] = [round(x, 3) for x in column]
     return description
@@ -1513,9 +1516,13 @@ def add_format_arguments(parser):
     add("--tf32", action="store_true", help="on a GPU, products in fp32 may be rounded to TF32")
     add("--max_interpreter_tokens", type=at_least(1), default=128,
         help="of longer outputs the model sees head and tail")
+    add_sandbox_arguments(add, timeout=0.5)
+
+
+def add_sandbox_arguments(add, timeout):
     add("--sandbox_workers", type=at_least(1), default=2,
         help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=0.5,
+    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=timeout,
         help="seconds per snippet")
     add("--unsafe_sandbox", action="store_true",
         help="run snippets without a missing layer: they may do what this user may")
@@ -1542,6 +1549,7 @@ def parse_arguments():
     for name, meaning in METRICS.items():
         epilog += f"  {name}: {meaning}\n"
     parser = FlagParser(
+        usage="python eval.py --model MODEL ... [flags], or --report RUN ... --output PAGE",
         description=__doc__, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     add = parser.add_argument_group("what to evaluate").add_argument
@@ -1549,7 +1557,6 @@ def parse_arguments():
         help="checkpoint folders or hub ids")
     add("--report", nargs="+", default=[],
         help="run folders: only write a page of them to --output")
-        usage="python eval.py --model MODEL ... [flags], or --report RUN ... --output PAGE",
     add("--problems", default="test,ood_large,ood_families",
         help="JSONL files, hub ids or embedded splits")
     add("--limit", type=at_least(1), default=256,
@@ -1639,7 +1646,7 @@ class Journal:
             if not sampled:
                 sampled = await sample_all(
                     model, tokenizer, part, sandbox, process, desc, **sampling)
-                add_to_journal(self.file, key, [asdict(t) for t in sampled])
+                add_to_journal(self.file, key, [asdict(trajectory) for trajectory in sampled])
             trajectories += sampled
         return trajectories
 
@@ -1752,11 +1759,12 @@ async def main(process):
                 print(f"{path} {name}")
                 print(example_responses(trajectories, problems, tokenizer))
 
-                for t in trajectories if writes else []:
-                    row = describe_trajectory(t, tokenizer, problems[t.prompt_index])
+                for trajectory in trajectories if writes else []:
+                    problem = problems[trajectory.prompt_index]
+                    row = describe_trajectory(trajectory, tokenizer, problem)
                     row["model"] = path
                     row["set"] = name
-                    row["tool_seconds"] = [call.seconds for call in t.tool_calls]
+                    row["tool_seconds"] = [call.seconds for call in trajectory.tool_calls]
                     responses.write(json.dumps(row) + "\n")
             print(f"{path}\n{evaluation_summary(results[path])}")
 

@@ -148,15 +148,19 @@ def turn_gae(rewards, values, loss_mask, gamma, lam):
     turn = first_of_turn.cumsum(1)  # (B, T): the number of each token's turn, from 1
 
     def sum_over_turn(x):
-        """At each token the sum of x (B, T) over the tokens of its turn."""
-        sums = x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_add(1, turn, x)
-        return sums.gather(1, turn)
+        """At each trainable token the sum of x (B, T) over its turn."""
+        sums = torch.zeros_like(x)
+        for number in range(1, turn.max() + 1):
+            in_turn = trainable & (turn == number)
+            total = (x * in_turn).sum(1, keepdim=True)  # (B, 1)
+            sums += total * in_turn
+        return sums
 
-    turn_rewards = sum_over_turn(rewards * loss_mask)
+    turn_rewards = sum_over_turn(rewards)
     advantages, returns = gae(turn_rewards, values, first_of_turn, gamma, lam)
 
     # Only a turn's first token has an advantage: the sum spreads it.
-    return sum_over_turn(advantages) * loss_mask, sum_over_turn(returns) * loss_mask
+    return sum_over_turn(advantages), sum_over_turn(returns)
 
 
 def adaptive_lam(loss_mask):
@@ -460,9 +464,10 @@ def check_sampler(examples, error, step):
     allowed = torch.stack([tolerance(e.logprobs, e.sampled, error) for e in examples])
 
     # The limit of one response leaves room for one token.
+    one_token = 4 * error / n
     average = gaps.mean().item()
     worst = gaps[(gaps / allowed).argmax()].item()
-    fits_each = gaps < 2 * allowed + 4 * error / n
+    fits_each = gaps < 2 * allowed + one_token
     assert average < allowed.mean() and fits_each.all(), (
         f"step {step}: the sampler's log-probabilities differ from the trainer's by {average} on "
         f"average, by {worst} in one response: were the weights synced? Where --dtype fp32 passes "
@@ -920,7 +925,8 @@ def lambda_or_adaptive(text):
 
 def add_run_arguments(parser):
     add = parser.add_argument_group("the run").add_argument
-    add("--preset", choices=("", "paper"), default="", help="paper: its numbers as defaults")
+    add("--preset", choices=("", "paper"), default="",
+        help="paper: the defaults are the paper's numbers")
     add("--run_dir", default="", help="a new folder for the run; empty: out/ppo/<date>-<time>")
     add("--resume", default="",
         help="run folder to go on with, under its own flags and those given")
@@ -1325,7 +1331,7 @@ class RunFolder:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, error_type, error, trace):
         if self.lock and isinstance(error, Exception) and not self.has_begun:
             self.take_back()
         self.release()

@@ -732,14 +732,15 @@ class Engine:
             pending = [row.pending for row in rows]
             logits.append(forward_step(self.model, cache, slots, pending))
 
-        # Later ticks may need the next row's prompt: a copy, as slots are refilled.
+        # Prompts whose followers are here are shared now. That of the queue's next row is kept for
+        # later ticks: as a copy, for its slot may be refilled.
         next_prompt = self.queue[0].trajectory.prompt_index if self.queue else None
         wanted = {row.trajectory.prompt_index for row in followers} | {next_prompt}
         for row in leaders:
             prompt_index = row.trajectory.prompt_index
             if prompt_index not in wanted:
                 continue
-            prompt_logits = logits[0][rows.index(row)]  # (V,)
+            prompt_logits = logits[0][rows.index(row)]  # (V,); leaders are among rows
             prompt_kv = cache.read(row.slot, len(row.pending))
             if prompt_index == next_prompt:
                 prompt_logits = prompt_logits.clone()
@@ -929,13 +930,8 @@ class PagedCache:
     in the pages of tables[slot], in order; `lengths[slot]` are filled.
 
     A slot of `KVCache` takes the memory of the longest row; here a row takes that of its own pages,
-    and a full cache preempts the youngest row. So there fit this many times as many rows, the mean
-    taken over all tokens of all rows:
-
-        pages(longest prompt + max_response_tokens) / mean of pages(prompt + tokens so far)
-
-    This is 2.0 for the embedded run, whose rows are shorter than a page, and 4.8 for texts 64 times
-    as long (computed by tests/bench_rollout.py --gain).
+    and a full cache preempts the youngest row. So more rows fit: twice as many in the embedded run,
+    4.8 times as many of texts 64 times as long (tests/bench_rollout.py --gain).
     """
     is_paged = True
 
@@ -1059,28 +1055,29 @@ class Packing:
 
     def plan_groups(self, slots, positions):
         """The other rows, padded to less than twice their length."""
-        rows_of_size = {}
-        for row in range(self.n_decode, len(slots)):
-            size = self.lengths[row].bit_length()
-            rows_of_size.setdefault(size, []).append(row)
+        # Rows of 4 to 7 tokens are one group, those of 8 to 15 the next.
+        group_of_size = {}
+        for index in range(self.n_decode, len(slots)):
+            size = self.lengths[index].bit_length()
+            group_of_size.setdefault(size, []).append(index)
 
         # (slots (n,), token indices (n, new), mask (n, 1, new, keys))
         self.groups = []
         begins = np.cumsum(self.lengths) - self.lengths  # (N,)
-        for rows in rows_of_size.values():
+        for group in group_of_size.values():
             # Shorter rows repeat their last token.
-            new = np.array(self.lengths)[rows, None]  # (n, 1)
+            new = np.array(self.lengths)[group, None]  # (n, 1)
             offsets = np.minimum(np.arange(new.max()), new - 1)
-            indices = begins[rows, None] + offsets
+            indices = begins[group, None] + offsets
             n_keys = int(positions[indices].max()) + 1
 
             device = self.cache.k.device
-            slots_of_group = torch.from_numpy(np.array(slots)[rows]).to(device)
+            slots_of_group = torch.from_numpy(np.array(slots)[group]).to(device)
             indices = torch.from_numpy(indices).to(device)
             # A token sees keys up to its own position.
-            own_position = self.position_ids[indices]
+            own_position = self.position_ids[indices].unsqueeze(1).unsqueeze(3)  # (n, 1, new, 1)
             keys = torch.arange(n_keys, device=device)
-            mask = keys <= own_position[:, None, :, None]
+            mask = keys <= own_position
             self.groups.append((slots_of_group, indices, mask))
 
 
@@ -1496,6 +1493,9 @@ def encode_chat(tokenizer, content):
     if "".join(content.split()) not in "".join(prompt.split()):
         raise UserError(f"{tokenizer.name_or_path}: its chat template does not write the user's "
                         f"message as it is: {content[:60]!r}")
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
 # The paper's way to ask, for a model that has never seen the format.
 RETOOL_PROMPT = """Work out the problem below, thinking step by step. Whenever a calculation or a \
 check is better done by a program, write a complete Python script (with its imports, printing \
@@ -1534,9 +1534,6 @@ def encode_prompt(tokenizer, template, question):
     # A question that names control tokens must not open a turn.
     question = break_added_tokens(tokenizer, question)
     return encode_chat(tokenizer, template.replace("{question}", question))
-
-
-    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def end_tokens(model, tokenizer):

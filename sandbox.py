@@ -633,7 +633,7 @@ def prepare(math_verify=False):
     sys.setrecursionlimit(1000)
     threading.stack_size(STACK_BYTES)  # else the host's `ulimit -s`, of memory_mb
     # These name no path of the host.
-    warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\n"
+    warnings.formatwarning = lambda text, category, *_: f"{category.__name__}: {text}\n"
     threading.excepthook = lambda args: print(describe(args.exc_value), end="", file=sys.stderr)
 
 

@@ -81,6 +81,7 @@ from eval import (
     FlagParser,
     Help,
     add_format_arguments,
+    add_sandbox_arguments,
     add_to_journal,
     at_least,
     computes,
@@ -110,14 +111,14 @@ from rollout import (
     Service,
     at_least_fp32,
     break_tags,
-    encode_response,
     encode_prompt,
+    encode_response,
     encode_text,
     json_object,
     load_config,
     load_model,
-    load_tokenizer,
     load_template,
+    load_tokenizer,
     need_varlen,
     save_beside_weights,
     split_segments,
@@ -662,10 +663,10 @@ def code_hashes(entries, left_out=()):
         done.add((user, name))
         for file, node in matches:
             if user in ("", file):
-                waiting += [(file, used) for used in used_names(node)]
                 remove_docstrings(node)
                 if file != "sandbox.py":  # whose messages are in traces, as a snippet's output
                     remove_messages(node)
+                waiting += [(file, used) for used in used_names(node)]
                 reached.setdefault(file, set()).add(ast.dump(node))
     return {file: digest(sorted(reached[file])) for file in sorted(reached)}
 
@@ -1500,10 +1501,7 @@ def add_curate_arguments(parser):
     add("--api_url", default="",
         help="base URL of the endpoint, for the key OPENAI_API_KEY; empty: OpenAI's")
     add("--in_flight", type=at_least(1), default=64, help="rows, and requests, at a time")
-    add("--sandbox_workers", type=at_least(1), default=2, help="snippets that run at a time")
-    add("--sandbox_timeout", type=in_range(0.0, 1e6, above=True), default=5.0,
-        help="seconds per snippet")
-    add("--unsafe_sandbox", action="store_true", help="run snippets even if a layer is missing")
+    add_sandbox_arguments(add, timeout=5.0)
 
 
 # -------------------------------------------------------------------------------------------------
