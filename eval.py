@@ -1047,7 +1047,7 @@ def evaluation_cells(m):
         "snippets": f"{m['snippets_per_response']:.2f}",
         "last runs % right / wrong":
             f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
-        "tokens": f"{m['response_tokens']:.0f}",
+        "tokens": f"{m['response_tokens_sampled']:.0f}",
         "truncated %": percent(m["truncated"]),
     }
 

@@ -26,7 +26,7 @@ def make_run(folder, accuracy, responses=(), finished=True, old=False, **argumen
     arguments = {"tools": "on", "seed": 1, "sft_seed": 1, "run_dir": str(folder), "steps": 2} | arguments
     (folder / "arguments.json").write_text(json.dumps({"arguments": arguments}))
     evaluation_row = {"accuracy": accuracy, "accuracy_error": 0.0123, "code_ratio_needed": 0.987,
-                      "code_ratio_trivial": None, "response_tokens": 67.89}
+                      "code_ratio_trivial": None, "response_tokens_sampled": 67.89}
     rows = [{"evaluation": "test before"} | evaluation_row | {"accuracy": 0.25}]
     rows += [{"step": step, "accuracy": 0.5, "entropy": float("nan"), "seconds_update": 30.0,
               "response_tokens_sampled": 10.0, "sandbox_outcomes": {"ok": 3}} for step in (0, 1)]
@@ -159,7 +159,7 @@ def test_a_browser_shows_the_numbers_and_runs_no_response(tmp_path):
     assert re.sub(r"\s+", " ", page.texts["table"]).count("85.0 ± 1.2[80.0, 90.0]") == 1  # mean of 0.9 and 0.8
     assert all(text in page.texts["table"] for text in ("25.0 ± 1.2", "98.7", "67.9", "2, unfinished", "5.5"))
     assert page.texts["count"] == "14 of 14 responses"
-    assert page.texts["panels"].count("not recorded") == 7  # of ten panels; NaN is no value
+    assert page.texts["panels"].count("not recorded") == 8  # of eleven panels; NaN is no value
     assert page.tags.count("script") == 2 and not {"img", "iframe", "form", "object", "link"} & set(page.tags)
     assert "owned" not in page.texts[""].split("ReTool")[0]  # the title
     detail, hidden = page.texts["detail"], "⟨U+2028⟩ ⟨U+2029⟩ ⟨U+FEFF⟩ ⟨U+E0041⟩ tail⟨U+2028⟩"
