@@ -33,5 +33,6 @@ for seed in ${SEEDS:-51 52 53}; do warm_starts+=("out/warm_start/$seed"/*[0-9a-f
 [ -e out/ppo/warm_starts.json ] || torchrun --nproc_per_node 2 eval.py --model "${warm_starts[@]}" --problems test --samples 12 \
   --n_slots 320 --output out/ppo/warm_starts.json
 cp out/ppo/warm_starts.json "$OUT"
+python runs/experiments.py --by_hand out/ppo/warm_starts.json > "$OUT/by_hand.json"
 python runs/default.py "$OUT"/seed-* --others "$OUT"/{grpo,rloo}-* --warm_starts "$OUT/warm_starts.json" --figure "$OUT/finds.svg" > "$OUT/README.md"
 python runs/novel.py "$OUT"/seed-* > "$OUT/novel.md"

@@ -3,6 +3,7 @@
     python runs/experiments.py results/figures > results/RESULTS.md     # and the figures
     python runs/experiments.py --keep RUN results/experiments/NAME-SEED
     python runs/experiments.py --signatures OUTPUT > results/default/seed-SEED/signatures.json
+    python runs/experiments.py --by_hand OUTPUT > results/default/by_hand.json
     python runs/experiments.py --power OUTPUT                           # what gain over an evaluation would be seen
 
 In runs/findings.md `{{ expression }}` is a Python expression over the functions of this file:
@@ -27,6 +28,7 @@ import default  # noqa: E402
 import words  # noqa: E402
 from default import spread, svg, svg_page  # noqa: E402
 
+from data import embedded_rows  # noqa: E402
 from eval import markdown  # noqa: E402
 from results import failure_signatures  # noqa: E402
 from sandbox import UserError  # noqa: E402
@@ -72,18 +74,44 @@ def print_signatures(output):
     print(json.dumps(found, indent=1))
 
 
+def power(metrics):
+    """The smallest gain in points that is seen with 80 % power, at 95 %, between two policies as this one, of as many samples each.
+    Problems that move more than others, and seeds, add to it."""
+    counts = np.array(metrics["per_problem"], dtype=float)
+    n, right = counts[counts[:, 0] > 1].T
+    rate = right / n
+    variance = np.mean(rate * (1 - rate) / (n - 1))  # of a problem's mean over its samples, unbiased
+    error = np.sqrt(2 * variance / len(n))  # of a difference
+    return 100 * (1.96 + 0.84) * error
+
+
 def print_power(output):
-    """The smallest gain that is seen with 80 % power, at 95 %, between two policies as this one, of as many samples each. Problems
-    that move more than others, and seeds, add to it."""
     for sets in json.loads(Path(output).read_text())["results"].values():
         for problems, metrics in sets.items():
-            counts = np.array(metrics["per_problem"], dtype=float)
-            n, right = counts[counts[:, 0] > 1].T
-            rate = right / n
-            variance = np.mean(rate * (1 - rate) / (n - 1))  # of a problem's mean over its samples, unbiased
-            error = np.sqrt(2 * variance / len(n))  # of a difference
-            print(f"{problems}: {len(n)} problems, {n.mean():.0f} samples each, {100 * rate.mean():.1f} % right: "
-                  f"{100 * (1.96 + 0.84) * error:.1f} points")
+            print(f"{problems}: {len(metrics['per_problem'])} problems, {100 * metrics['accuracy']:.1f} % right: {power(metrics):.1f} points")
+
+
+def size(family, operands):
+    """What may decide whether a problem is solved by hand: how long its largest number is, or which multiples are added."""
+    if family == "power_sum":
+        return f"multiples of {operands[1]}"
+    return f"{len(str(max(operands)))} digits"
+
+
+def print_by_hand(output):
+    """Of what eval.py wrote about test problems: {family: {size: (right ones, responses)}} of all responses without a call."""
+    arguments = json.loads(Path(output).read_text())["arguments"]
+    problems = embedded_rows("test", arguments["limit"], arguments["seed"])
+    found = {}
+    for line in open(f"{output}.responses.jsonl"):
+        row = json.loads(line)
+        if row["codes"] or row["set"] != "test" or row["finish_reason"] == "sandbox_error":
+            continue
+        sizes = found.setdefault(row["family"], {})
+        counts = sizes.setdefault(size(row["family"], problems[row["prompt_index"]]["operands"]), [0, 0])
+        counts[0] += row["correct"]
+        counts[1] += 1
+    print(json.dumps(found, indent=1, sort_keys=True))
 
 
 def load_runs():
@@ -156,6 +184,18 @@ def of_family(evaluations, family, key):
 
 def family_percent(name, family, key="accuracy", at="test after"):
     return of_family([run["evaluations"][at] for run in seeds_of(name).values()], family, key)
+
+
+def family_number(name, family, key, at="test after"):
+    return f"{np.mean([run['evaluations'][at]['families'][family][key] for run in seeds_of(name).values()]):.1f}"
+
+
+def repeats(name, base):
+    """That two names stand for the same responses, seed by seed."""
+    for seed, run in seeds_of(name).items():
+        if default.rates(run, "test after") != default.rates(RUNS[base][seed], "test after"):
+            raise UserError(f"runs/findings.md: {name}-{seed} is not {base}-{seed} again")
+    return f"`{name}` has `{base}`'s answers on each seed"
 
 
 def points_of_family(family, name="ppo", at="test after", base_at="test, call + retry forced before"):
@@ -298,17 +338,30 @@ def hand_table():
 
 
 @functools.cache
+def by_hand_and_size():
+    """{family: {size: (right ones, responses)}} of the warm starts' samples without a call."""
+    return json.loads((ROOT / "results" / "default" / "by_hand.json").read_text())
+
+
 def by_hand():
-    """{family: (right ones, responses)} of the warm starts' samples without a call (results/default/warm_starts.json)."""
-    found = {}
-    results = json.loads((ROOT / "results" / "default" / "warm_starts.json").read_text())["results"]
-    for sets in results.values():
-        for family, metrics in sets["test"]["families"].items():
-            count = round(metrics["count"] * (1 - metrics["code_ratio"]))
-            right = round(count * (metrics["accuracy_without_call"] or 0))
-            before = found.get(family, (0, 0))
-            found[family] = (before[0] + right, before[1] + count)
-    return found
+    """The same without the size."""
+    return {family: np.sum(list(sizes.values()), axis=0) for family, sizes in by_hand_and_size().items()}
+
+
+def is_solved_by_hand(right, count):
+    return right >= 0.95 * count
+
+
+def solved_by_hand():
+    """Where by hand is right in at least 95 %: families, or of a family some sizes."""
+    places = []
+    for family, sizes in by_hand_and_size().items():
+        solved = {size: counts for size, counts in sizes.items() if is_solved_by_hand(*counts)}
+        if len(solved) == len(sizes):
+            places.append(f"`{family}` of every size")
+        else:
+            places += [f"`{family}` with {size} ({right} of {count})" for size, (right, count) in solved.items()]
+    return ", ".join(places)
 
 
 def best_utility(family, price):
@@ -319,22 +372,40 @@ def best_utility(family, price):
     return max(default.utility(scripted, price), 2 * right / count - 1)
 
 
+def regret(name, price=0.0):
+    """How much less a response earns than the best policy known at this price, mean over test problems and seeds."""
+    regrets = []
+    for run in seeds_of(name).values():
+        families = run["evaluations"]["test after"]["families"]
+        gaps = [best_utility(family, price) - default.utility(metrics, price) for family, metrics in families.items()]
+        regrets.append(np.average(gaps, weights=[metrics["count"] for metrics in families.values()]))
+    return f"{np.mean(regrets):.2f}"
+
+
+def utility_table(prices):
+    """By family: what a response earns after PPO at each price, and what the best policy known earns."""
+    rows = []
+    for family in sorted(by_hand()):
+        cells = [f"`{family}`"]
+        for price in prices:
+            runs = seeds_of(f"cost-{price}" if price else "ppo").values()
+            utilities = [default.utility(run["evaluations"]["test after"]["families"][family], price) for run in runs]
+            cells.append(f"{np.mean(utilities):.2f} ({best_utility(family, price):.2f})")
+        rows.append(cells)
+    return markdown(["", *(f"price {price}" for price in prices)], rows)
+
+
 def price_table(prices):
     """After PPO at each price of a call: what is right, in which families the tool is called, and how much less a response earns
     than the best policy known at this price."""
     rows = []
-    solved_by_hand = by_hand()
     for price in prices:
         name = f"cost-{price}" if price else "ppo"
-        regrets = []
         calls = {"by hand": [], "search": [], "power_sum": [], "others": []}  # share of a family's responses
         for run in seeds_of(name).values():
             families = run["evaluations"]["test after"]["families"]
-            gaps = [best_utility(family, price) - default.utility(m, price) for family, m in families.items()]
-            regrets.append(np.average(gaps, weights=[m["count"] for m in families.values()]))
             for family, metrics in families.items():
-                right, count = solved_by_hand[family]
-                if right >= 0.95 * count:
+                if is_solved_by_hand(*by_hand()[family]):
                     group = "by hand"
                 else:
                     group = family if family in calls else "others"
@@ -345,7 +416,7 @@ def price_table(prices):
             spread(values(name, "accuracy", "test after")),
             *(f"{100 * np.mean(shares):.0f}" for shares in calls.values()),
             mean(values(name, "retry_busy", "test after")),
-            f"{np.mean(regrets):.2f}"])
+            regret(name, price)])
     return markdown(["price of a call", "seeds", "right %", "calls where by hand is as good %", "calls in search %",
                      "in power_sum %", "in the other families %", "asks again %", "regret"], rows)
 
@@ -375,8 +446,10 @@ def delay_table():
         rows.setdefault(row["delay"], {})[row["rejoin_ticks"]] = row
     cells = []
     for delay, by_ticks in rows.items():
-        cells.append([f"{delay:g}", *(f"{by_ticks[ticks]['rollout_seconds']:.1f}" for ticks in (4, 0))])
-    return markdown(["seconds per call", "a result comes back four ticks after its call, s", "as soon as it is there, s"], cells)
+        cells.append([f"{delay:g}"])
+        for ticks in (4, 0):
+            cells[-1] += [f"{by_ticks[ticks]['rollout_seconds']:.1f}", f"{100 * by_ticks[ticks]['accuracy']:.1f}"]
+    return markdown(["seconds per call", "a result comes back four ticks after its call, s", "right %", "as soon as it is there, s", "right %"], cells)
 
 
 EVOLUTION = {  # key -> (name, scale, digits)
@@ -430,6 +503,10 @@ def signatures_table():
     for key, name in names.items():
         cells = [mean([seed[key] for seed in signatures_of(when)]) for when in ("before", "after")]
         rows.append([name, *cells])
+    for key, name in {"unneeded_code_tokens": "tokens", "unneeded_code_seconds": "milliseconds of sandbox"}.items():
+        scale = 1000 if key.endswith("seconds") else 1
+        cells = [f"{scale * np.mean([seed[key] for seed in signatures_of(when)]):.0f}" for when in ("before", "after")]
+        rows.append([f"{name} of a response's unneeded code, not in %", *cells])
     for purpose in ("calculation", "enumeration", "verification", "unreadable"):
         cells = [mean([seed["purposes"].get(purpose, 0) for seed in signatures_of(when)]) for when in ("before", "after")]
         rows.append([f"snippets for {purpose}", *cells])
@@ -440,10 +517,10 @@ def ood_table():
     rows = []
     for split in ("test", "ood_large", "ood_families"):
         for when in ("before", "after"):
-            keys = ("accuracy", "code_ratio", "retry_busy", "right_script", "middle_probe", "copied_script")
+            keys = ("accuracy", "code_ratio", "accuracy_with_call", "retry_busy", "right_script", "middle_probe", "copied_script")
             cells = [mean(values("ppo", key, f"{split} {when}")) for key in keys]
             rows.append([f"{split}, {when}", *cells])
-    return markdown(["%", "right", "calls", "asks again", "script that works", "asks in the middle", "copied right"], rows)
+    return markdown(["%", "right", "calls", "right given a call", "asks again", "script that works", "asks in the middle", "copied right"], rows)
 
 
 # Of SmolLM2: eval.py's outputs in results/smollm2, each of one checkpoint and one set; a pattern stands for those of all seeds.
@@ -462,6 +539,16 @@ def scores(pattern):
 
 def score(pattern, key="accuracy", digits=1):
     return f"{100 * np.mean([metrics[key] for metrics in scores(pattern)]):.{digits}f}"
+
+
+def score_power(pattern):
+    [metrics] = scores(pattern)
+    return f"{power(metrics):.1f}"
+
+
+def score_pass(pattern, k):
+    """Problems solved at least once in k samples."""
+    return f"{100 * np.mean([metrics['pass_at_k'][str(k)] for metrics in scores(pattern)]):.1f}"
 
 
 def score_family(pattern, family):
@@ -625,6 +712,9 @@ def main(arguments):
         return
     if arguments[:1] == ["--signatures"]:
         print_signatures(arguments[1])
+        return
+    if arguments[:1] == ["--by_hand"]:
+        print_by_hand(arguments[1])
         return
     if arguments[:1] == ["--power"]:
         print_power(arguments[1])
