@@ -10,7 +10,7 @@ import pytest
 
 import rollout
 import sft
-from data import embedded_tokenizer
+from data import embedded_rows, embedded_tokenizer
 from rollout import encode_response
 from sandbox import UserError
 
@@ -108,17 +108,32 @@ def test_checkpoints_of_several_seeds_are_held_against_one_start(experiments, tm
         experiments.score("rl-7")
 
 
-def test_the_power_of_a_comparison_is_that_of_its_sampling_noise(experiments, tmp_path, capsys):
+def test_the_power_of_a_comparison_is_that_of_its_sampling_noise(experiments):
     """Guards against a bound that counts differences between problems, which are the same on both sides."""
     def power(*counts):
-        (tmp_path / "o.json").write_text(json.dumps({"results": {"a": {"test": {"per_problem": counts}}}}))
-        experiments.print_power(tmp_path / "o.json")
-        return float(capsys.readouterr().out.split()[-2])
+        return experiments.power({"per_problem": counts})
 
     assert power(*[(4, 0)] * 50, *[(4, 4)] * 50) == 0
     # Each problem right half of the time: 2.8 standard errors of a difference of means of 400 coin tosses; the estimate of the
     # variance from two of four right is 1/3 instead of 1/4
     assert power(*[(4, 2)] * 100) == pytest.approx(280 * (2 / 3 / 400) ** 0.5, abs=0.06) == pytest.approx(11.4, abs=0.1)
+
+
+def test_what_is_solved_by_hand_is_measured_by_size(experiments, tmp_path, capsys, monkeypatch):
+    """Guards against responses with a call among those by hand, and a family that is named where only a size of it is solved."""
+    rows = []
+    for index, problem in enumerate(embedded_rows("test", 48)):
+        is_right = problem["family"] == "is_odd" or problem["family"] == "power_sum" and problem["operands"][1] == 10
+        row = {"set": "test", "prompt_index": index, "family": problem["family"], "finish_reason": "eos"}
+        rows += [row | {"codes": [], "correct": is_right}, row | {"codes": ["1"], "correct": True}]
+    output = tmp_path / "o.json"
+    output.write_text(json.dumps({"arguments": {"limit": 48, "seed": 0}}))
+    Path(f"{output}.responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    experiments.print_by_hand(output)
+    found = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(experiments, "by_hand_and_size", lambda: found)
+    assert experiments.solved_by_hand() == "`is_odd` of every size, `power_sum` with multiples of 10 (1 of 1)"
+    assert list(experiments.by_hand()["power_sum"]) == [1, 3]
 
 
 def test_a_gain_is_paired_by_problem_and_seed(experiments):
