@@ -201,7 +201,7 @@ SPELLINGS = [
     (r'(?<![\\A-Za-z"\d])[A-Za-z]{2,}(?!")', word_or_product),
     # 1; 2 -> 1,2
     (r"[;,][;, ]*", ","),
-    # \$5 -> "dollar"5
+    # \$5 -> "dollar"5, and so for £5 and €5
     (r"\\\$", '"dollar"'),
     (r"£", '"pound"'),
     (r"€", '"euro"'),

@@ -1077,6 +1077,7 @@ async def main(process):
             return trajectories
 
         async def evaluate_all(when):
+            evaluation_begin = time.perf_counter()
             # Two responses of the first set are shown.
             examples = ""
             for name, rows in sets.items():
@@ -1100,7 +1101,9 @@ async def main(process):
                     await evaluate(
                         trainer.sampler, rows, "test, call + retry forced before", **forced)
             if sets:
-                print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n", flush=True)
+                seconds = time.perf_counter() - evaluation_begin
+                print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n"
+                      f"evaluated in {seconds:.0f} s\n", flush=True)
 
         # The sandbox starts with its self-test; then the run is evaluated before its first step.
         async with evaluation.make_sandbox(args) as sandbox:

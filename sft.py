@@ -493,11 +493,12 @@ async def warm_start(args, process, traces_file=""):
 def make_warm_start(traces, held_out, recipe, args, folder, process):
     """Train, and put the checkpoint under its name."""
     print(f"warm start: {recipe.sft_steps} steps on {len(traces)} traces", flush=True)
+    begin = time.perf_counter()
     partial = folder.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     metrics = train_on_traces(traces, held_out, recipe, args, partial, process)
     losses = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"warm start: {losses}")
+    print(f"warm start: {losses} in {time.perf_counter() - begin:.0f} s")
 
     # Only a finished one is ever found under its name.
     if process.rank == 0:
@@ -559,12 +560,13 @@ async def warm_start_traces(args, recipe, traces_file, folder):
     curated = read_traces(path)
     if not curated:
         print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
+        begin = time.perf_counter()
         async with make_sandbox(args) as sandbox:
             traces, counts = await embedded_traces(
                 recipe.sft_traces, recipe.code_share, recipe.sft_seed, sandbox, "traces")
             held_out, _ = await embedded_traces(
                 256, recipe.code_share, recipe.sft_seed, sandbox, "held_out_traces")
-        print(f"curation: {dict(counts)}")
+        print(f"curation: {dict(counts)} in {time.perf_counter() - begin:.0f} s")
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps([traces, held_out]))
         partial.rename(path)
