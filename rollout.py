@@ -93,6 +93,39 @@ TOOLS = [
     Tool("code", CODE_OPEN, CODE_CLOSE, run_python),
 ]
 
+# All patterns, in other files too, are made from the table.
+CLOSING = {tool.open: tool.close for tool in TOOLS}
+CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE
+CLOSING[ANSWER_OPEN] = ANSWER_CLOSE
+TAG = re.compile("|".join(re.escape(tag) for tag in [*CLOSING, *CLOSING.values()]))
+AFTER_A_CALL = "|".join(f"(?<={re.escape(tool.close)})" for tool in TOOLS)
+INTERPRETER_BLOCK = re.compile(
+    rf"(?:{AFTER_A_CALL})\s*{INTERPRETER_OPEN}\n?(.*?)\n?{INTERPRETER_CLOSE}", re.DOTALL)
+
+
+def tool_of(text):
+    """The tool whose closing tag ends a text, or None."""
+    for tool in TOOLS:
+        if text.endswith(tool.close):
+            return tool
+    return None
+
+
+def find_call(text, n_read):
+    """The call that a text closes after n_read characters: (tool, index of the opening tag, of
+    the closing tag), or None."""
+    for tool in TOOLS:
+        # The closing tag may begin in what was read.
+        search_from = max(0, n_read - len(tool.close) + 1)
+        close_at = text.find(tool.close, search_from)
+        if close_at >= 0:
+            open_at = text.rfind(tool.open, 0, close_at)
+            if open_at >= 0:
+                return tool, open_at, close_at
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
 # The embedded problems' tool is the sandbox with two things more. It may be busy; and a script that
 # is nothing but `print(ask(4821,7))` asks whether 7 is too low or too high for the number that box
 # 4821 hides. Nowhere else is there an `ask`, so nothing else is answered for it.
@@ -146,38 +179,6 @@ def narrowed(low, high, guess, verdict):
     if verdict == "high":
         return low, min(high, guess - 1)
     return low, high
-
-
-# All patterns, in other files too, are made from the table.
-CLOSING = {tool.open: tool.close for tool in TOOLS}
-CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE
-CLOSING[ANSWER_OPEN] = ANSWER_CLOSE
-TAG = re.compile("|".join(re.escape(tag) for tag in [*CLOSING, *CLOSING.values()]))
-AFTER_A_CALL = "|".join(f"(?<={re.escape(tool.close)})" for tool in TOOLS)
-INTERPRETER_BLOCK = re.compile(
-    rf"(?:{AFTER_A_CALL})\s*{INTERPRETER_OPEN}\n?(.*?)\n?{INTERPRETER_CLOSE}", re.DOTALL)
-
-
-def tool_of(text):
-    """The tool whose closing tag ends a text, or None."""
-    for tool in TOOLS:
-        if text.endswith(tool.close):
-            return tool
-    return None
-
-
-def find_call(text, n_read):
-    """The call that a text closes after n_read characters: (tool, index of the opening tag, of
-    the closing tag), or None."""
-    for tool in TOOLS:
-        # The closing tag may begin in what was read.
-        search_from = max(0, n_read - len(tool.close) + 1)
-        close_at = text.find(tool.close, search_from)
-        if close_at >= 0:
-            open_at = text.rfind(tool.open, 0, close_at)
-            if open_at >= 0:
-                return tool, open_at, close_at
-    return None
 
 
 # ---------------------------------------------------------------------------------------------
