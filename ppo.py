@@ -238,6 +238,7 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
         has_no_gradient = has_no_gradient | (is_bad & (surrogate < bound))
         surrogate = torch.where(is_bad, surrogate.clamp(min=bound), surrogate)
 
+    # Sums over tokens: the trainer divides once, by those of all ranks.
     loss = -(weights * surrogate * loss_mask).sum()
     approx_kl = ((ratio - 1 - log_ratio) * loss_mask).sum().detach()
     clip_fraction = (has_no_gradient * loss_mask).sum()
@@ -262,6 +263,7 @@ def reference_kl(logprobs, reference_logprobs, loss_mask):
 def value_loss(values, old_values, returns, loss_mask, value_clip):
     """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within value_clip of the old value,
     summed over trainable tokens. Returns (sum, metrics), also sums."""
+    # A masked token has no error.
     trainable = loss_mask.bool()
     values = torch.where(trainable, values, 0.0)
     old_values = torch.where(trainable, old_values, 0.0)
