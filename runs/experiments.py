@@ -45,7 +45,7 @@ STEP_KEYS = [
     "right_script_count", "search_solved", "search_solved_count", "middle_probe", "copied_script", "self_correction",
     "self_correction_count", "corrected_share", "truncated", "response_tokens", "response_tokens_sampled", "snippets_per_response",
     "code_lines", "pass_last_correct", "pass_last_correct_count", "pass_last_incorrect", "pass_last_incorrect_count",
-    "timing_first", "timing_mean", "entropy", "approx_kl", "clip_fraction", "explained_variance", "reward",
+    "timing_first", "timing_mean", "uniform_dropped", "entropy", "approx_kl", "clip_fraction", "explained_variance", "reward",
     "seconds_rollout", "seconds_score", "seconds_update"]
 
 
@@ -520,7 +520,8 @@ def ood_table():
             keys = ("accuracy", "code_ratio", "accuracy_with_call", "retry_busy", "right_script", "middle_probe", "copied_script")
             cells = [mean(values("ppo", key, f"{split} {when}")) for key in keys]
             rows.append([f"{split}, {when}", *cells])
-    return markdown(["%", "right", "calls", "right given a call", "asks again", "script that works", "asks in the middle", "copied right"], rows)
+    header = ["%", "right", "calls", "right given a call", "asks again", "script that works", "asks in the middle", "copied right"]
+    return markdown(header, rows)
 
 
 # Of SmolLM2: eval.py's outputs in results/smollm2, each of one checkpoint and one set; a pattern stands for those of all seeds.
@@ -555,6 +556,16 @@ def score_family(pattern, family):
     return of_family(scores(pattern), family, "accuracy")
 
 
+def dropped(run):
+    """How many responses --drop_uniform left out of a run in results/smollm2."""
+    rows = map(json.loads, open(ROOT / "results" / "smollm2" / run / "metrics.jsonl"))
+    return str(sum(row["uniform_dropped"] for row in rows if "step" in row))
+
+
+def score_each(pattern, family):
+    return ", ".join(of_family([metrics], family, "accuracy") for metrics in scores(pattern))
+
+
 @functools.cache
 def words_family(index):
     """Of a test problem of runs/words.py."""
@@ -580,19 +591,24 @@ def score_gain(pattern, base):
     return with_interval(*default.interval(gains))
 
 
-def score_table(**patterns):
-    """A row for each name = pattern; gains are over the first. A column that says nothing of any is left out."""
-    base = next(iter(patterns.values()))
+def score_table(gains_over="warm_start", greedy=(), **patterns):
+    """A row for each name = pattern; greedy: {name: pattern}. A column that says nothing of any is left out."""
+    base = patterns[gains_over]
+    greedy = dict(greedy)
     everything = [metrics for pattern in patterns.values() for metrics in scores(pattern)]
     columns = [key for key in COLUMNS if any(metrics[key] is not None for metrics in everything)]
     rows = []
     for name, pattern in patterns.items():
         found = scores(pattern)
-        cells = [spread([metrics["accuracy"] for metrics in found]), "" if pattern == base else score_gain(pattern, base)]
+        cells = [spread([metrics["accuracy"] for metrics in found])]
+        cells.append("" if pattern == base or name == "untrained" else score_gain(pattern, base))
+        if greedy:
+            cells.append(spread([metrics["accuracy"] for metrics in scores(greedy[name])]) if name in greedy else "")
         cells += [mean([metrics[key] for metrics in found if metrics[key] is not None]) for key in columns]
         rows.append([name.replace("_", " "), str(len(found)), *cells])
-    first = next(iter(patterns)).replace("_", " ")
-    return markdown(["", "checkpoints", "right %", f"minus {first}, points (95 %)", *(f"{COLUMNS[key]} %" for key in columns)], rows)
+    header = ["", "checkpoints", "right %", f"minus {gains_over.replace('_', ' ')}, points (95 %)"]
+    header += ["greedy %"] if greedy else []
+    return markdown([*header, *(f"{COLUMNS[key]} %" for key in columns)], rows)
 
 
 # ---------------------------------------------------------------------------------------------
