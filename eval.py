@@ -762,7 +762,8 @@ def behaviour_metrics(trajectories, problems):
             first = words(trajectory.snippets[0].code)
             right_script[problem["kind"]].append(prints_answer.get(first, False))
 
-        # Scripts that ran, but printed something else: does a later one print the answer?
+        # Is a script copied right? If it ran and printed something else: does a later one print
+        # the answer?
         for number, call in enumerate(trajectory.snippets, 1):
             copied.append(call.code in [code for code, _ in problem["scripts"]])
             if call.status == "ok" and call.output.strip() != problem["answer"]:
@@ -1047,7 +1048,7 @@ def evaluation_cells(m):
         "snippets": f"{m['snippets_per_response']:.2f}",
         "last runs % right / wrong":
             f"{percent(m['pass_last_correct'])} / {percent(m['pass_last_incorrect'])}",
-        "tokens": f"{m['response_tokens_sampled']:.0f}",
+        "tokens written": f"{m['response_tokens_sampled']:.0f}",
         "truncated %": percent(m["truncated"]),
     }
 
@@ -1071,7 +1072,7 @@ def evaluation_summary(results):
         "right given code %": 7,
         "code % needed / trivial": 17,
         "snippets": 6,
-        "tokens": 7,
+        "tokens written": 7,
     }
     lines = ["set".ljust(32) + " problems    accuracy %  code %"
              "  given   needed/trivial calls tokens"]

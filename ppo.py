@@ -1203,7 +1203,7 @@ def settings_line(args):
 LEGEND = """\
   acc, code   % of responses that are right, that ran code       given       % right of those
   kl, clip    how far the update moved; % of tokens clipped      ent         the policy's entropy
-  vloss, ev   the critic's loss and explained variance           len, tools  tokens; calls by status
+  vloss, ev   the critic's loss and explained variance           len, tools  tokens written; calls by status
   sampler     |log-probability by the sampler - by the trainer|, mean of sampled tokens"""
 
 
@@ -1218,7 +1218,7 @@ def step_line(step, steps, m):
     return (
         f"step {step:3d}/{steps} | acc {percent(m['accuracy']):>5} | "
         f"code {percent(m['code_ratio']):>5} | "
-        f"given {percent(m['accuracy_with_call']):>5} | len {m['response_tokens']:5.1f} | "
+        f"given {percent(m['accuracy_with_call']):>5} | len {m['response_tokens_sampled']:5.1f} | "
         f"kl {m.get('approx_kl', 0):.4f} | clip {m.get('clip_fraction', 0):.3f} | "
         f"ent {m['entropy']:.3f} | vloss {m.get('value_loss', 0):.3f} | "
         f"ev {m['explained_variance'] or 0:5.2f} | sampler {m['sampler_difference']:.0e} | "

@@ -1497,7 +1497,7 @@ def encode_chat(tokenizer, content):
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
-# The paper's way to ask, for a model that has never seen the format.
+# As the paper asks, in words of our own; for a model that has never seen the format.
 RETOOL_PROMPT = """Work out the problem below, thinking step by step. Whenever a calculation or a \
 check is better done by a program, write a complete Python script (with its imports, printing \
 what you need) in this form:

@@ -258,7 +258,7 @@ class Sandbox:
                     self._send(request_id, 0, 0.0, [])
             raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
 
-        # What came back, as the model sees it.
+        # What came back, as text.
         try:
             exit_code, timed_out, seconds, own_seconds = future.result()
         except ZygoteDied as death:

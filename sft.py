@@ -1322,7 +1322,7 @@ async def check_problem(record, run):
     elif not await is_equivalent(record["stated"], answer, run.sandbox):
         raise Rejected("filter: the solution's answer is not the reference")
 
-    # Nor may it be, even in part, a problem of an evaluation.
+    # A problem of an evaluation must not be learnt, not even in part.
     for key in contamination_keys(question):
         if key in run.evaluation:
             overlap = "13 words" if " " in key else "whole question"

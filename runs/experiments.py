@@ -186,16 +186,24 @@ def family_percent(name, family, key="accuracy", at="test after"):
     return of_family([run["evaluations"][at] for run in seeds_of(name).values()], family, key)
 
 
-def family_number(name, family, key, at="test after"):
-    return f"{np.mean([run['evaluations'][at]['families'][family][key] for run in seeds_of(name).values()]):.1f}"
+def calls_of_callers(name, family, at="test after"):
+    """Mean number of calls of a family's responses that call at all."""
+    metrics = [run["evaluations"][at]["families"][family] for run in seeds_of(name).values()]
+    return f"{np.mean([m['snippets_per_response'] / m['code_ratio'] for m in metrics]):.1f}"
 
 
-def repeats(name, base):
-    """That two names stand for the same responses, seed by seed."""
-    for seed, run in seeds_of(name).items():
-        if default.rates(run, "test after") != default.rates(RUNS[base][seed], "test after"):
-            raise UserError(f"runs/findings.md: {name}-{seed} is not {base}-{seed} again")
-    return f"`{name}` has `{base}`'s answers on each seed"
+def starts_alike():
+    """How many runs have PPO's warm starts, after checking that each is right on the same problems as often before it learns."""
+    count = 0
+    for name, seeds in RUNS.items():
+        if name.startswith(("text", "feedback", "from", "sft-")):
+            continue
+        for seed, run in seeds.items():
+            if "test before" in run["evaluations"]:
+                if default.rates(run, "test before") != default.rates(RUNS["ppo"][seed], "test before"):
+                    raise UserError(f"runs/findings.md: {name}-{seed} does not start as ppo-{seed}")
+                count += 1
+    return str(count)
 
 
 def points_of_family(family, name="ppo", at="test after", base_at="test, call + retry forced before"):
@@ -372,10 +380,12 @@ def best_utility(family, price):
     return max(default.utility(scripted, price), 2 * right / count - 1)
 
 
-def regret(name, price=0.0):
+def regret(name, price=0.0, seeds=()):
     """How much less a response earns than the best policy known at this price, mean over test problems and seeds."""
     regrets = []
-    for run in seeds_of(name).values():
+    for seed, run in seeds_of(name).items():
+        if seeds and seed not in seeds:
+            continue
         families = run["evaluations"]["test after"]["families"]
         gaps = [best_utility(family, price) - default.utility(metrics, price) for family, metrics in families.items()]
         regrets.append(np.average(gaps, weights=[metrics["count"] for metrics in families.values()]))
@@ -509,7 +519,7 @@ def signatures_table():
     for key, name in {"unneeded_code_tokens": "tokens", "unneeded_code_seconds": "ms of sandbox"}.items():
         scale = 1000 if key.endswith("seconds") else 1
         cells = [f"{scale * np.mean([seed[key] for seed in signatures_of(when)]):.0f}" for when in ("before", "after")]
-        rows.append([f"unneeded code: {name} per response", *cells])
+        rows.append([f"unneeded code: {name} per response that has it", *cells])
     for purpose in ("calculation", "enumeration", "verification", "unreadable"):
         cells = [mean([seed["purposes"].get(purpose, 0) for seed in signatures_of(when)]) for when in ("before", "after")]
         rows.append([f"snippets for {purpose}", *cells])
@@ -565,8 +575,11 @@ def dropped(run):
     return str(sum(row["uniform_dropped"] for row in rows if "step" in row))
 
 
-def score_each(pattern, family):
-    return ", ".join(of_family([metrics], family, "accuracy") for metrics in scores(pattern))
+def score_each(pattern, family=""):
+    """Of each seed what is right, in percent; of one family, if it is named."""
+    if family:
+        return ", ".join(of_family([metrics], family, "accuracy") for metrics in scores(pattern))
+    return ", ".join(f"{100 * metrics['accuracy']:.1f}" for metrics in scores(pattern))
 
 
 @functools.cache

@@ -18,8 +18,7 @@ flags() {  # NAME: what a run has other than the default
     curve) echo --eval_every 3 ;;  # the default, evaluated as it learns
     turn) echo --gae_unit turn ;;
     mask-off) echo --mask_interpreter off ;;
-    sft-mask-off) echo --sft_mask_interpreter off ;;
-    mask-failed-off) echo --mask_failed off ;;
+    sft-mask-off) echo --sft_mask_interpreter off --warm_start_dir out/warm_start/masks ;;
     sync-*-weighted) local name=${1#sync-}; echo --sync_every "${name%-weighted}" --importance token ;;
     sync-*) echo --sync_every "${1#sync-}" ;;
     minibatches-*) echo --minibatches "${1#minibatches-}" ;;
@@ -144,6 +143,6 @@ for seed in 51 52 53; do
 done
 for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
     sync-16-weighted minibatches-16 kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
-    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time rloo-equal-time sft-mask-off mask-failed-off traces-500 traces-2000 traces-10000 from-500 from-2000 latency; do
+    cost-0.9 cost-1.2 cost-1.8 grpo-equal-time rloo-equal-time sft-mask-off traces-500 traces-2000 traces-10000 from-500 from-2000 latency; do
   one $name 51
 done

@@ -74,7 +74,7 @@ COLUMNS = {
     "code_ratio": "code %",
     "code_ratio_needed": "code % where needed",
     "code_ratio_trivial": "code % where trivial",
-    "response_tokens_sampled": "tokens",
+    "response_tokens_sampled": "tokens written",
     "minutes": "minutes",
 }
 

@@ -2,7 +2,7 @@
 # SmolLM2-135M-Instruct, a model that has seen English, on a CPU. Three questions:
 #   habit   does RL do more than make calls a habit? From traces that all hold code: right given a call, before and after
 #   words   a task that is not mathematics, for a model that can copy words
-#   gsm8k   with enough problems and samples to see 1.2 points
+#   gsm8k   with enough problems and samples to see 1.4 points
 # each beside rejection sampling (RFT) with as many responses.
 #   bash runs/smollm2.sh                  # habit and words
 #   GSM8K=FOLDER bash runs/smollm2.sh     # then GSM8K: train.jsonl, test.jsonl of github.com/openai/grade-school-math

@@ -68,7 +68,8 @@ def test_README_says_what_the_runs_say(monkeypatch):
 def test_README_shows_a_response_that_a_run_made():
     """Guards against a response, or its mask, that no model has written."""
     text = (ROOT / "README.md").read_text()
-    shown = re.search(r"```\n\. user: (.*?)\n((?:[|.] .*\n)+)```\n", text)
+    shown = re.search(r"```\n\. user: (.*?)\n((?:[|.] .*\n)+)```\n\nOf its", text)
+    assert len(re.findall(r"(?m)^```", text)) % 2 == 0
     lines = shown[2].splitlines()
     response = "\n".join(line[2:] for line in lines)
     rollouts = map(json.loads, open(ROOT / "results" / "default" / "seed-53" / "rollouts.jsonl"))

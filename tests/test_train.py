@@ -234,18 +234,18 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(mon
         key("--template_kwargs", '{"a": 1}')
     }
     assert len(others | {key()}) == 6
+    before = key()
 
     # The same vocabulary makes other tokens behind another chat template or EOS.
     tokenizer = copy.deepcopy(data.embedded_tokenizer())
     monkeypatch.setattr(sft, "embedded_tokenizer", lambda: tokenizer)
-    assert key() not in others
-    same = key()
+    assert key() == before
     tokenizer.chat_template += "."
-    assert key() != same
+    assert key() != before
     tokenizer.chat_template = tokenizer.chat_template[:-1]
-    assert key() == same
+    assert key() == before
     tokenizer.eos_token = "<|endoftext|>"
-    assert key() != same
+    assert key() != before
 
 
 @pytest.mark.parametrize("file, before, after, changes", [
@@ -274,6 +274,17 @@ def test_only_code_that_can_matter_makes_a_warm_start_anew(tmp_path, monkeypatch
     monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
     new = sft.training_code()
     assert {name for name in old if old[name] != new[name]} == changes and old.keys() == new.keys()
+
+
+def test_what_the_sandbox_says_makes_traces_anew(tmp_path, monkeypatch):
+    """Guards against traces that quote what the sandbox printed before its words were changed."""
+    for path in Path(sft.__file__).parent.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
+    old = sft.code_hashes(["embedded_traces", "sandbox.py"])
+    text = (tmp_path / "sandbox.py").read_text()
+    (tmp_path / "sandbox.py").write_text(text.replace('raise OSError("some are left")', 'raise OSError("one is left")'))
+    assert sft.code_hashes(["embedded_traces", "sandbox.py"])["sandbox.py"] != old["sandbox.py"]
 
 
 def test_eos_is_trained_and_pad_is_another_token():
