@@ -1203,7 +1203,7 @@ def settings_line(args):
 LEGEND = """\
   acc, code   % of responses that are right, that ran code       given       % right of those
   kl, clip    how far the update moved; % of tokens clipped      ent         the policy's entropy
-  vloss, ev   the critic's loss and explained variance           len, tools  tokens written; calls by status
+  vloss, ev   the critic's loss and explained variance           len, tools  tokens sampled; calls
   sampler     |log-probability by the sampler - by the trainer|, mean of sampled tokens"""
 
 

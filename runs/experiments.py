@@ -265,12 +265,6 @@ def step_percent(name, step):
     return f"{100 * np.mean([run['steps'][step - 1]['accuracy'] for run in seeds_of(name).values()]):.0f}"
 
 
-def seconds(name):
-    """Of a step: rollout, score and update."""
-    rows = [row for run in seeds_of(name).values() for row in run["steps"]]
-    return f"{np.mean([row['seconds_rollout'] + row['seconds_score'] + row['seconds_update'] for row in rows]):.1f}"
-
-
 def interpreter_share(name):
     """Percent of a response's tokens that the interpreter wrote, in the last five steps."""
     shares = []
