@@ -260,9 +260,9 @@ def early(name, begin=0, end=10):
     return f"{100 * np.mean(early_rates(name, begin, end)):.0f}"
 
 
-def step_percent(name, step):
-    """Right ones among the samples of a step, counted from 1."""
-    return f"{100 * np.mean([run['steps'][step - 1]['accuracy'] for run in seeds_of(name).values()]):.0f}"
+def step_each(name, step):
+    """Of each seed the right ones among the samples of a step, counted from 1."""
+    return ", ".join(f"{100 * run['steps'][step - 1]['accuracy']:.0f}" for run in seeds_of(name).values())
 
 
 def interpreter_share(name):
