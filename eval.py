@@ -931,7 +931,8 @@ async def sample_all(model, tokenizer, problems, sandbox, process, desc="", n_sa
     by_rank = [None] * process.world
     dist.all_gather_object(by_rank, trajectories)
     gathered = sum(by_rank, [])
-    return sorted(gathered, key=lambda response: (response.prompt_index, response.sample_index))
+    return sorted(gathered, key=lambda trajectory: (
+        trajectory.prompt_index, trajectory.sample_index))
 
 
 def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):

@@ -88,10 +88,13 @@ def power(metrics):
 def print_power(output):
     for sets in json.loads(Path(output).read_text())["results"].values():
         for problems, metrics in sets.items():
-            print(f"{problems}: {len(metrics['per_problem'])} problems, {100 * metrics['accuracy']:.1f} % right: {power(metrics):.1f} points")
+            samples, right = np.sum(metrics["per_problem"], axis=0)
+            n = len(metrics["per_problem"])
+            print(f"{problems}: {n} problems, {samples / n:.0f} samples each, {100 * right / samples:.1f} % right: "
+                  f"{power(metrics):.1f} points")
 
 
-def size(family, operands):
+def size_of(family, operands):
     """What may decide whether a problem is solved by hand: how long its largest number is, or which multiples are added."""
     if family == "power_sum":
         return f"multiples of {operands[1]}"
@@ -108,7 +111,7 @@ def print_by_hand(output):
         if row["codes"] or row["set"] != "test" or row["finish_reason"] == "sandbox_error":
             continue
         sizes = found.setdefault(row["family"], {})
-        counts = sizes.setdefault(size(row["family"], problems[row["prompt_index"]]["operands"]), [0, 0])
+        counts = sizes.setdefault(size_of(row["family"], problems[row["prompt_index"]]["operands"]), [0, 0])
         counts[0] += row["correct"]
         counts[1] += 1
     print(json.dumps(found, indent=1, sort_keys=True))
@@ -374,6 +377,11 @@ def best_utility(family, price):
     return max(default.utility(scripted, price), 2 * right / count - 1)
 
 
+def at_price(price):
+    """The run in which a call has this price."""
+    return f"cost-{price}" if price else "ppo"
+
+
 def regret(name, price=0.0, seeds=()):
     """How much less a response earns than the best policy known at this price, mean over test problems and seeds."""
     regrets = []
@@ -392,9 +400,9 @@ def utility_table(prices):
     for family in sorted(by_hand()):
         cells = [f"`{family}`"]
         for price in prices:
-            runs = seeds_of(f"cost-{price}" if price else "ppo").values()
+            runs = seeds_of(at_price(price)).values()
             utilities = [default.utility(run["evaluations"]["test after"]["families"][family], price) for run in runs]
-            cells.append(f"{np.mean(utilities):.2f} ({best_utility(family, price):.2f})".replace("-0.00", "0.00"))
+            cells.append(f"{np.mean(utilities):z.2f} ({best_utility(family, price):z.2f})")  # z: no negative zero
         rows.append(cells)
     return markdown(["", *(f"price {price}" for price in prices)], rows)
 
@@ -404,7 +412,7 @@ def price_table(prices):
     than the best policy known at this price."""
     rows = []
     for price in prices:
-        name = f"cost-{price}" if price else "ppo"
+        name = at_price(price)
         calls = {"by hand": [], "search": [], "power_sum": [], "others": []}  # share of a family's responses
         for run in seeds_of(name).values():
             families = run["evaluations"]["test after"]["families"]
@@ -441,11 +449,16 @@ def memory_table(counts):
                      "seeds of PPO"], rows)
 
 
+def delays():
+    """[{"delay", "rejoin_ticks", "rollout_seconds", "accuracy"}] of the run `latency`."""
+    [file] = ROOT.glob("results/experiments/latency-*/delays.json")
+    return json.loads(file.read_text())
+
+
 def delay_table():
     """Seconds of a rollout with so many seconds more for each call."""
-    [file] = ROOT.glob("results/experiments/latency-*/delays.json")
     rows = {}
-    for row in json.loads(file.read_text()):
+    for row in delays():
         rows.setdefault(row["delay"], {})[row["rejoin_ticks"]] = row
     cells = []
     for delay, by_ticks in rows.items():
@@ -455,8 +468,7 @@ def delay_table():
 
 def delay_accuracy():
     """What all rollouts of the table have."""
-    [file] = ROOT.glob("results/experiments/latency-*/delays.json")
-    [accuracy] = {row["accuracy"] for row in json.loads(file.read_text())}
+    [accuracy] = {row["accuracy"] for row in delays()}
     return f"{100 * accuracy:.1f}"
 
 

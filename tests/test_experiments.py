@@ -109,10 +109,12 @@ def test_checkpoints_of_several_seeds_are_held_against_one_start(experiments, tm
         experiments.score("rl-7")
 
 
-def test_the_power_of_a_comparison_is_that_of_its_sampling_noise(experiments):
+def test_the_power_of_a_comparison_is_that_of_its_sampling_noise(experiments, tmp_path, capsys):
     """Guards against a bound that counts differences between problems, which are the same on both sides."""
     def power(*counts):
-        return experiments.power({"per_problem": counts})
+        (tmp_path / "o.json").write_text(json.dumps({"results": {"a": {"test": {"per_problem": counts}}}}))
+        experiments.print_power(tmp_path / "o.json")
+        return float(capsys.readouterr().out.split()[-2])
 
     assert power(*[(4, 0)] * 50, *[(4, 4)] * 50) == 0
     # Each problem right half of the time: 2.8 standard errors of a difference of means of 400 coin tosses; the estimate of the

@@ -248,6 +248,19 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(mon
     assert key() != before
 
 
+@pytest.fixture
+def edit(tmp_path, monkeypatch):
+    """edit(file, before, after): from then on sft.py reads a copy of the code with this change."""
+    def edit(file, before, after):
+        for path in Path(sft.__file__).parent.glob("*.py"):
+            shutil.copy(path, tmp_path)
+        text = (tmp_path / file).read_text()
+        assert before in text
+        (tmp_path / file).write_text(text.replace(before, after, 1))
+        monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
+    return edit
+
+
 @pytest.mark.parametrize("file, before, after, changes", [
     ("ppo.py", "def gae(", "def gae2(", set()),
     ("eval.py", "def percent(", "def per_cent(", set()),
@@ -262,28 +275,19 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(mon
     ("rollout.py", "AttentionInterface.register", "\n\nAttentionInterface.register", set()),
     ("rollout.py", "def packed_attention(module,", "def packed_attention(layer,", {"rollout.py"}),
 ])
-def test_only_code_that_can_matter_makes_a_warm_start_anew(tmp_path, monkeypatch, file, before, after, changes):
+def test_only_code_that_can_matter_makes_a_warm_start_anew(edit, file, before, after, changes):
     """Guards against four minutes lost to a comment or a new metric, and against a warm start that other
     training code made."""
-    for path in Path(sft.__file__).parent.glob("*.py"):
-        shutil.copy(path, tmp_path)
     old = sft.training_code()
-    text = (tmp_path / file).read_text()
-    assert before in text
-    (tmp_path / file).write_text(text.replace(before, after, 1))
-    monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
+    edit(file, before, after)
     new = sft.training_code()
     assert {name for name in old if old[name] != new[name]} == changes and old.keys() == new.keys()
 
 
-def test_what_the_sandbox_says_makes_traces_anew(tmp_path, monkeypatch):
+def test_what_the_sandbox_says_makes_traces_anew(edit):
     """Guards against traces that quote what the sandbox printed before its words were changed."""
-    for path in Path(sft.__file__).parent.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
     old = sft.code_hashes(["embedded_traces", "sandbox.py"])
-    text = (tmp_path / "sandbox.py").read_text()
-    (tmp_path / "sandbox.py").write_text(text.replace('raise OSError("some are left")', 'raise OSError("one is left")'))
+    edit("sandbox.py", 'raise OSError("some are left")', 'raise OSError("one is left")')
     assert sft.code_hashes(["embedded_traces", "sandbox.py"])["sandbox.py"] != old["sandbox.py"]
 
 
