@@ -109,24 +109,26 @@ rft() {  # name, model, problems, how many, samples of each, seed, further flags
 #    themselves evaluate next to nothing. The words are families never trained on, and none of them is a trained one with another sign.
 NUMBERS="--max_response_tokens 320"
 CRITIC="--critic_lr 1e-4 --critic_warmup 1"
+test_numbers() { timed evaluate "$1" "$2" --problems test $NUMBERS "${@:3}"; }  # name, model, further flags
+test_words() { timed evaluate "$1" "$2" --problems "$OUT/words/test.jsonl" $NUMBERS "${@:3}"; }
 timed warm_start numbers "$MODEL" "$OUT/numbers.jsonl" 40 5e-4
-timed evaluate numbers-test "$OUT/numbers" --problems test --samples 4 $NUMBERS
-timed evaluate numbers-greedy "$OUT/numbers" --problems test --samples 1 --temperature 0 $NUMBERS
+test_numbers numbers-test "$OUT/numbers" --samples 4
+test_numbers numbers-greedy "$OUT/numbers" --samples 1 --temperature 0
 # The cheapest other explanations, without any learning: another call forced after each busy one; the model as it is.
-timed evaluate numbers-retry-test "$OUT/numbers" --problems test --samples 4 --after_busy $'\nOnce more.\n<code>\n```python\n' $NUMBERS
-timed evaluate untrained-test "$MODEL" --problems test --samples 1 $NUMBERS
+test_numbers numbers-retry-test "$OUT/numbers" --samples 4 --after_busy $'\nOnce more.\n<code>\n```python\n'
+test_numbers untrained-test "$MODEL" --samples 1
 for seed in $SEEDS; do
   timed reinforce habit-$seed "$OUT/numbers" $NUMBERS --seed $seed --steps 8 --prompts_per_step 128 $CRITIC --eval_problems 2
-  timed evaluate habit-$seed-test "$OUT/habit-$seed/checkpoint" --problems test --samples 4 $NUMBERS
-  timed evaluate habit-$seed-greedy "$OUT/habit-$seed/checkpoint" --problems test --samples 1 --temperature 0 $NUMBERS
+  test_numbers habit-$seed-test "$OUT/habit-$seed/checkpoint" --samples 4
+  test_numbers habit-$seed-greedy "$OUT/habit-$seed/checkpoint" --samples 1 --temperature 0
   timed rft habit-rft-$seed "$OUT/numbers" train 1024 1 $seed $NUMBERS
-  timed evaluate habit-rft-$seed-test "$OUT/habit-rft-$seed" --problems test --samples 4 $NUMBERS
-  timed evaluate habit-rft-$seed-greedy "$OUT/habit-rft-$seed" --problems test --samples 1 --temperature 0 $NUMBERS
+  test_numbers habit-rft-$seed-test "$OUT/habit-rft-$seed" --samples 4
+  test_numbers habit-rft-$seed-greedy "$OUT/habit-rft-$seed" --samples 1 --temperature 0
 done
-timed evaluate numbers-words "$OUT/numbers" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+test_words numbers-words "$OUT/numbers" --samples 2
 for seed in $SEEDS; do
-  timed evaluate habit-$seed-words "$OUT/habit-$seed/checkpoint" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
-  timed evaluate habit-rft-$seed-words "$OUT/habit-rft-$seed" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+  test_words habit-$seed-words "$OUT/habit-$seed/checkpoint" --samples 2
+  test_words habit-rft-$seed-words "$OUT/habit-rft-$seed" --samples 2
 done
 
 # 5. words: half of the traces hold code.
@@ -134,15 +136,15 @@ head -n 640 "$OUT/words/traces.jsonl" > "$OUT/words-640.jsonl"
 timed warm_start words-640 "$MODEL" "$OUT/words-640.jsonl" 40 5e-4
 timed reinforce words-ppo "$OUT/words-640" $NUMBERS --train_data "$OUT/words/train.jsonl" --eval_data "$OUT/words/test.jsonl" \
   --steps 12 --prompts_per_step 128 $CRITIC --eval_samples 2
-timed evaluate words-test "$OUT/words-640" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+test_words words-test "$OUT/words-640" --samples 2
 # The cheapest other explanation: the call forced, without any learning.
-timed evaluate words-forced-test "$OUT/words-640" --problems "$OUT/words/test.jsonl" --samples 2 --prefill $'<code>\n```python\n' $NUMBERS
-timed evaluate words-ppo-test "$OUT/words-ppo/checkpoint" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
+test_words words-forced-test "$OUT/words-640" --samples 2 --prefill $'<code>\n```python\n'
+test_words words-ppo-test "$OUT/words-ppo/checkpoint" --samples 2
 timed rft words-rft "$OUT/words-640" "$OUT/words/train.jsonl" 1536 1 0 $NUMBERS
-timed evaluate words-rft-test "$OUT/words-rft" --problems "$OUT/words/test.jsonl" --samples 2 $NUMBERS
-timed evaluate words-untrained-test "$MODEL" --problems "$OUT/words/test.jsonl" --samples 1 $NUMBERS
+test_words words-rft-test "$OUT/words-rft" --samples 2
+test_words words-untrained-test "$MODEL" --samples 1
 for model in words-640 words-ppo/checkpoint words-rft; do
-  timed evaluate "${model%/checkpoint}-greedy" "$OUT/$model" --problems "$OUT/words/test.jsonl" --samples 1 --temperature 0 $NUMBERS
+  test_words "${model%/checkpoint}-greedy" "$OUT/$model" --samples 1 --temperature 0
 done
 
 # 6. GSM8K. Two epochs of programs, all but the last thousand. Of those, RL in groups of eight, and RFT, have the problems where there is
