@@ -55,15 +55,18 @@ from rollout import (
     Service,
     ToolCall,
     Trajectory,
+    at_least,
     choose_dtype,
     encode_prompt,
     generate,
+    in_range,
     json_object,
     load_config,
     load_model,
     load_template,
     load_tokenizer,
     narrowed,
+    seed_number,
 )
 from sandbox import INTERRUPTED, Sandbox, UserError
 
@@ -1436,32 +1439,6 @@ def need_values(parser, flags, names):
     if missing:
         parser.error("the defaults are those of the embedded 0.7 M model; give "
                      + ", ".join(missing))
-
-
-def in_range(low, high=math.inf, number=float, above=False, off=None):
-    """An argparse type: a number from low to high, or `off`; above: low itself is too low."""
-    limits = f"above {low}" if above else f"at least {low}"
-    if high < math.inf:
-        limits += f" and at most {high}"
-    if off is not None:
-        limits = f"{off} or {limits}"
-
-    def parse(text):
-        value = number(text)
-        is_inside = low <= value <= high and not (above and value == low)
-        if not is_inside and value != off:
-            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
-        return value
-
-    parse.__name__ = number.__name__  # what argparse calls it where the text is no number
-    return parse
-
-
-def at_least(low):
-    return in_range(low, 2**63 - 1, number=int)  # 64 bits hold it
-
-
-seed_number = in_range(-2**63, 2**64 - 1, number=int)  # what torch takes
 
 
 def add_rollout_arguments(parser):

@@ -61,15 +61,18 @@ from data import (
     load_problems,
     problem_row,
 )
-from eval import at_least, in_range, mean, parse_flags, percent, seed_number
+from eval import mean, parse_flags, percent
 from rollout import (
     Pieces,
     Service,
+    at_least,
     encode_prompt,
+    in_range,
     load_model,
     load_template,
     load_tokenizer,
     save_beside_weights,
+    seed_number,
 )
 from runs import oracle
 from sandbox import UserError

@@ -1450,18 +1450,6 @@ def with_fixed_date(chat_template):
 TEMPLATE_KWARGS = 'JSON object of variables for the chat template: {"enable_thinking": false}'
 
 
-def json_object(text):
-    """An argparse type: the text, if it is a JSON object or empty."""
-    try:
-        value = json.loads(text or "{}")
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text}: must be a JSON object, {{"name": value}}')
-    return text
-
-
 def with_variables(chat_template, variables):
     """The chat template behind lines that set some of its variables."""
     for name, value in variables.items():
@@ -1670,6 +1658,48 @@ def use_packed_attention(model, name):
 
 
 # ---------------------------------------------------------------------------------------------
+# Types of flags, for argparse
+
+
+def in_range(low, high=math.inf, number=float, above=False, off=None):
+    """An argparse type: a number from low to high, or `off`; above: low itself is too low."""
+    limits = f"above {low}" if above else f"at least {low}"
+    if high < math.inf:
+        limits += f" and at most {high}"
+    if off is not None:
+        limits = f"{off} or {limits}"
+
+    def parse(text):
+        value = number(text)
+        is_inside = low <= value <= high and not (above and value == low)
+        if not is_inside and value != off:
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+        return value
+
+    parse.__name__ = number.__name__  # what argparse calls it where the text is no number
+    return parse
+
+
+def at_least(low):
+    return in_range(low, 2**63 - 1, number=int)  # 64 bits hold it
+
+
+seed_number = in_range(-2**63, 2**64 - 1, number=int)  # what torch takes
+
+
+def json_object(text):
+    """An argparse type: the text, if it is a JSON object or empty."""
+    try:
+        value = json.loads(text or "{}")
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}: must be a JSON object, {{"name": value}}')
+    return text
+
+
+# ---------------------------------------------------------------------------------------------
 # The demo
 
 COLOURS = {"text": 0, "code": 36, "output": 33, "answer": 32}  # of a terminal (ANSI)
@@ -1728,12 +1758,6 @@ def print_tick(engine, admitted):
 
 
 async def demo(args):
-    if args.samples < 1 or args.max_calls < 0 or not args.temperature >= 0:
-        raise UserError("--samples must be at least 1, --max_calls and --temperature at least 0")
-    if not -2**63 <= args.seed < 2**64:
-        raise UserError(f"--seed {args.seed}: 64 bits do not hold it")
-    if args.busy is not None and not 0 <= args.busy <= 1:
-        raise UserError(f"--busy {args.busy}: must be from 0 to 1")
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     load_config(args.model, tokenizer)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -1767,24 +1791,26 @@ async def demo(args):
 def main():
     parser = argparse.ArgumentParser(
         usage="python rollout.py --model MODEL [flags] QUESTION",
-        description="Ask a checkpoint a question.")
+        description="Ask a checkpoint a question.",
+        exit_on_error=False)
     add = parser.add_argument
     add("question", help="text of the user's message")
     add("--model", required=True, help="checkpoint folder or hub id")
-    add("--samples", type=int, default=1, help="number of responses; a single one streams")
-    add("--temperature", type=float, default=1.0, help="temperature of sampling, 0: greedy")
-    add("--seed", type=int, default=0, help="seed of sampling")
-    add("--max_response_tokens", type=int, default=0,
+    add("--samples", type=at_least(1), default=1, help="number of responses; a single one streams")
+    add("--temperature", type=in_range(0.0), default=1.0,
+        help="temperature of sampling, 0: greedy")
+    add("--seed", type=seed_number, default=0, help="seed of sampling")
+    add("--max_response_tokens", type=at_least(0), default=0,
         help="length of a response with interpreter text; 0: what fits, at most 1024")
-    add("--max_calls", type=int, default=8, help="snippets per response")
-    add("--busy", type=float,
+    add("--max_calls", type=at_least(0), default=8, help="snippets per response")
+    add("--busy", type=in_range(0.0, 1.0),
         help="probability that a call is refused; with it, calls may ask the embedded boxes")
     add("--prompt_template", default="plain", help="plain, retool, or a file with {question}")
     add("--template_kwargs", type=json_object, default="", help=TEMPLATE_KWARGS)
     add("--ticks", action="store_true", help="print what every tick feeds")
     try:
         asyncio.run(demo(parser.parse_args()))
-    except UserError as error:
+    except (UserError, argparse.ArgumentError) as error:
         sys.exit(f"error: {error}")
 
 

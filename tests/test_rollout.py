@@ -1116,7 +1116,7 @@ def test_the_demo_s_ticks_add_up(tokenizer, ask):
 @pytest.mark.parametrize("flags, line", [
     (["--model", "nowhere"], "no such folder"), (["--samples", "0"], "--samples"), (["--max_calls", "-1"], "--max_calls"),
     (["--temperature", "-1"], "--temperature"), (["--max_response_tokens", "9999"], "positions"),
-    (["--max_response_tokens", "-1"], "positions"), (["--seed", str(2**64)], "--seed"),
+    (["--max_response_tokens", "-1"], "--max_response_tokens"), (["--seed", str(2**64)], "--seed"),
     (["--busy", "1.5"], "--busy"), (["--busy", "nan"], "--busy")])
 def test_the_demo_refuses_bad_input_in_one_line(ask, flags, line):
     """Guards against a traceback, or an empty answer, for a typing mistake."""
