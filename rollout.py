@@ -6,8 +6,8 @@ One tick of the engine:
     1. Rows whose tool result is due rejoin; queued rows fill free cache slots.
     2. ONE forward call over a flat stream: one token of a decoding row, interpreter text of a
        resuming one, the prompt of a new one.
-    3. One token is sampled per row. A row that completes `</code>` pauses, and keeps its slot,
-       while the sandbox runs the snippet.
+    3. One token is sampled per row. A row that completes `</code>` pauses while the sandbox runs
+       the snippet. It keeps its slot, unless a full `PagedCache` takes it.
 
 On CUDA in half precision attention is one call of a kernel per layer, over pages (`PagedCache`);
 elsewhere it is SDPA, over slots (`KVCache`).
@@ -130,23 +130,29 @@ def find_call(text, n_read):
 # is nothing but `print(ask(4821,7))` asks whether 7 is too low or too high for the number that box
 # 4821 hides. Nowhere else is there an `ask`, so nothing else is answered for it.
 BUSY = "[busy]"
-BUSY_SEED = 999  # busy whatever the probability, if it is not 0
+BUSY_SEED = 999  # busy with every probability from 0.001 on
 HIGHEST = 12  # number in a box
-QUESTION = re.compile(r"print\(ask\((\d+), ?(\d+)\)\)")
+QUESTION = re.compile(r"print\(ask\((\d{1,9}), ?(\d{1,9})\)\)")
+
+
+def as_question(code):
+    """The match of a script that is nothing but a question to a box, or None."""
+    return QUESTION.fullmatch(code.strip())
 
 
 class Service:
-    """A Sandbox that turns scripts away with the probability `busy`, and knows boxes. It depends on
-    the call's seed alone: a script cannot change it, and a second try draws anew."""
+    """A Sandbox that turns scripts away with the probability `busy`, and knows boxes. Whether it is
+    busy depends on the call's seed alone: a script cannot change that, a second try draws anew."""
 
     def __init__(self, sandbox, busy):
         self.sandbox = sandbox
         self.busy = busy
 
     async def run(self, code, seed=0):
-        question = QUESTION.fullmatch(code.strip())
+        question = as_question(code)
         if question:
-            box, guess = map(int, question.groups())
+            box = int(question[1])
+            guess = int(question[2])
             return SandboxResult("ok", compare(guess, hidden_number(box)))
         if seed % 1000 >= 1000 * (1 - self.busy):
             return SandboxResult("busy", BUSY)
@@ -351,6 +357,10 @@ class Pieces(dict):
         self[token] = text[self.anchor_length:]
         return self[token]
 
+    def join(self, ids):
+        """The pieces of ids: in them `closed_call` counts characters."""
+        return "".join([self[token] for token in ids])
+
 
 def shown_output(result, feedback):
     """What the model sees of a SandboxResult."""
@@ -359,14 +369,15 @@ def shown_output(result, feedback):
 
 
 def after_earlier(code, calls):
-    """`code` for the sandbox, where the earlier snippets that ran run again before it, unseen."""
+    """`code` for the sandbox, where the earlier snippets that ran run again before it, unseen. They
+    draw other random numbers than before, for each call has its own seed."""
+    # A question to a box is no script.
+    if as_question(code):
+        return code
     earlier = []
     for call in calls:
-        # A question to a box is no script.
-        if call.status == "ok" and call.tool == "code" and not QUESTION.fullmatch(call.code):
+        if call.status == "ok" and call.tool == "code" and not as_question(call.code):
             earlier.append(call.code)
-    if QUESTION.fullmatch(code):
-        return code
     return f"{EARLIER}{json.dumps(earlier)}\n{code}" if earlier else code
 
 
@@ -425,7 +436,7 @@ class Trajectory:
 
 @dataclass
 class Sampling:
-    """The keyword arguments of `generate`."""
+    """The settings among the keyword arguments of `generate`."""
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     max_response_tokens: int = 512  # interpreter tokens included
@@ -500,6 +511,7 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
 
     # Forced, like interpreter text: no sampled token, masked.
     prefill = encode_text(tokenizer, settings.prefill)
+    prefill_text = Pieces(tokenizer).join(prefill)
     if len(prefill) >= settings.max_response_tokens:
         raise UserError(f"the prefill has {len(prefill)} tokens, and leaves nothing to sample of "
                         f"{settings.max_response_tokens}")
@@ -508,9 +520,8 @@ async def generate(model, tokenizer, prompts, sandbox, *, n_samples=1, prompt_ke
     for prompt_index, prompt in enumerate(prompts):
         key = prompt_keys[prompt_index] if prompt_keys else prompt_index
         for sample_index in range(n_samples):
-            row = Row(Trajectory(prompt_index, sample_index, prompt), key, prompt)
-            row.force(prefill, settings.prefill)
-            row.pending = prompt + prefill
+            row = Row(Trajectory(prompt_index, sample_index, prompt), key, prompt + prefill)
+            row.force(prefill, prefill_text)
             rows.append(row)
 
     engine = Engine(model, tokenizer, sandbox, settings, rows, longest)
@@ -601,6 +612,7 @@ class Engine:
     async def wait_for_tools(self):
         """Bring back the paused rows whose turn it is."""
         begin = time.perf_counter()
+        # Idle: only a tool can go on. Some row is paused, for an empty cache admits the next one.
         is_idle = not self.active and not self.can_admit()
         if self.settings.rejoin_ticks:
             # Reproducible: a row returns so many ticks after its call.
@@ -666,15 +678,15 @@ class Engine:
         n_tokens = 0
         while self.can_admit() and n_tokens < PREFILL_TOKENS:
             row = self.queue[0]
-            # It may be long: not after others that make it too much for a tick.
+            # A row that has begun may be long: not after others that make it too much for a tick.
             has_begun = bool(row.trajectory.response_ids)
             if has_begun and n_tokens and n_tokens + len(row.pending) > PREFILL_TOKENS:
                 break
 
-            # The first sample of a prompt computes it, others copy.
             self.queue.popleft()
             row.slot = heapq.heappop(self.free)
             self.cache.reserve(row.slot, len(row.pending))
+            # The first sample of a prompt computes it, the others copy.
             if has_begun:
                 self.active.append(row)
                 n_tokens += len(row.pending)
@@ -760,6 +772,8 @@ class Engine:
 
     def advance(self, row, token, logprob):
         """Append a sampled token; the row ends, pauses for its snippet, or goes on."""
+        if math.isnan(logprob):
+            raise FloatingPointError("the model's logits are not numbers (NaN)")
         trajectory = row.trajectory
         trajectory.response_ids.append(token)
         trajectory.loss_mask.append(1)
@@ -838,10 +852,12 @@ class Engine:
         block = encode_interpreter(
             self.tokenizer, shown_output(result, self.settings.feedback),
             self.settings.max_interpreter_tokens, row.overrun)
-        continuation = self.settings.after_busy if result.status == "busy" else ""
-        block += encode_text(self.tokenizer, continuation)
+        continuation = []
+        if result.status == "busy":
+            continuation = encode_text(self.tokenizer, self.settings.after_busy)
+        block += continuation
         block = block[:self.settings.max_response_tokens - len(trajectory.response_ids)]
-        row.force(block, continuation)
+        row.force(block, self.pieces.join(continuation))
         if len(trajectory.response_ids) >= self.settings.max_response_tokens:
             self.finish(row, "length")
             return
@@ -886,8 +902,8 @@ class KVCache:
 
     @staticmethod
     def shape(config, n_slots, max_tokens):
-        n_heads = config.num_key_value_heads
-        return config.num_hidden_layers, n_slots, n_heads, max_tokens, head_dim(config)
+        n_kv_heads = config.num_key_value_heads
+        return config.num_hidden_layers, n_slots, n_kv_heads, max_tokens, head_dim(config)
 
     def __init__(self, config, n_slots, max_tokens, dtype, device):
         shape = self.shape(config, n_slots, max_tokens)
@@ -937,8 +953,8 @@ class PagedCache:
     is_paged = True
 
     def __init__(self, config, n_slots, total_pages, dtype, device):
-        n_layers, _, n_heads, _, dim = KVCache.shape(config, 1, 1)
-        shape = (n_layers, total_pages, PAGE_TOKENS, n_heads, dim)
+        n_layers, _, n_kv_heads, _, dim = KVCache.shape(config, 1, 1)
+        shape = (n_layers, total_pages, PAGE_TOKENS, n_kv_heads, dim)
         self.kv = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.k, self.v = self.kv
         self.lengths = [0] * n_slots
@@ -1025,9 +1041,9 @@ class Packing:
         self.longest_new = max(self.lengths)
         self.longest = int(n_seen.max())
         table = np.zeros((n_rows, n_pages(self.longest)), dtype=np.int64)
-        for row, slot in enumerate(slots):
+        for index, slot in enumerate(slots):
             pages = self.cache.tables[slot]
-            table[row, :len(pages)] = pages
+            table[index, :len(pages)] = pages
 
         device = self.cache.k.device
         row_of_token = np.repeat(np.arange(n_rows), self.lengths)
@@ -1225,9 +1241,9 @@ def tick_bytes(config, n_tokens, n_rows, dtype, top_p=1.0):
     + rows * V * (40, or with top_p 120)
     """
     # Activations of one layer, and a copy of keys and values for other samples of a prompt.
-    n_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    n_qkv_heads = config.num_attention_heads + 2 * config.num_key_value_heads
     intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    per_token = 10 * config.hidden_size + 3 * intermediate + 2 * head_dim(config) * n_heads
+    per_token = 10 * config.hidden_size + 3 * intermediate + 2 * head_dim(config) * n_qkv_heads
     per_token += 2 * math.prod(KVCache.shape(config, 1, 1))
     # A logit in the model's dtype and in fp32, its log-probability, and float64 for the CDF; the
     # nucleus is found by sorting.
@@ -1379,19 +1395,18 @@ def load_tokenizer(path, template_kwargs=""):
     # A template given by several names is a dict.
     templates = tokenizer.chat_template
     is_dict = isinstance(templates, dict)
-    words = re.findall(r"\w+", " ".join(templates.values()) if is_dict else templates)
+    if not is_dict:
+        templates = {"only": templates}
+    words = re.findall(r"\w+", " ".join(templates.values()))
     variables = json.loads(template_kwargs or "{}")
     for name in variables:
         if name not in words:
             raise UserError(f"{path}: --template_kwargs: its chat template knows no {name!r}")
 
-    # A template that writes today's date makes other prompts tomorrow.
-    if is_dict:
-        tokenizer.chat_template = {
-            name: with_variables(with_fixed_date(template), variables)
-            for name, template in templates.items()}
-    else:
-        tokenizer.chat_template = with_variables(with_fixed_date(templates), variables)
+    for name, template in templates.items():
+        # A template that writes today's date makes other prompts tomorrow.
+        templates[name] = with_variables(with_fixed_date(template), variables)
+    tokenizer.chat_template = templates if is_dict else templates["only"]
 
     # What special token does the template write after an answer? Where two answers differ, the
     # answer has begun: whatever the template puts in front of it lies before.
@@ -1549,10 +1564,10 @@ def save_beside_weights(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def load_config(path, tokenizer=()):
+def load_config(path, tokenizer=None):
     """A checkpoint's configuration; UserError if it has fewer embeddings than the tokenizer."""
     config = from_checkpoint(AutoConfig, path)
-    if config.vocab_size < len(tokenizer):
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
         raise UserError(f"{path}: the model has {config.vocab_size} rows of embeddings, "
                         f"the tokenizer {len(tokenizer)} tokens")
     return config
@@ -1637,7 +1652,7 @@ def use_packed_attention(model, name):
         for parameter in dtypes:
             parameter.data = at_least_fp32(parameter.data)
         plain, packed, cached = logits_in_three_ways(model)
-        list(model.model.layers)  # what the trainers shard
+        list(model.model.layers)  # the trainers shard these: refused where there are none
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError,
             MemoryError) as error:
         if is_out_of_memory(error):
@@ -1810,7 +1825,7 @@ def main():
     add("--ticks", action="store_true", help="print what every tick feeds")
     try:
         asyncio.run(demo(parser.parse_args()))
-    except (UserError, argparse.ArgumentError) as error:
+    except (UserError, FloatingPointError, argparse.ArgumentError) as error:
         sys.exit(f"error: {error}")
 
 

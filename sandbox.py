@@ -132,7 +132,7 @@ class UserError(Exception):
 @dataclasses.dataclass
 class SandboxResult:
     """What one snippet did. sandbox_error is our own fault: drop the rollout."""
-    status: str  # ok, error, timeout, output_limit, killed, sandbox_error
+    status: str  # ok, error, timeout, output_limit, killed, sandbox_error; of a Service: busy
     output: str  # for the model: at most output_chars characters, plus notices in brackets
     seconds: float = 0.0  # of wall time from fork to exit
 
@@ -265,7 +265,7 @@ class Sandbox:
             return SandboxResult(str(death), f"[sandbox error: the zygote died] {raw[-2000:]!r}")
         if own_seconds > timeout / 2 and not timed_out:
             self.counts["near_limit"] += 1
-        status, text = feedback(raw, exit_code, timed_out, timeout, output_chars)
+        status, text = status_and_text(raw, exit_code, timed_out, timeout, output_chars)
         return SandboxResult(status, text, seconds)
 
     def _start(self):
@@ -335,12 +335,12 @@ class Sandbox:
             self.process.wait()
         self.deaths += 1
 
-        # Only the oldest requests, one per worker, may have begun.
-        for position, future in enumerate(self.futures.values()):
-            if not future.done():
-                status = "sandbox_error" if position < self.workers else "never ran"
-                future.set_exception(ZygoteDied(status))
-                future.exception()  # else asyncio logs what nobody reads
+        # Of what has no answer only the oldest requests, one per worker, may have begun.
+        unanswered = [future for future in self.futures.values() if not future.done()]
+        for position, future in enumerate(unanswered):
+            status = "sandbox_error" if position < self.workers else "never ran"
+            future.set_exception(ZygoteDied(status))
+            future.exception()  # else asyncio logs what nobody reads
 
     async def _self_test(self):
         """Try each kind of attack and each limit. The one-line report, or UserError."""
@@ -405,7 +405,7 @@ class ZygoteDied(Exception):
     """The zygote died before it answered. The text is the snippet's status."""
 
 
-def feedback(raw, exit_code, timed_out, timeout, output_chars):
+def status_and_text(raw, exit_code, timed_out, timeout, output_chars):
     """(status, text for the model) of a finished process. exit_code: minus the number of a signal.
     The text names no folder of the host."""
     text = raw.decode("utf-8", "replace")
@@ -602,9 +602,9 @@ def zygote_main(sock, config):
 def prepare(math_verify=False):
     """Imports and settings for all snippets."""
     global numpy, sympy  # not in the trainer
-    import cmath  # noqa: E401,F401
+    import cmath  # noqa: F401
 
-    import numpy  # noqa: E401
+    import numpy
     import numpy.fft
     import numpy.linalg
     import numpy.random
@@ -706,7 +706,7 @@ def serve(sock, config):
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    queue = collections.OrderedDict()  # request id -> (seed, timeout, code_fd, output_fd)
+    queue = {}  # request id -> (seed, timeout, code_fd, output_fd), the oldest first
     jobs = {}  # request id -> Job
     fork_at = math.inf  # after a fork that failed: the time to try again
     while True:
@@ -755,7 +755,7 @@ def serve(sock, config):
         # Fork a child for each free worker.
         fork_at = math.inf
         while queue and len(jobs) < config["workers"]:
-            request_id = next(iter(queue))  # the oldest
+            request_id = next(iter(queue))
             seed, timeout, code_fd, output_fd = queue[request_id]
             started_at = time.monotonic()
             try:
@@ -800,6 +800,7 @@ def own_seconds(job):
     if not LINUX:
         return wall
     cpu = time.clock_gettime((~job.pid << 3) | 2)  # its CPU clock: see clock_getcpuclockid
+    # Far from the limit, whatever it waited: one file less to read.
     if wall < job.timeout / 2:
         return max(wall, cpu)
     waited = int(process_file(job.pid, "schedstat").split()[1]) * 1e-9  # 0 if not counted
@@ -808,7 +809,9 @@ def own_seconds(job):
 
 def process_file(pid, name):
     """Text of /proc/pid/name, through a descriptor: the zygote covers /proc."""
-    with open(os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=PROC)) as file:
+    # A snippet may name its process, with any bytes.
+    fd = os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=PROC)
+    with open(fd, errors="replace") as file:
         return file.read()
 
 
@@ -868,9 +871,7 @@ def run_snippet(code, seed, memory_mb):
     numpy.random.seed(seed % 2**32)
     sympy.core.random.seed(seed)
 
-    # Line-buffered: what was printed before a kill is in the file.
-    out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
+    out = open_output()
 
     # pickle looks the main module up, tracebacks the source.
     main = types.ModuleType("__main__")
@@ -883,6 +884,7 @@ def run_snippet(code, seed, memory_mb):
     try:
         if earlier:
             replay(earlier, main.__dict__)
+            out = sys.stdout
         is_parsing = True
         tree = ast.parse(code, SNIPPET)
         is_parsing = False
@@ -923,6 +925,14 @@ def run_snippet(code, seed, memory_mb):
     return exit_code
 
 
+def open_output():
+    """A new stream for all that is printed. Line-buffered: what was printed before a kill is in
+    the file."""
+    out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
+    return out
+
+
 def flush_all(out):
     """Write out what `out` holds, and what the snippet may have put in its place."""
     for stream in (out, sys.stdout, sys.stderr):
@@ -961,12 +971,12 @@ def replay(earlier, namespace):
     end_process = os._exit
     shown = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
     try:
         for number, code in enumerate(earlier, 1):
             name = f"earlier_{number}.py"
             remember_source(name, code)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
             sys.stdin = io.StringIO()  # exit() closes it
             os._exit = sys.exit
             try:
@@ -976,16 +986,25 @@ def replay(earlier, namespace):
                 flush_all(out)
                 REPLACED.append((sys.stdout, sys.stderr))
                 sys.stdout = sys.stderr = out
+            if not can_be_written(out):
+                out = open_output()
             atexit._run_exitfuncs()
     finally:
         os._exit = end_process
         sys.stdin = stdin
-        sys.stdout = sys.stderr = out
-        out.flush()
         os.dup2(shown, 1)
         os.dup2(shown, 2)
         os.close(nowhere)
         os.close(shown)
+
+
+def can_be_written(stream):
+    """Whether it is neither closed nor detached."""
+    try:
+        stream.flush()
+    except ValueError:
+        return False
+    return True
 
 
 # Methods and functions that return how much they wrote.
@@ -1025,7 +1044,8 @@ def is_remark(statement, statements_before, code):
 
 
 def print_on_new_line(text, stream):
-    """Behind output that ends inside a line, the text would be read as a part of it."""
+    """Print a text on a line of its own: behind output that ends inside a line it would be read as
+    a part of that."""
     with contextlib.suppress(Exception):  # the snippet may have put anything there
         sys.__stdout__.flush()
         sys.stdout.flush()

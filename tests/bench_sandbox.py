@@ -21,8 +21,8 @@ from sandbox import (  # noqa: E402
     Sandbox,
     SandboxResult,
     anonymous_file,
-    feedback,
     prepare,
+    status_and_text,
 )
 
 
@@ -42,7 +42,7 @@ def run_fresh_interpreter(code, timeout=10.0, output_chars=2000):
             process.kill()
             process.wait()
         raw = os.pread(output_file.fileno(), OUTPUT_BYTES, 0)
-    status, text = feedback(raw, process.returncode, timed_out, timeout, output_chars)
+    status, text = status_and_text(raw, process.returncode, timed_out, timeout, output_chars)
     return SandboxResult(status, text, time.monotonic() - begin)
 
 

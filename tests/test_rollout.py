@@ -569,6 +569,27 @@ def test_a_prefill_begins_every_response_masked_and_a_call_may_begin_in_it(model
         assert decode(tokenizer, t.response_ids[t.tool_calls[0].start:]).startswith("<code>\n```python\nprint(7)")
 
 
+@pytest.mark.parametrize("comment", ["# plain", "# ééééééé", "# 😀😀😀"])
+def test_a_call_that_begins_in_forced_text_is_whole(model, tokenizer, comment):
+    """Guards against characters of several tokens in a prefill or a forced retry: counted otherwise than they
+    are read, they cut into the opening tag."""
+    forced = f"Now.\n<code>\n{comment}\n"
+    said = encode_text(tokenizer, "print(7)\n</code>")
+    script = said + said + [tokenizer.eos_token_id]
+    t, = run(model, tokenizer, [[5]], StubSandbox(lambda code: SandboxResult("busy", "x")), prefill=forced, max_calls=2,
+             after_busy=forced, logits_processor=scripted(script), max_response_tokens=250)
+    assert [call.code for call in t.tool_calls] == [f"{comment}\nprint(7)"] * 2
+    for call in t.tool_calls:
+        assert decode(tokenizer, t.response_ids[call.start:call.end]).lstrip().startswith("<code>")
+
+
+def test_logits_that_are_no_numbers_end_the_rollout(model, tokenizer):
+    """Guards against a whole rollout of last tokens before the loss is found not to be finite."""
+    with pytest.raises(FloatingPointError, match="NaN"):
+        run(model, tokenizer, [[5]], tools=False, max_response_tokens=9,
+            logits_processor=lambda logits, trajectories: logits * float("nan"))
+
+
 def test_a_prefilled_row_goes_on_as_one_that_sampled_the_prefill(make_models, tokenizer):
     """Guards against positions or keys that are shifted by the prefill."""
     ours, theirs = make_models("qwen3")
@@ -610,6 +631,9 @@ def test_the_service_is_busy_by_its_seed_alone():
         busy = [seed for seed, result in zip(seeds, results) if result.status == "busy"]
         assert busy == [seed for seed in seeds if seed % 1000 >= 700]
         assert {result.output for result in results} == {"[busy]", "7"}
+    # A number that Python refuses to read is none of a box.
+    huge = f"print(ask({'1' * 5000},7))"
+    assert asyncio.run(service.run(huge, seed=0)).output == "7"
     never = rollout.Service(StubSandbox("7"), busy=0.0)
     assert asyncio.run(never.run("print(7)", rollout.BUSY_SEED)).status == "ok"
 
@@ -637,6 +661,9 @@ def test_questions_to_a_box_are_not_replayed():
     others in front of it."""
     calls = [rollout.ToolCall("print(ask(4821,7))", "low", "ok", 0, 0, 0), rollout.ToolCall("x = 1", "", "ok", 0, 0, 0)]
     assert rollout.after_earlier("print(ask(4821,9))", calls) == "print(ask(4821,9))"
+    # With spaces around it it is one for the service, too.
+    calls.append(rollout.ToolCall(" print(ask(4821,8)) ", "high", "ok", 0, 0, 0))
+    assert rollout.after_earlier(" print(ask(4821,9))", calls) == " print(ask(4821,9))"
     assert "ask" not in rollout.after_earlier("print(x)", calls) and "x = 1" in rollout.after_earlier("print(x)", calls)
 
 

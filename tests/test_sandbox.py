@@ -487,6 +487,19 @@ def test_two_lost_zygotes_are_a_sandbox_error():
     assert counts["sandbox_error"] == 1 and counts["ok"] == 2
 
 
+def test_a_request_behind_one_that_has_its_answer_may_have_begun():
+    """Guards against a snippet that took the zygote along and is run again as if it had never begun."""
+    async def main():
+        async with Sandbox(workers=1) as sandbox:
+            answered, running, waiting = [asyncio.get_running_loop().create_future() for _ in range(3)]
+            answered.set_result(None)  # and its task has not gone on yet
+            sandbox.futures.update({-1: answered, -2: running, -3: waiting})
+            sandbox._stop(grace=1.0)
+            sandbox.futures.clear()
+            assert [str(running.exception()), str(waiting.exception())] == ["sandbox_error", "never ran"]
+    asyncio.run(main())
+
+
 @linux_only
 def test_a_pool_that_keeps_dying_ends_the_run_with_one_line(monkeypatch):
     """Retries without end would hang the step, and dropping every row would train on nothing."""
@@ -974,6 +987,9 @@ CASES = [
     ("descriptors of the pool", "ok", "none", "LEAK",
      "import os\nfor fd in range(3, 4096):\n    try: os.fstat(fd); print('LEAK', fd)\n"
      "    except OSError: pass\nprint('none')"),
+    # The kernel writes it into a file that the zygote reads.
+    ("a name of any bytes", "ok", "alive", "WORKS",
+     NATIVE + "import time\nlibc.prctl(15, b'\\xff) 1\\n\\xfe')\ntime.sleep(0.3)\nprint('alive')"),
     # x32: getpid with bit 30
     ("other sets of system calls", "ok", "refused", "WORKS",
      NATIVE + "native(libc.syscall(0x40000000 + 39))"),
