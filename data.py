@@ -197,12 +197,20 @@ def find_exchange(messages):
     return question_at, None
 
 
+def answer_line(text):
+    """(the text before it, answer) of GSM8K's last line, "#### 5"; (text, None) without one."""
+    before, mark, answer = text.rpartition("####")
+    answer = answer.strip()
+    # A heading of Markdown, or a comment in a trace's code: more lines follow it.
+    if not mark or "\n" in answer:
+        return text, None
+    return before, answer
+
+
 def marked_answer(text):
-    r"""A solution's final answer: the text after #### or the last \boxed{}; or None."""
-    # In a trace, #### may be a comment in its code.
-    if "####" in text and "<answer>" not in text:
-        return text.rsplit("####", 1)[1].strip()
-    return extract_answer(text)
+    r"""A solution's final answer: behind ####, or in its last \boxed{}; or None."""
+    _, answer = answer_line(text)
+    return extract_answer(text) if answer is None else answer
 
 
 def read_row(row, layouts=LAYOUTS):
@@ -234,8 +242,8 @@ def read_row(row, layouts=LAYOUTS):
             answer = None  # the solution states none
 
         stated_answer = marked_answer(solution)
+        solution, _ = answer_line(solution)
         if "<answer>" not in solution:  # not a trace
-            solution = solution.rsplit("####", 1)[0]
             solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution)
 
         return {"question": question.strip(),

@@ -355,6 +355,8 @@ def write(path, *lines):
     ({"input": "Q", "output": 45}, "Q", "45"),
     ({"problem": "Q", "solution": r"thus \boxed{\frac{1}{2}}", "level": 5}, "Q", r"\frac{1}{2}"),
     ({"problem": "Q", "answer": 33, "solution": "long"}, "Q", "33"),
+    ({"problem": "Q", "solution": "#### Step 1\nAdd.\n#### Answer\nSo \\boxed{5}."}, "Q", "5"),
+    ({"question": "Q", "answer": "5\n####\n5\n"}, "Q", "5"),
 ])
 def test_every_known_layout_is_understood(tmp_path, row, question, answer):
     """Guards against the whole GSM8K solution, or a LaTeX derivation, being taken for the reference."""
