@@ -271,12 +271,9 @@ FUNCTION = re.compile(r"\\[A-Za-z]+|!")
 HARMLESS = {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\ln", r"\log", r"\infty", r"\le", r"\ge"}
 
 
-def without_commas(match):
-    return match[0].replace(",", "")
-
-
-def without_thin_spaces(match):
-    return match[0].replace("\u2009", "")
+def without_separators(match):
+    """A number without its commas or thin spaces."""
+    return re.sub("[,\u2009]", "", match[0])
 
 
 def one_spelling(text):
@@ -300,12 +297,12 @@ def one_spelling(text):
     # 1234, where a thin or no-break space stands between the thousands
     text = text.replace(r"\thinspace ", "\u2009")
     text = text.replace("\u202f", "\u2009").replace("\u00a0", "\u2009")
-    text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:\u2009\d{3})+(?!\d)", without_thin_spaces, text)
+    text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:\u2009\d{3})+(?!\d)", without_separators, text)
 
     # 1,234 -> 1234, but (1,234) is a pair.
     has_brackets = re.search(r"[(\[]|\\{", text)
     if not has_brackets or re.search(r",\s", text):
-        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", without_commas, text)
+        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", without_separators, text)
 
     # Dollar signs in pairs enclose mathematics; a lone one is money.
     dollars = re.findall(r"(?<!\\)\$", text)
@@ -321,7 +318,8 @@ def without_label(text, other):
     r"""The text without its "x=" or "x\in", where the other has the same label or no "="."""
     label = LABEL.match(text)
     if label and ("=" not in other or other.startswith(label[0])):
-        return text.replace(label[0], "")
+        # Of x=1,x=2 both labels go.
+        return re.sub(rf"(?:^|(?<=,)){re.escape(label[0])}", "", text)
     return text
 
 
@@ -502,7 +500,7 @@ async def is_same_expression(predicted, reference, sandbox):
 
     # Where the reference is a number, the answer must be one.
     value = exact_value(predicted)
-    wanted = exact_value(LABEL.sub("", reference, count=1))
+    wanted = exact_value(without_label(reference, ""))
     if wanted is not None:
         # CRUCIAL: 37*99 is no answer; math-verify would do the arithmetic.
         scaled = wanted

@@ -434,7 +434,7 @@ LOOKS_ALIKE = [
     ("0=0", "x^2=-1"), ("x=x", "x^2=-1"), ("y=y", "y=2x+1"), ("5=5", "5=6"), ("x>=x", r"\emptyset"),
     ("5 millions", "5"), ("5 tenths", "5"), ("5 nope", "5"), ("3 quarters", "3"), ("x'", "x"), ("5", "5'"),
     (r"5\text{ m}", r"5\text{ s}"), ("5 cm^2", "5 cm^3"), (r"\pi \text{ million}", r"\pi"),
-    (r"\not= 5", "5"), ("0,5", "0.5"), ("1.234,5", "1234.5"), ("True", "x"), (r"\sin(30)", r"\frac{1}{2}")]
+    (r"\not= 5", "5"), ("x=1x=2", "12"), ("2y=4", "24"), ("0,5", "0.5"), ("1.234,5", "1234.5"), ("True", "x"), (r"\sin(30)", r"\frac{1}{2}")]
 
 
 def test_what_looks_alike_is_not_equal(judged):
@@ -445,6 +445,7 @@ def test_what_looks_alike_is_not_equal(judged):
 
 # What people write for the same, and what must not be read so
 OTHER_SPELLINGS = [
+    ("4=2y", "2y=4"),
     (r"\fbox{4}", "4"), (r"\boxed{\fbox{4}}", "4"), (r"\fbox{$x+1$}", "x+1"),
     ("(p,q)=(3,2)", "(3,2)"), (r"(x, y) = \left(3, 2\right)", "(3,2)"), ("(x_1,x_2,x_3)=(1,2,3)", "(1,2,3)"),
     (r"(r,\theta)=(3,\frac{\pi}{2})", r"(3,\frac{\pi}{2})"),
