@@ -798,8 +798,7 @@ def probes(calls):
         if n_left >= 5:
             below, above = guess - low, high - guess
             in_middle.append(min(below, above) >= n_left // 4)
-        if call.output != "equal":
-            low, high = narrowed(low, high, guess, call.output)
+        low, high = narrowed(low, high, guess, call.output)
     return in_middle
 
 

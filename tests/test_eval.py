@@ -909,6 +909,9 @@ def test_questions_of_a_search_are_followed(tokenizer):
     assert (found["search_solved"], found["search_solved_count"]) == (0.0, 1)
     edge = response(tokenizer, asked(3, "low"), asked(5, "high"), asked(4, "equal"), BOX)
     assert behaviour_metrics([edge], [embedded("search")])["middle_probe_count"] == 2
+    # After the answer one number is left.
+    again = response(tokenizer, asked(6, "equal"), asked(6, "equal"), BOX)
+    assert behaviour_metrics([again], [embedded("search")])["middle_probe_count"] == 1
 
 
 def test_purposes_agree_with_the_labels_by_hand_as_often_as_the_results_say():
