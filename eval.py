@@ -146,8 +146,8 @@ NAMES = {
     "oo": r"\infty ",
     "percent": r"\%",
 }
-for name in "pi sqrt sin cos tan log ln exp alpha beta theta".split():
-    NAMES[name] = f"\\{name} "
+WORDS_OF_LATEX = "pi sqrt sin cos tan log ln exp alpha beta theta".split()
+NAMES |= {name: f"\\{name} " for name in WORDS_OF_LATEX}
 SHORT_WORDS = set("cm mm km kg mg ml ft lb hr mph th am pm no".split())
 
 

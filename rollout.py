@@ -95,8 +95,7 @@ TOOLS = [
 
 # All patterns, in other files too, are made from the table.
 CLOSING = {tool.open: tool.close for tool in TOOLS}
-CLOSING[INTERPRETER_OPEN] = INTERPRETER_CLOSE
-CLOSING[ANSWER_OPEN] = ANSWER_CLOSE
+CLOSING |= {INTERPRETER_OPEN: INTERPRETER_CLOSE, ANSWER_OPEN: ANSWER_CLOSE}
 TAG = re.compile("|".join(re.escape(tag) for tag in [*CLOSING, *CLOSING.values()]))
 AFTER_A_CALL = "|".join(f"(?<={re.escape(tool.close)})" for tool in TOOLS)
 INTERPRETER_BLOCK = re.compile(

@@ -272,6 +272,7 @@ def edit(tmp_path, monkeypatch):
     ("sft.py", "def save_checkpoint(folder,", "def save_checkpoint(folder, *,", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-6)", {"sft.py"}),
     ("sft.py", "LOGIT_BYTES = ", "LOGIT_BYTES = 1 and ", {"sft.py"}),
+    ("rollout.py", "CLOSING |= {INTERPRETER_OPEN: INTERPRETER_CLOSE, ", "CLOSING |= {", {"rollout.py"}),
     ("rollout.py", "AttentionInterface.register", "\n\nAttentionInterface.register", set()),
     ("rollout.py", "def packed_attention(module,", "def packed_attention(layer,", {"rollout.py"}),
 ])
