@@ -68,7 +68,7 @@ def boxed(text):
                 boxes.append((is_boxed, opening.end(), brace.start()))
 
     if boxes:
-        _, start, end = max(boxes)  # the one that starts last
+        _, start, end = max(boxes)  # \boxed before \fbox, and then the one that starts last
         return text[start:end].strip()
     bare = BARE_BOX.findall(text)
     return bare[-1].strip() if bare else None
@@ -402,10 +402,13 @@ def embedded_problem(split, seed, index):
         solved = family(draw)
         operands, by_hand, scripts, answer = solved
 
-        # Traces do not tell which script fails where.
-        works = [works for _, works in scripts]
-        is_solved = all(works) if split.endswith("traces") else any(works) or not scripts
-        if is_solved and belongs_to(split, family, operands):
+        # Traces do not tell which script fails where: there all of them work.
+        working = [works for _, works in scripts]
+        if split.endswith("traces"):
+            is_wanted = all(working)
+        else:
+            is_wanted = any(working) or family is search
+        if is_wanted and belongs_to(split, family, operands):
             break
 
     if family is search:
@@ -455,7 +458,7 @@ def embedded_rows(split, n, seed=0):
     return [problem_row(embedded_problem(split, seed, index)) for index in range(n)]
 
 
-def tool_call(code, output=""):
+def tool_call(code, output):
     return (f"{CODE_OPEN}\n```python\n{code}\n```\n{CODE_CLOSE}\n"
             f"{INTERPRETER_OPEN}\n{output}\n{INTERPRETER_CLOSE}\n")
 
@@ -492,20 +495,21 @@ def script_trace(rng, by_hand, scripts, answer):
 
 
 def search_trace(rng, box, number):
-    """Any number that is left is asked for, at most four."""
-    low, high = 1, HIGHEST
-    calls = []
-    while low < high:
-        guess = rng.randint(low, high)
-        verdict = compare(guess, number)
-        call = tool_call(question_to_box(box, guess), verdict)
-        low, high = narrowed(low, high, guess, verdict)
-        if verdict != "equal":
-            call += f"{low} to {high}.\n"
-        calls.append(call)
-    if len(calls) > 4:
-        return search_trace(rng, box, number)
-    return "".join(calls)
+    """Questions to a box, each for any number that is left, until one is left. More than four
+    questions are drawn anew."""
+    while True:
+        low, high = 1, HIGHEST
+        calls = []
+        while low < high:
+            guess = rng.randint(low, high)
+            verdict = compare(guess, number)
+            call = tool_call(question_to_box(box, guess), verdict)
+            low, high = narrowed(low, high, guess, verdict)
+            if verdict != "equal":
+                call += f"{low} to {high}.\n"
+            calls.append(call)
+        if len(calls) <= 4:
+            return "".join(calls)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -606,7 +610,7 @@ def digit_count(draw):
     answer = len(str(a**b))
     log = math.log10(a)
     by_hand = f"log10({a}) = {log:.4f}\n{b}*{log:.4f} = {b * log:.2f}, so {answer} digits"
-    # A float ends there: OverflowError.
+    # No float is as large as 2^1024: from there on the first script raises an OverflowError.
     scripts = [
         (f"from math import log10\nprint(int(log10({a}.0**{b}))+1)", a**b < 2**1024),
         (f"print(len(str({a}**{b})))", True)]
@@ -641,6 +645,7 @@ def power_remainder(draw):
 DEEPEST = 950  # calls in calls: at 1,000 Python gives up
 
 
+# {2} is the exponent: "x^{2}" becomes x^5.
 @phrasings(
     "Add x^{2} for all multiples x of {1} up to {0}. What are the last two digits of the sum?",
     "What is the sum of x^{2} over the multiples x of {1} up to {0}, modulo 100?",

@@ -405,7 +405,7 @@ def acceptable_answers(reference):
 
     # So it is Python, whose backslashes may be doubled or not.
     texts = [quoted[1:-1] for quoted in re.findall(QUOTED, reference)]
-    if re.sub(r"\\\\", "", reference).count("\\") == 0:
+    if "\\" not in reference.replace(r"\\", ""):
         texts = [text.replace(r"\\", "\\") for text in texts]
     return texts
 
@@ -427,10 +427,10 @@ async def is_equivalent(predicted, reference, sandbox):
 
     # A reference may list several texts, of which one has to match.
     answers = acceptable_answers(reference)
-    for answer in answers:
-        if await is_equivalent(predicted, answer, sandbox):
-            return True
     if answers:
+        for answer in answers:
+            if await is_equivalent(predicted, answer, sandbox):
+                return True
         return predicted == reference
 
     # Both in one spelling, without a label that says nothing.
@@ -551,7 +551,7 @@ METRICS = {
     "pass_last_incorrect": "share of wrong responses' last snippets that ran",
     "pass_last_incorrect_count": "wrong responses with code",
     "timing_first": "start of the first snippet / response length",
-    "timing_mean": "start of any snippet / response length",
+    "timing_mean": "mean over snippets of start / response length",
     "retry_busy": "share of busy calls that another follows, where one is left",
     "retry_busy_count": "busy calls after which one is left",
     "accuracy_after_retry": "share of such calls whose response is correct",
@@ -597,13 +597,13 @@ METRICS = {
     "code_ratio_trivial": "code_ratio of families in which a model is right by hand",
     "code_ratio_needed": "code_ratio of other families",
     "families": "the same of each family: accuracy, calls, accuracy with and without a call",
-    "ood_drop": "accuracy minus that of eval.py's first set",
+    "ood_drop": "accuracy minus that of eval.py's first set: below 0 is a drop",
 
     # Of a step, by default means over its trainable tokens
     "step": "PPO step, from 0",
     "update_skipped": "1: no response to train on",
     "uniform_dropped": "responses left out by --drop_uniform",
-    "reward": "mean sum of a response",
+    "reward": "mean over responses of the sum of their rewards",
     "entropy": "mean entropy of the policy",
     "approx_kl": "KL from the policy before the update",
     "clip_fraction": "share of tokens without gradient",
@@ -622,6 +622,7 @@ METRICS = {
     "train_tokens_per_second": "tokens of prompts and responses",
     "tool_wait_seconds": "time without a row to decode",
     "seconds_rollout": "sampling and judging",
+    "seconds_metrics": "metrics of the responses",
     "seconds_score": "log-probabilities and values",
     "seconds_update": "all minibatches",
     "seconds_sync": "copying weights to the sampler",
@@ -676,9 +677,9 @@ def without_sandbox_errors(trajectories):
 
 def rollout_metrics(trajectories, max_calls=math.inf):
     kept = without_sandbox_errors(trajectories)
-    with_code = [trajectory for trajectory in kept if trajectory.tool_calls]
-    with_snippet = [trajectory.correct for trajectory in kept if trajectory.snippets]
-    without_snippet = [trajectory.correct for trajectory in kept if not trajectory.snippets]
+    with_call = [trajectory for trajectory in kept if trajectory.tool_calls]
+    right_with_snippet = [trajectory.correct for trajectory in kept if trajectory.snippets]
+    right_without = [trajectory.correct for trajectory in kept if not trajectory.snippets]
 
     # An entry per response, and per correct one
     lines = []
@@ -697,7 +698,7 @@ def rollout_metrics(trajectories, max_calls=math.inf):
     retried = []
     right_after_retry = []
     corrected = []
-    for trajectory in with_code:
+    for trajectory in with_call:
         last_ran[trajectory.correct].append(trajectory.tool_calls[-1].status == "ok")
         first_starts.append(trajectory.tool_calls[0].start / len(trajectory.response_ids))
         for number, call in enumerate(trajectory.tool_calls, 1):
@@ -714,8 +715,8 @@ def rollout_metrics(trajectories, max_calls=math.inf):
     return {
         "accuracy": mean([trajectory.correct for trajectory in kept]),
         "code_ratio": code_ratio(kept),
-        "accuracy_with_call": mean(with_snippet),
-        "accuracy_without_call": mean(without_snippet),
+        "accuracy_with_call": mean(right_with_snippet),
+        "accuracy_without_call": mean(right_without),
         "response_tokens": mean([len(trajectory.response_ids) for trajectory in kept]),
         "response_tokens_sampled": mean([sum(trajectory.loss_mask) for trajectory in kept]),
         "snippets_per_response": mean([len(trajectory.tool_calls) for trajectory in kept]),
@@ -870,14 +871,14 @@ def problem_metrics(votes):
         per_problem.append((len(verdicts), verdicts.count(True)))
     sampled = [(n, c) for n, c in per_problem if n]
 
-    # Of each problem's share of right responses
+    # The variance of each problem's share of right responses
     variances = [c / n * (1 - c / n) / (n - 1) for n, c in sampled if n > 1]
     sampling_error = None
     if variances:
         sampling_error = math.sqrt(sum(variances)) / len(variances)
 
     # Powers of two, and the largest number of responses
-    most = max(per_problem)[0]
+    most = max([n for n, _ in per_problem])
     ks = {most}
     ks.update([2**i for i in range(most.bit_length())])
     pass_rates = {}
@@ -950,6 +951,15 @@ def encode_problems(problems, tokenizer, template, max_prompt_tokens, name):
     return encoded
 
 
+FAMILY_METRICS = (
+    "accuracy",
+    "code_ratio",
+    "snippets_per_response",
+    "accuracy_with_call",
+    "accuracy_without_call",
+)
+
+
 async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=None, **sampling):
     """avg@n over problems, as `encode_problems` gives them: (metrics, trajectories).
     sample: instead of `sample_all`. UserError if nothing ran."""
@@ -978,16 +988,10 @@ async def evaluate(model, tokenizer, problems, sandbox, process, desc, sample=No
     trivial = []
     needed = []
     for family, members in sorted(by_family.items()):
-        with_call = [trajectory.correct for trajectory in members if trajectory.snippets]
-        without_call = [trajectory.correct for trajectory in members if not trajectory.snippets]
-        families[family] = {
-            "accuracy": mean([trajectory.correct for trajectory in members]),
-            "count": len(members),
-            "code_ratio": code_ratio(members),
-            "snippets_per_response": mean([len(trajectory.tool_calls) for trajectory in members]),
-            "accuracy_with_call": mean(with_call),
-            "accuracy_without_call": mean(without_call),
-        }
+        of_members = rollout_metrics(members)
+        families[family] = {"count": len(members)}
+        for name in FAMILY_METRICS:
+            families[family][name] = of_members[name]
         if problems[members[0].prompt_index].get("kind") == "by hand":
             trivial += members
         else:
@@ -1016,7 +1020,10 @@ NOT_A_SETTING = {
     "warm_start_dir",
     "resume",
     "export",
+    "track",
+    "minutes",
     "save_every",
+    "sft_save_every",
     "keep_checkpoints",
     "save_rollouts",
     "sandbox_workers",
@@ -1075,7 +1082,7 @@ def evaluation_summary(results):
         "snippets": 6,
         "tokens written": 7,
     }
-    lines = ["set".ljust(32) + " problems    accuracy %  code %"
+    lines = ["set".ljust(32) + " problems    accuracy % code %"
              "  given   needed/trivial calls tokens"]
     for name, m in results.items():
         line = name[-32:].ljust(32)
@@ -1125,17 +1132,17 @@ def read_jsonl_so_far(path):
 
 
 def read_arguments(folder):
-    """(record, arguments) of a run folder's arguments.json. OSError or ValueError if damaged."""
+    """The flags in a run folder's arguments.json. OSError or ValueError if damaged."""
     record = read_object((Path(folder) / "arguments.json").read_text())
     arguments = record.get("arguments")
     if not isinstance(arguments, dict) or not isinstance(record.get("resumed", []), list):
         raise ValueError("arguments.json is not what a run writes")
-    return record, arguments
+    return arguments
 
 
 def report_page(runs):
-    """The text of runs/report.html with the files of these run folders in it. Runs that differ
-    only in seeds share a group."""
+    """The text of runs/report.html with the files of these run folders in it. Runs whose flags
+    differ only in NOT_A_SETTING share a group."""
     names = [os.path.basename(os.path.abspath(run)) for run in runs]
     shown = []
     groups = []
@@ -1143,7 +1150,7 @@ def report_page(runs):
         rollouts = []
         path = f"{run}/arguments.json"
         try:
-            _, arguments = read_arguments(run)
+            arguments = read_arguments(run)
             path = f"{run}/metrics.jsonl"
             metrics = read_jsonl_so_far(path)
             path = f"{run}/rollouts.jsonl"
@@ -1281,16 +1288,17 @@ def local_world():
     return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
-def choose_device(wanted, local_rank, local_world, n_gpus, may_use_cpu):
-    """"cuda:<local rank>" if this machine has a GPU for each of its ranks, else "cpu"; UserError
-    where that is not what --device wants, or may_use_cpu is False and there are some GPUs."""
+def choose_device(wanted, local_rank, n_ranks, n_gpus, may_use_cpu):
+    """"cpu" or "cuda:<local rank>" for --device `wanted`. auto: a GPU if this machine has one for
+    each of its ranks. UserError where cuda has too few, or auto has some but too few and may not
+    use the CPU."""
     if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
         return "cpu"
-    if local_world <= n_gpus:
+    if n_ranks <= n_gpus:
         return f"cuda:{local_rank}"
     if wanted == "auto" and may_use_cpu:
         return "cpu"
-    raise UserError(f"{local_world} ranks on this machine, but {n_gpus} GPUs: start at most one "
+    raise UserError(f"{n_ranks} ranks on this machine, but {n_gpus} GPUs: start at most one "
                     "rank per GPU (--nproc_per_node), or give --device cpu")
 
 
@@ -1568,15 +1576,14 @@ def parse_arguments():
         parser.error("give either --model or --report")
     if args.report and not args.output:
         parser.error("--report needs --output")
-    lengths = ["max_prompt_tokens", "max_response_tokens"]
     files = [name for name in args.problems.split(",") if name not in SPLITS]
-    if files and not set(lengths) <= given.keys():
-        try:
-            for name in files:
-                need_source(name)  # a word that is mistyped needs no lengths
-        except UserError as error:
-            parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
-        need_values(parser, given, lengths)
+    try:
+        for name in files:
+            need_source(name)
+    except UserError as error:
+        parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
+    if files:
+        need_values(parser, given, ["max_prompt_tokens", "max_response_tokens"])
     return args
 
 
@@ -1584,10 +1591,10 @@ def parse_arguments():
 # The script
 
 
-def read_journal(file):
+def read_journal(path):
     """{hash: rows} of a journal's whole lines."""
     entries = {}
-    with open(file.name, "rb") as lines:
+    with open(path, "rb") as lines:
         for line in lines:
             with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
                 for key, rows in read_object(line).items():
@@ -1607,18 +1614,18 @@ class Journal:
     """What has been sampled, so that an interrupted evaluation goes on: a line of JSON per chunk
     of problems, under a hash of all that decides it."""
     file: object
-    chunk: int  # problems
+    problems_per_line: int
     decisive: list  # what decides besides problems and sampling
 
     async def sample(self, model, tokenizer, problems, sandbox, process, desc="", **sampling):
         """`sample_all`, except for what is there already."""
         rows = self.read()
         trajectories = []
-        for begin in range(0, len(problems), self.chunk):
-            part = problems[begin:begin + self.chunk]
+        for begin in range(0, len(problems), self.problems_per_line):
+            part = problems[begin:begin + self.problems_per_line]
             recipe = json.dumps([self.decisive, sampling, part])
             key = hashlib.sha256(recipe.encode()).hexdigest()
-            sampled = trajectories_of(rows.get(key))
+            sampled = trajectories_of(rows.get(key, []))
             if not sampled:
                 sampled = await sample_all(
                     model, tokenizer, part, sandbox, process, desc, **sampling)
@@ -1628,13 +1635,13 @@ class Journal:
 
     def read(self):
         """{hash: trajectories as dicts}. The file is rank 0's; every rank gets its whole lines."""
-        shared = [read_journal(self.file)]
+        shared = [read_journal(self.file.name)]
         dist.broadcast_object_list(shared)
         return shared[0]
 
 
 def trajectories_of(rows):
-    """Trajectories from dicts; None where there are none, or they are of another version."""
+    """Trajectories from dicts; None where they are of another version."""
     try:
         trajectories = []
         for row in rows:
@@ -1694,6 +1701,7 @@ async def main(process):
         check_positions(load_config(path, tokenizer), args)
 
     results = {}
+    first_set = next(iter(sets))
     process.goes_on = "the same command goes on if --output was given"
     async with make_sandbox(args) as sandbox:
         print(sandbox.report)
@@ -1730,18 +1738,18 @@ async def main(process):
                     **rollout_settings(args),
                 )
                 results[path][name] = metrics
-                first_set = next(iter(sets))
                 metrics["ood_drop"] = metrics["accuracy"] - results[path][first_set]["accuracy"]
                 print(f"{path} {name}")
                 print(example_responses(trajectories, problems, tokenizer))
 
-                for trajectory in trajectories if writes else []:
-                    problem = problems[trajectory.prompt_index]
-                    row = describe_trajectory(trajectory, tokenizer, problem)
-                    row["model"] = path
-                    row["set"] = name
-                    row["tool_seconds"] = [call.seconds for call in trajectory.tool_calls]
-                    responses.write(json.dumps(row) + "\n")
+                if writes:
+                    for trajectory in trajectories:
+                        problem = problems[trajectory.prompt_index]
+                        row = describe_trajectory(trajectory, tokenizer, problem)
+                        row["model"] = path
+                        row["set"] = name
+                        row["tool_seconds"] = [call.seconds for call in trajectory.tool_calls]
+                        responses.write(json.dumps(row) + "\n")
             print(f"{path}\n{evaluation_summary(results[path])}")
 
     responses.close()

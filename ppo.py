@@ -167,7 +167,8 @@ def turn_gae(rewards, values, loss_mask, gamma, lam):
 
 
 def adaptive_lam(loss_mask):
-    """lambda (B,) = 1 - 1 / (0.05 l) of a response of l trainable tokens (arXiv 2504.05118)."""
+    """lambda (B,) = max(0, 1 - 1 / (0.05 l)) of a response of l trainable tokens (arXiv
+    2504.05118)."""
     lengths = loss_mask.sum(1).clamp(min=1)
     return (1 - 20 / lengths).clamp(min=0)
 
@@ -180,20 +181,21 @@ def whiten(advantages, loss_mask, floor):
     return torch.where(trainable, (advantages - chosen.mean()) / scale, 0.0)
 
 
-def group_advantages(totals, groups, advantage):
+def group_advantages(totals, groups, kind):
     """Advantages (B,) of responses with rewards `totals` (B,), without a critic. groups (B,): one
-    number per prompt. "grpo": (R - mean) / (deviation + 1e-4) of the group (arXiv 2402.03300);
+    number per prompt. kind "grpo": (R - mean) / (deviation + 1e-4) of the group (arXiv 2402.03300);
     "rloo": R - mean of the others in the group (arXiv 2402.14740)."""
     advantages = torch.zeros_like(totals)
     for group in groups.unique():
         members = groups == group
         rewards = totals[members]
+        centred = rewards - rewards.mean()
         n = len(rewards)
-        if advantage == "grpo":
+        if kind == "grpo":
             deviation = rewards.std(unbiased=False)
-            advantages[members] = (rewards - rewards.mean()) / (deviation + 1e-4)
+            advantages[members] = centred / (deviation + 1e-4)
         elif n > 1:  # alone in its group, after others were dropped, a response has no baseline
-            advantages[members] = (rewards - rewards.mean()) * n / (n - 1)
+            advantages[members] = centred * n / (n - 1)
     return advantages
 
 
@@ -248,11 +250,11 @@ def policy_loss(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_hi
     return loss, {"approx_kl": approx_kl, "clip_fraction": clip_fraction}
 
 
-def importance_weights(old_logprobs, sampler_logprobs, sampled, most=2.0):
-    """min(pi_old / pi_sampler, most) of sampled tokens, else 1: corrects for a sampler that is not
+def importance_weights(old_logprobs, sampler_logprobs, sampled):
+    """min(pi_old / pi_sampler, 2) of sampled tokens, else 1: corrects for a sampler that is not
     the policy of the update (truncated importance sampling, by token)."""
     log_ratio = torch.where(sampled.bool(), old_logprobs - sampler_logprobs, 0.0)
-    return log_ratio.exp().clamp(max=most)
+    return log_ratio.exp().clamp(max=2.0)
 
 
 def reference_kl(logprobs, reference_logprobs, loss_mask):
@@ -293,13 +295,8 @@ def cosine(step, steps, warmup, floor=0.0):
     """Learning-rate factor: linear warm-up, then a cosine from 1 down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def is_void(trajectory):
-    """Whether the last turn has no answer (arXiv 2509.02479); earlier turns end with a call."""
-    return trajectory.answer is None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -320,10 +317,11 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
         trainer.sampler, tokenizer, problems, sandbox, trainer.process,
         n_samples=args.samples_per_prompt, temperature=args.temperature,
         seed=args.seed, step=step, stats=stats, **evaluation.rollout_settings(args))
+    stopwatch.lap("rollout")
     metrics = evaluation.rollout_metrics(trajectories, args.max_calls)
     metrics |= evaluation.behaviour_metrics(trajectories, problems)
     metrics |= evaluation.collapse_metrics(trajectories, Pieces(tokenizer))
-    stopwatch.lap("rollout")
+    stopwatch.lap("metrics")
 
     # Some responses are not trained on: the sandbox failed, or a flag filters them out.
     chosen = [trajectory for trajectory in trajectories if is_trained_on(trajectory, args)]
@@ -346,8 +344,8 @@ async def train_step(trainer, prompts, sandbox, tokenizer, step):
 
     # Score: what actor and critic say before the update, by the trainer's own weights.
     trainer.score(examples)
-    metrics |= score_metrics(chosen)
-    if step == 0 or trainer.is_synced_after(step - 1):
+    metrics |= score_metrics(examples)
+    if trainer.is_synced_after(step - 1):
         check_sampler(examples, trainer.logit_error, step)
     stopwatch.lap("score")
 
@@ -398,12 +396,14 @@ def is_trained_on(trajectory, args):
         return False
     if args.drop_truncated and not trajectory.is_complete:
         return False
-    return not (args.drop_void and is_void(trajectory))
+    # Void (arXiv 2509.02479): without an answer, which one that was cut off never has.
+    return not (args.drop_void and trajectory.answer is None)
 
 
 def of_mixed_groups(trajectories):
-    """Responses to prompts that were answered both right and wrong: in other groups every group
-    advantage is 0. (DAPO's dynamic sampling, arXiv 2503.14476, but none is drawn instead.)"""
+    """Responses to prompts that were answered both right and wrong: in other groups, if --reward
+    pays the answer alone, every group advantage is 0. (DAPO's dynamic sampling, arXiv 2503.14476,
+    but none is drawn instead.)"""
     outcomes = {}  # prompt -> {True, False}
     for trajectory in trajectories:
         outcomes.setdefault(trajectory.prompt_index, set()).add(trajectory.correct)
@@ -425,9 +425,8 @@ def trajectory_example(trajectory, rewards, mask_interpreter=True):
         rewards=prompt + rewards)
 
 
-def score_metrics(trajectories):
+def score_metrics(examples):
     """Mean reward, entropy, and how far sampler and trainer are apart."""
-    examples = [trajectory.example for trajectory in trajectories]
     loss_mask = torch.cat([example.loss_mask for example in examples])
     entropy = torch.cat([example.entropy for example in examples])
     gap = torch.cat([sampler_gap(example) for example in examples])
@@ -443,15 +442,12 @@ def sampler_gap(example):
     return (example.logprobs - example.sampler_logprobs).abs() * example.sampled
 
 
-# Errors of a logit that are bugs, not rounding; healthy are 1e-5, and 0.006 to 0.06.
-LOGIT_ERROR = {"fp32": 1e-3, "bf16": 0.1}
-
-
 def logit_error(dtype, n_layers):
-    """In bf16 it grows with depth: 0.07 at 3 layers, 0.12 at 12 (random weights)."""
-    if dtype == "bf16":
-        return LOGIT_ERROR[dtype] * max(1.0, n_layers / 3) ** 0.5
-    return LOGIT_ERROR[dtype]
+    """The error of a logit that is a bug, not rounding. Healthy are 1e-5 in fp32, and 0.006 to 0.06
+    in bf16, where it grows with depth: 0.07 at 3 layers, 0.12 at 12 (random weights)."""
+    if dtype == "fp32":
+        return 1e-3
+    return 0.1 * max(1.0, n_layers / 3) ** 0.5
 
 
 def tolerance(logprobs, mask, error):
@@ -541,9 +537,8 @@ class Trainer:
     def score(self, examples):
         """Fill what the models say before the update."""
         def compute(flat, packing):
-            columns = {}
-            columns["logprobs"], columns["entropy"] = self.logprobs(
-                self.actor, flat, packing, with_entropy=True)
+            logprobs, entropy = self.logprobs(self.actor, flat, packing, with_entropy=True)
+            columns = {"logprobs": logprobs, "entropy": entropy}
             if self.critic:
                 columns["values"] = self.critic(flat.input_ids, packing)
             if self.reference:
@@ -671,7 +666,7 @@ class Trainer:
         return factors
 
     def minibatches(self, examples, step):
-        """The examples, in an order of seed and step, in args.minibatches lists."""
+        """The examples, in an order of seed and step, in at most args.minibatches lists."""
         # A generator of its own: the same order on all ranks, and after a resume.
         generator = torch.Generator().manual_seed((self.args.seed * 100003 + step) % 2**64)
         order = torch.randperm(len(examples), generator=generator).tolist()
@@ -777,12 +772,12 @@ class Prompts:
             problem = embedded_problem("train", f"ppo{self.seed}", position)
             return self.encode(problem_row(problem))
         epoch, index = divmod(position, len(self.rows))
-        order = shuffled(len(self.rows), f"{self.seed}/{epoch}")
+        order = shuffled_order(len(self.rows), f"{self.seed}/{epoch}")
         return self.encode(self.rows[order[index]])
 
 
 @functools.lru_cache(maxsize=2)
-def shuffled(n, seed):
+def shuffled_order(n, seed):
     return random.Random(seed).sample(range(n), n)
 
 
@@ -821,7 +816,7 @@ def parse_arguments(argv=None):
 def recorded_values(parser, folder, defaults):
     """The flags of the run in a folder. The parser's error where it would not have taken them."""
     try:
-        _, values = evaluation.read_arguments(folder)
+        values = evaluation.read_arguments(folder)
     except (OSError, ValueError) as error:
         parser.error(f"--resume {folder}: not the folder of a run ({error})")
 
@@ -1012,10 +1007,18 @@ async def main(process):
         process, args.device, may_use_cpu=not args.model, tf32=args.tf32)
 
     with RunFolder(args, process) as run:
-        # What can be wrong is found before the warm start, which takes minutes.
-        sft.check_mesh(args.replicas, process.world)
         checkpoint, record = sft.find_checkpoint(
             run.path / "checkpoints", process.rank, only_weights=bool(args.export))
+        if args.export:
+            if not checkpoint:
+                raise UserError(f"--resume {run.path}: there is no checkpoint to export")
+            if process.rank == 0:
+                export(checkpoint, str(run.path / "model"), args)
+            print(f"step {record['step']} of {run.path} exported to {args.export}")
+            return
+
+        # What can be wrong is found before the warm start, which takes minutes.
+        sft.check_mesh(args.replicas, process.world)
         # Only where there is a checkpoint is it known that model/ was written to its end.
         start_model = str(run.path / "model") if checkpoint else args.model or args.warm_start
         config, tokenizer = sft.starting_point(start_model, args.template_kwargs)
@@ -1028,32 +1031,25 @@ async def main(process):
         sets = evaluation_sets(args)
         is_embedded = args.train_data == "embedded" and not args.eval_data
         problems = None if args.train_data == "embedded" else load_problems(args.train_data)
-        if args.export and not checkpoint:
-            raise UserError(f"--resume {run.path}: there is no checkpoint to export")
         if record["step"] > args.steps:
             raise UserError(f"--steps {args.steps}: the run has done {record['step']} already")
 
         # The folder begins with what the run was started with.
-        if not args.export:
-            if not args.resume:
-                run.write_arguments(args)
-            print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
-            sft.say_floor(args.token_budget, args.max_prompt_tokens + args.max_response_tokens)
-            process.goes_on = f"torchrun ppo.py --resume {run.path}"
+        if not args.resume:
+            run.write_arguments(args)
+        print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
+        sft.say_floor(args.token_budget, args.max_prompt_tokens + args.max_response_tokens)
+        process.goes_on = f"torchrun ppo.py --resume {run.path}"
         run.track(args)
 
         # Of this run's own only the configuration is needed, for the weights are in the checkpoint.
         model_path = start_model or str(await sft.warm_start(args, process))
         tokenizer = load_tokenizer(model_path, args.template_kwargs)
-        if args.export:
-            if process.rank == 0:
-                export(checkpoint, model_path, args.dtype, args.export, tokenizer)
-            print(f"step {record['step']} of {run.path} exported to {args.export}")
-            return
         trainer = Trainer(args, model_path, process, weights=not checkpoint)
         if checkpoint:
             dcp.load(trainer.state(), checkpoint_id=checkpoint)
-            if args.sync_every == 1:
+            # The last sync may not be the sampler's: --steps can be less than before.
+            if trainer.is_synced_after(record["step"] - 1):
                 sft.sync_weights(trainer.actor, trainer.sampler)
 
         # Problems become prompts, for training and for evaluation.
@@ -1067,7 +1063,6 @@ async def main(process):
               f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
         if args.resume:
             print(f"{run.path}: goes on after step {record['step']}")
-        run.open(record["bytes"])
         begin -= record["seconds"]  # of the runs that this one continues
 
         async def evaluate(model, rows, label, **changed):
@@ -1082,12 +1077,15 @@ async def main(process):
             return trajectories
 
         async def evaluate_all(when):
+            if not sets:
+                return
+            print(f"evaluation {when}: {', '.join(sets)}", flush=True)
             evaluation_begin = time.perf_counter()
             # Two responses of the first set are shown.
-            examples = ""
+            shown = ""
             for name, rows in sets.items():
                 trajectories = await evaluate(trainer.sampler, rows, f"{name} {when}")
-                examples = examples or evaluation.example_responses(trajectories, rows, tokenizer)
+                shown = shown or evaluation.example_responses(trajectories, rows, tokenizer)
 
             # What could explain a gain away.
             if is_embedded and when in ("before", "after"):
@@ -1105,19 +1103,19 @@ async def main(process):
                     forced["after_busy"] = FORCED_RETRY
                     await evaluate(
                         trainer.sampler, rows, "test, call + retry forced before", **forced)
-            if sets:
-                seconds = time.perf_counter() - evaluation_begin
-                print(f"{examples}\n\n{evaluation.evaluation_summary(run.results)}\n"
-                      f"evaluated in {seconds:.0f} s\n", flush=True)
+            seconds = time.perf_counter() - evaluation_begin
+            print(f"{shown}\n\n{evaluation.evaluation_summary(run.results)}\n"
+                  f"evaluated in {seconds:.0f} s\n", flush=True)
 
         # The sandbox starts with its self-test; then the run is evaluated before its first step.
         async with evaluation.make_sandbox(args) as sandbox:
             print(sandbox.report)
-            if args.resume:  # only now: what is refused leaves no trace
+            # Only now: a refused --resume changes nothing.
+            if args.resume:
                 run.write_arguments(args)
+            run.open(record["bytes"])
             run.add_to_arguments({"sandbox": sandbox.report})
             if record["step"] == 0:
-                print(f"evaluation before training: {', '.join(sets)}", flush=True)
                 await evaluate_all("before")
             tool = Service(sandbox, args.busy) if problems is None else sandbox
             n_responses = args.prompts_per_step * args.samples_per_prompt
@@ -1154,7 +1152,6 @@ async def main(process):
                     print(f"--minutes are over after step {done}: {process.goes_on}")
                     return
 
-            print(f"evaluation after training: {', '.join(sets)}", flush=True)
             await evaluate_all("after")
 
         # What a finished run has.
@@ -1172,13 +1169,14 @@ async def main(process):
               f"--model {run.path}/checkpoint {flags}{shlex.quote(question)}")
 
 
-def export(checkpoint, model_path, dtype, folder, tokenizer):
+def export(checkpoint, model_path, args):
     """A checkpoint's actor for plain transformers: read straight into a plain model."""
-    model = load_model(model_path, "cpu", dtype, weights=False)
+    model = load_model(model_path, "cpu", args.dtype, weights=False)
+    tokenizer = load_tokenizer(model_path, args.template_kwargs)
     state = {f"actor.lm.{name}": p.detach() for name, p in model.named_parameters()}
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    model.save_pretrained(folder)
-    save_beside_weights(model, tokenizer, folder)
+    model.save_pretrained(args.export)
+    save_beside_weights(model, tokenizer, args.export)
 
 
 UNTRAINED = 64  # problems for a model with random weights, whose responses never end
@@ -1199,7 +1197,7 @@ def evaluation_sets(args):
 def settings_line(args):
     defaults = vars(parse_arguments([]))
     changed = [f"--{name} {value}" for name, value in vars(args).items()
-               if value != defaults.get(name)]
+               if value != defaults[name]]
     return f"settings: {' '.join(changed) or 'all defaults'} (in full: arguments.json)"
 
 
@@ -1229,6 +1227,8 @@ def step_line(step, steps, m):
 
 
 def commit():
+    if not shutil.which("git"):
+        return "git is not installed"
     result = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return result.stdout.strip() or "not a git checkout"

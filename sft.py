@@ -314,7 +314,8 @@ def clipped_step(module, optimizers, max_norm, name):
 
 
 def batches(n, batch_size, seed):
-    """Endless lists of batch_size of n indices, shuffled anew every epoch."""
+    """Endless lists of batch_size of n indices, or of all n if they are fewer, shuffled anew every
+    epoch."""
     rng = random.Random(seed)
     order = []
     while True:
@@ -330,8 +331,8 @@ def trapezoid(step, steps, warmup):
 
 
 class Muon(torch.optim.Optimizer):
-    """Along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon): half
-    the steps of AdamW here."""
+    """Steps along the orthogonalised momentum of each matrix (kellerjordan.github.io/posts/muon).
+    It needs half the steps of AdamW here."""
     # In fp32: torch.optim.Muon works in bf16, which many CPUs only emulate.
 
     def __init__(self, matrices, lr, momentum=0.95):
@@ -511,7 +512,7 @@ def make_warm_start(traces, held_out, recipe, args, folder, process):
 
 def train_on_traces(traces, held_out, recipe, args, folder, process):
     """The warm start itself: the checkpoint goes into `folder`. Returns the final metrics.
-    args: only for what decides no result, as `shard` and --sft_save_every."""
+    args: for `shard`, whose dtype is in recipe too, and for what decides no result."""
     # Positions are checked before minutes of training.
     config, tokenizer = starting_point(recipe.model, recipe.template_kwargs)
 
@@ -623,14 +624,14 @@ def warm_start_folder(parent, recipe, traces, held_out):
     code = training_code()
     folder = parent / f"{decides}-{digest(code)}"
     if not folder.is_dir():
-        for record in sorted(parent.glob(f"{decides}-*/arguments.json")):
+        for path in sorted(parent.glob(f"{decides}-*/arguments.json")):
             try:
-                before = dict(read_object(record.read_text())["code"])
+                before = dict(read_object(path.read_text())["code"])
             except (ValueError, TypeError, KeyError):  # damaged
                 continue
             changed = [file for file in code if code[file] != before.get(file)]
             print(f"warm start: made anew, for code in {', '.join(changed)} is not that of "
-                  f"{record.parent}")
+                  f"{path.parent}")
     return folder
 
 
@@ -773,12 +774,10 @@ def load_traces(source):
         if not problem or problem["stated"] is None:
             raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: "
                             "this is no trace (sft.py curate makes them)")
-        trace = {
-            "failed_calls": [],
-            "family": Path(source).stem,
-            "response": problem.pop("solution")}
+        response = problem.pop("solution")
         problems.append(problem)
         # What the row itself says comes last, and wins.
+        trace = {"failed_calls": [], "family": Path(source).stem, "response": response}
         trace = trace | problem | row
         texts = [trace["question"], trace["response"]]
         failed = trace["failed_calls"]
@@ -906,8 +905,9 @@ async def check_trace(candidate, reference, sandbox):
 
 
 async def embedded_traces(n, code_share, seed, sandbox, split="traces"):
-    """Traces of n embedded problems, as `load_traces` reads them, about the share `code_share`
-    solved with code, the rest by hand; a Counter of "kept" and of the reasons to reject."""
+    """(traces, counts). Traces as `load_traces` reads them, of n embedded problems: about the share
+    `code_share` solved with code, the rest by hand. counts: a Counter of "kept" and of the reasons
+    to reject."""
     rng = random.Random(seed + 1)
     # A draw for each problem decides between code and hand.
     problems = [embedded_problem(split, seed, i) for i in range(n)]
@@ -951,11 +951,13 @@ def shard(module, lm, args, process):
     fp32."""
     # Made once: each mesh has communicators of its own.
     device_type = process.device.type
-    if process.mesh is None and args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
-        grid = (args.replicas, process.world // args.replicas)
-        process.mesh = init_device_mesh(device_type, grid, mesh_dim_names=("replicate", "shard"))
-    elif process.mesh is None:
-        process.mesh = init_device_mesh(device_type, (process.world,))
+    if process.mesh is None:
+        if args.replicas > 1:  # a grid (replicas, shards): hybrid sharding
+            grid = (args.replicas, process.world // args.replicas)
+            names = ("replicate", "shard")
+            process.mesh = init_device_mesh(device_type, grid, mesh_dim_names=names)
+        else:
+            process.mesh = init_device_mesh(device_type, (process.world,))
 
     if device_type == "cuda" and args.dtype == "bf16":
         need_varlen(lm.config, process.device)
@@ -1056,11 +1058,11 @@ def save_checkpoint(folder, state, record, keep, rank):
             publish(partial, final, record, hashes_of_rank, keep)
     except (CheckpointException, OSError) as error:  # where one rank ends, torchrun ends the others
         reason = str(error).strip().splitlines()[-1]
-        others = "There is none before it"
+        earlier = "There is none before it"
         if any(folder.glob("step-*")):
-            others = f"The ones before it in {folder} are intact"
+            earlier = f"The ones before it in {folder} are intact"
         raise UserError(f"checkpoint of step {record['step']} cannot be written ({reason}): disk "
-                        f"full? {others}") from None
+                        f"full? {earlier}") from None
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
 
@@ -1280,7 +1282,7 @@ def check_quality(candidate, results, reference):
         else:
             # The error must be quoted or mentioned right after, and a later snippet run.
             is_noticed = quoted_outputs[i].strip() or NOTICED.search(texts[i + 1])
-            is_corrected = any(later.status == "ok" for later in results[i:])
+            is_corrected = any(later.status == "ok" for later in results[i + 1:])
             if status not in ("error", "timeout") or not is_noticed or not is_corrected:
                 raise Rejected(f"quality: {status}, not corrected")
 
@@ -1301,8 +1303,9 @@ async def check_problem(record, run):
     row = record.pop("input")
     problem = read_row(row, run.layouts)
     if not problem:
-        raise Rejected("filter: " + (wrong_field(row, run.layouts) or (
-            f"unknown layout ({field_names(row)}), name its --question_field and --answer_field")))
+        unknown = (f"unknown layout ({field_names(row)}), name its --question_field and "
+                   "--answer_field")
+        raise Rejected(f"filter: {wrong_field(row, run.layouts) or unknown}")
     record.update(problem)
 
     # What cannot be asked, compared or rewritten is left out.
@@ -1333,6 +1336,7 @@ async def make_trace(record, run):
     """Make the trace of a record that has a candidate."""
     if not record["candidate"]:
         raise Rejected("rewrite: no calculation, or unfinished")
+    # Half a character, which a model may write, becomes a question mark.
     candidate = record["candidate"].encode("utf-8", "replace").decode().strip()
     response, failed_calls, results = await check_trace(candidate, record["answer"], run.sandbox)
     check_quality(candidate, results, record["answer"])
@@ -1341,8 +1345,10 @@ async def make_trace(record, run):
     prompt = run.template.replace("{question}", record["question"])
     if len(encode_text(run.tokenizer, prompt + response)) > run.max_tokens:
         raise Rejected("quality: too long")
-    # The layout that `load_traces` reads.
+    # The layout that `load_traces` reads: the bare question; the messages are for other programs.
     record["trace"] = {
+        "question": record["question"],
+        "response": response,
         "messages": [{"role": "user", "content": prompt},
                      {"role": "assistant", "content": response}],
         "answer": record["answer"],
@@ -1411,14 +1417,17 @@ async def curate_file(args):
             for key in contamination_keys(problem["question"]):
                 run.evaluation[key] = f"{Path(file).name}:{number}"
 
-    decisive = {name: value for name, value in vars(args).items() if name not in NOT_DECISIVE}
+    # What decides a record: flags, and what stands in the files that they name.
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_DECISIVE}
+    decisive = digest(flags, run.template, run.evaluation)
     rows = enumerate(read_rows(args.input, args.split, args.config), 1)
     rows = itertools.islice(rows, args.limit or None)
     records = []
-    async with make_sandbox(args) as run.sandbox:
+    async with make_sandbox(args) as sandbox:
+        run.sandbox = sandbox
         with open(journal, "a+") as file, tqdm(desc="rows", total=args.limit or None) as bar:
             # What an interrupted run has left: hash -> records.
-            done = read_journal(file)
+            done = read_journal(file.name)
 
             # All rows, in_flight at a time.
             while True:
@@ -1486,6 +1495,7 @@ def add_curate_arguments(parser):
     add("--rewriter", choices=("calculator", "program", "local", "api"), default="calculator",
         help="GSM8K's annotations become snippets or one script, or a model rewrites solutions")
     add("--limit", type=at_least(0), default=0, help="rows to curate; 0: all")
+    # Numbers of rows are added to it.
     add("--seed", type=in_range(-2**63, 2**62, number=int), default=0,
         help="seed of a rewriting model")
     add("--split", default="train", help="split of a hub data set")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import StubSandbox, decode, run, scripted
+from safetensors.torch import load_file
 from test_ppo import OWN, PPO, metrics_of, run_here, textbook_gae
 
 import eval as evaluation
@@ -187,7 +188,9 @@ def test_each_mask_switch_trains_exactly_the_tokens_it_names(tokenizer):
 
 def test_a_void_response_is_one_whose_last_turn_has_no_answer():
     """Guards against a filter that drops wrong answers, which are what there is to learn from."""
-    assert ppo.is_void(SimpleNamespace(answer=None)) and not ppo.is_void(SimpleNamespace(answer="7"))
+    args = SimpleNamespace(drop_truncated=False, drop_void=True)
+    for answer, kept in (("7", True), (None, False)):
+        assert ppo.is_trained_on(SimpleNamespace(finish_reason="eos", answer=answer), args) == kept
 
 
 # Every flag once; those in a line have nothing to do with each other.
@@ -241,3 +244,11 @@ def test_a_stale_sampler_is_part_of_the_checkpoint(checkpoint, tmp_path):
     result = run_here("--resume", str(tmp_path / "parts"), "--minutes", "0")
     assert result.returncode == 0, result.stderr[-3000:]
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+    # A run that ends earlier than it was to keeps its newest weights, not those of the last sync.
+    short = str(tmp_path / "short")
+    run_here(*flags, "--entropy_coef", "0.1", "--minutes", "0.0001", "--run_dir", short)
+    result = run_here("--resume", short, "--minutes", "0", "--steps", "1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    run_here("--resume", short, "--export", str(tmp_path / "exported"))
+    kept, newest = (load_file(path / "model.safetensors") for path in (tmp_path / "short/checkpoint", tmp_path / "exported"))
+    assert all(torch.equal(kept[name], newest[name]) for name in newest)

@@ -608,6 +608,11 @@ def test_the_same_input_gives_the_same_bytes_and_traces_that_training_reads(tmp_
     # what comes out goes in again, and all of it is verified anew
     curate("--input", tmp_path / "a.jsonl", "--output", tmp_path / "again.jsonl")
     assert [r["messages"] for r in read(tmp_path / "again.jsonl")] == [r["messages"] for r in rows]
+    # Nor is a template of one's own taken for the question.
+    (tmp_path / "template").write_text("Say it: {question}")
+    curate("--input", source, "--output", tmp_path / "own.jsonl", "--prompt_template", tmp_path / "template")
+    assert read(tmp_path / "own.jsonl")[0]["messages"][0]["content"] == f"Say it: {GSM8K[0]['question']}"
+    assert load_traces(tmp_path / "own.jsonl")[0]["question"] == GSM8K[0]["question"]
     with pytest.raises(UserError, match="there already"):
         curate("--input", tmp_path / "gsm.jsonl", "--output", tmp_path / "a.jsonl")
 
@@ -654,6 +659,14 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_rows(tmp_path, trusted
     with pytest.raises(UserError, match="interrupted"):
         curate(*command, "--prompt_template", "plain")
     assert len(judged) == 4 + len(GSM8K)  # another argument: nothing of the journal holds
+    judged.clear()
+    evaluated = tmp_path / "evaluated.jsonl"
+    for words, n_made in (("Other words.", len(GSM8K)), ("Other words.", 4), ("And others.", len(GSM8K))):
+        write(evaluated, [{"question": words, "answer": 1}])
+        with pytest.raises(UserError, match="interrupted"):
+            curate(*command, "--decontaminate", evaluated)
+        assert len(judged) == n_made  # all once more where the file's problems are others
+        judged.clear()
     interrupt_at = None
     curate(*command)
     kept = [{**row, "family": "", "place": ""} for row in read(out)]

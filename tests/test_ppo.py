@@ -463,7 +463,7 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
     assert [row["step"] for row in metrics_of(run) if "step" in row] == [0, 1, 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "Trainer", None)  # of a large model it would not fit on one card
-        result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
+        result = run_here("--resume", str(run), "--export", str(exported))
     assert result.returncode == 0 and "step 3 of" in result.stdout, result.stderr[-3000:]
     a, b = (AutoModelForCausalLM.from_pretrained(path) for path in (run / "checkpoint", exported))
     ids = torch.tensor([[5, 6, 7, 300, 301]])
@@ -474,10 +474,20 @@ def test_a_run_resumes_on_another_number_of_ranks_and_exports(runs):
                         (["--steps", "2"], "--steps 2: the run has done 3 already")):
         result = run_here("--resume", str(run), "--replicas", "1", *flags)
         assert result.returncode != 0 and line in result.stderr, result.stderr[-3000:]
-    assert (run / "arguments.json").read_text() == record  # what is refused leaves no trace
+    metrics = (run / "metrics.jsonl").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "make_sandbox", refuse_sandbox)
+        result = run_here("--resume", str(run), "--replicas", "1")
+    assert result.returncode == 1 and "no sandbox here" in result.stderr, result.stderr[-3000:]
+    # What is refused leaves no trace.
+    assert (run / "arguments.json").read_text() == record and (run / "metrics.jsonl").read_text() == metrics
     shutil.rmtree(run / "checkpoints")
-    result = run_here("--resume", str(run), "--replicas", "1", "--export", str(exported))
+    result = run_here("--resume", str(run), "--export", str(exported))
     assert result.returncode == 1 and "no checkpoint to export" in result.stderr
+
+
+def refuse_sandbox(args):
+    raise UserError("no sandbox here")
 
 
 def save(trainer, folder, step):
@@ -1089,10 +1099,7 @@ def test_a_refused_start_leaves_nothing(tmp_path, monkeypatch):
 
 def test_an_evaluation_that_is_refused_leaves_no_file(runs, tmp_path, monkeypatch):
     """Guards against the responses of a finished evaluation that a start without a sandbox empties."""
-    def refuse(args):
-        raise UserError("no sandbox here")
-
-    monkeypatch.setattr(evaluation, "make_sandbox", refuse)
+    monkeypatch.setattr(evaluation, "make_sandbox", refuse_sandbox)
     (tmp_path / "out.json.responses.jsonl").write_text("{}\n")
     result = run_here("--model", str(runs[0] / "first" / "checkpoint"), "--output", str(tmp_path / "out.json"),
                       script=evaluation)
