@@ -20,7 +20,8 @@ unless unsafe=True (--unsafe_sandbox).
 
 `timeout` limits a snippet's *own* time: the CPU seconds of its threads, or the wall time of its
 main thread less what that waited for a core, whichever is more. So other load pushes nothing over
-it. WALL_FACTOR * `timeout` of wall time ends all.
+it, but work in another thread that the main one waits for. WALL_FACTOR * `timeout` of wall time
+ends all.
 
 Covered too: floods of output, memory and threads, state passed between snippets, a killed or
 frozen zygote, a killed trainer. The same code and seed give the same text (clocks, os.urandom,
@@ -952,7 +953,8 @@ def split_earlier(code):
     """(earlier snippets, the present one)"""
     first_line, _, rest = code.partition("\n")
     if first_line.startswith(EARLIER):
-        with contextlib.suppress(ValueError):  # a comment of the snippet's own
+        # Else it is a comment of the snippet's own.
+        with contextlib.suppress(ValueError, RecursionError):
             earlier = json.loads(first_line.removeprefix(EARLIER))
             if isinstance(earlier, list) and all(isinstance(text, str) for text in earlier):
                 return earlier, rest
@@ -965,7 +967,7 @@ REPLACED = []
 
 def replay(earlier, namespace):
     """Run earlier snippets, each compiled by itself; what they print goes nowhere, and an exit ends
-    only the snippet in which it stands."""
+    only the snippet in which it stands. One that closes all descriptors spoils the later ones."""
     out = sys.stdout
     stdin = sys.stdin
     end_process = os._exit
@@ -1095,6 +1097,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
+PR_SET_THP_DISABLE = 41
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
 CAP_SETUID = 1 << 7
@@ -1152,6 +1155,10 @@ def give_up(config):
     with layer("first choice of the OOM killer", mandatory=False):
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
+
+    # Of a huge page that is unmapped but for 4 KiB all 2 MiB stay, and RLIMIT_AS counts 4 KiB.
+    with layer("no huge pages", mandatory=False):
+        kernel("prctl", PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
     with layer("time limits without waiting for a core", mandatory=False):
         if process_file("self", "schedstat").startswith("0 "):
@@ -1259,8 +1266,11 @@ def try_own_user():
 
 
 def confine(config):
-    """The restrictions that are not inherited, just before the code."""
+    """What would bind the zygote too: put on in the child, just before the code."""
     os.setpgid(0, 0)
+    if LINUX:  # the OOM killer must not take the zygote, and with it the snippets beside, first
+        with contextlib.suppress(OSError):
+            write_process_file("oom_score_adj", "1000")
     if config["own_user"]:  # before die_with_parent: a namespace resets it
         with contextlib.suppress(OSError):  # no namespace is left: share that of the zygote
             take_own_user()
@@ -1373,9 +1383,17 @@ ALLOWED = dict(
 )
 
 # Some are allowed only with certain values: {argument: values}, all of 32 bits in the kernel.
+MAP_SHARED = 0x1
+MAP_ANONYMOUS = 0x20
+MASKS = {"mmap": MAP_SHARED | MAP_ANONYMOUS}  # only these bits of the argument count
 SELF = 0x5E1F5E1F  # stands for the snippet's own pid
 CLOCKS = {0: range(12)}  # those of other processes are negative
 CONDITIONS = dict(
+    # Of the bits in MASKS. Pages that are shared and anonymous stay until the last one is
+    # unmapped, and RLIMIT_AS counts only what is mapped.
+    mmap={3: (0, MAP_SHARED, MAP_ANONYMOUS)},
+    # Or CLOSE_RANGE_CLOEXEC; not UNSHARE: RLIMIT_NOFILE would hold for each thread by itself.
+    close_range={2: (0, 4)},
     clone={0: (0x3D0F00, 0x7D0F00)},  # a thread's flags in glibc, in musl
     kill={0: [SELF]},
     tgkill={0: [SELF]},
@@ -1411,6 +1429,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AU
 BPF_LOAD = 0x20
 BPF_EQUAL = 0x15
 BPF_AT_LEAST = 0x35
+BPF_AND = 0x54
 BPF_RETURN = 0x06
 SECCOMP_RET_ALLOW = 0x7FFF0000
 SECCOMP_RET_ERRNO = 0x00050000
@@ -1456,6 +1475,8 @@ def seccomp_filter():
         block = []
         for argument, values in CONDITIONS.get(name, {}).items():
             block.append(instruction(BPF_LOAD, 16 + 8 * argument))
+            if name in MASKS:
+                block.append(instruction(BPF_AND, MASKS[name]))
             for position, value in enumerate(values):
                 # Skip the values that are left, and the refusal.
                 skip = len(values) - position

@@ -164,9 +164,9 @@ def test_a_comment_that_looks_like_earlier_snippets_is_a_comment():
     """Guards against a policy whose own first line is taken away."""
     async def main():
         async with Sandbox() as sandbox:
-            return [await sandbox.run(f"{EARLIER}{text}\nprint(4)") for text in ("3", "[1, 2]", "[")]
+            return [await sandbox.run(f"{EARLIER}{text}\nprint(4)") for text in ("3", "[1, 2]", "[", "[" * 3000)]
 
-    assert [result.output for result in asyncio.run(main())] == ["4\n"] * 3
+    assert [result.output for result in asyncio.run(main())] == ["4\n"] * 4
 
 
 def test_each_mask_switch_trains_exactly_the_tokens_it_names(tokenizer):

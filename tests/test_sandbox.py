@@ -451,6 +451,22 @@ def test_cancellation_kills_the_snippet():
 
 
 @linux_only
+def test_a_snippet_goes_before_the_zygote_and_has_no_huge_pages():
+    """Guards against a snippet whose memory ends its neighbours, and against 2 MiB that count as 4 KiB."""
+    async def main():
+        async with Sandbox(workers=1, timeout=5.0) as sandbox:
+            zygote = sandbox.process.pid
+            task = asyncio.create_task(sandbox.run("import time; time.sleep(0.5)"))
+            await until(lambda: children(zygote))
+            [snippet] = children(zygote)
+            score = Path(f"/proc/{snippet}/oom_score_adj")
+            await until(lambda: int(score.read_text()) > int(Path(f"/proc/{zygote}/oom_score_adj").read_text()))
+            assert "\nTHP_enabled:\t0\n" in Path(f"/proc/{snippet}/status").read_text()
+            assert (await task).status == "ok"
+    asyncio.run(main())
+
+
+@linux_only
 def test_killed_zygote_is_replaced_and_snippets_retried():
     """The OOM killer may take the zygote: the step must go on, and no orphan may run on."""
     async def main():
@@ -713,6 +729,8 @@ def test_filter_does_what_its_tables_say(monkeypatch, machine, column):
             code, yes, no, constant = program[line]
             if code == 0x20:
                 value = struct.unpack_from("=I", data, constant)[0]
+            elif code == 0x54:
+                value &= constant
             elif code == 0x06:
                 return "allow" if constant == 0x7FFF0000 else constant & 0xFFFF
             elif {0x15: value == constant, 0x35: value >= constant}[code]:
@@ -722,7 +740,7 @@ def test_filter_does_what_its_tables_say(monkeypatch, machine, column):
             line += 1
     conditional = {module.ALLOWED[name][column]: name for name in module.CONDITIONS}
     plain = {numbers[column] for numbers in module.ALLOWED.values()} - {None, *conditional}
-    assert len(conditional) == 17 and len(plain) > 60
+    assert len(conditional) == 19 and len(plain) > 60
     for n in [*range(600), 0x40000000, 0x40000001, 0xFFFFFFFF]:
         if n in conditional:
             conditions = module.CONDITIONS[conditional[n]]
@@ -776,7 +794,9 @@ CASES = [
     ("random numbers of the system", "ok", "16", None,
      "import os\nprint(len(os.urandom(8) + open('/dev/urandom', 'rb').read(8)))"),
     ("anonymous memory maps", "ok", "b'x'", None,
-     "import mmap\nm = mmap.mmap(-1, 4096)\nm[:1] = b'x'\nprint(m[:1])"),
+     "import mmap\nm = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE)\nm[:1] = b'x'\nprint(m[:1])"),
+    ("shared memory maps of files", "ok", "b'", None,
+     "import mmap, os\nm = mmap.mmap(os.open(os.__file__, os.O_RDONLY), 9, mmap.MAP_SHARED, mmap.PROT_READ)\nprint(m[:1])"),
     # Errors, and ways to end.
     ("traceback with the line", "error", "return 1/0", None, "def f():\n    return 1/0\nf()"),
     ("syntax error", "error", "SyntaxError", None, "for i in range(3) print(i)"),
@@ -987,6 +1007,11 @@ CASES = [
     ("descriptors of the pool", "ok", "none", "LEAK",
      "import os\nfor fd in range(3, 4096):\n    try: os.fstat(fd); print('LEAK', fd)\n"
      "    except OSError: pass\nprint('none')"),
+    # Memory that no limit counts.
+    ("shared and anonymous memory", "error", "PermissionError", None, "import mmap\nmmap.mmap(-1, 4096)"),
+    ("shared and anonymous memory, other flags", "ok", "refused\n" * 4, "WORKS",
+     NATIVE + "for flags in (0x21, 0x23, 0x8021, 0x40021):\n    native(libc.mmap(None, 4096, 3, flags, -1, 0))"),
+    ("descriptors of a thread's own", "ok", "refused", "WORKS", NATIVE + "native(libc.close_range(60, 60, 2))"),
     # The kernel writes it into a file that the zygote reads.
     ("a name of any bytes", "ok", "alive", "WORKS",
      NATIVE + "import time\nlibc.prctl(15, b'\\xff) 1\\n\\xfe')\ntime.sleep(0.3)\nprint('alive')"),
