@@ -253,19 +253,19 @@ def gain(*names, **of):
     return with_interval(*difference(*names, **of))
 
 
-def early_rates(name, begin, end):
-    """Mean accuracy of the samples of some steps, of each seed."""
+def early_rates(name, begin, end, key="accuracy"):
+    """Mean of a metric of the samples of some steps, of each seed."""
     runs = [run for run in seeds_of(name).values() if run["steps"]]
-    return [np.mean([row["accuracy"] for row in run["steps"][begin:end]]) for run in runs]
+    return [np.mean([row[key] for row in run["steps"][begin:end]]) for run in runs]
 
 
-def early(name, begin=0, end=10):
-    return f"{100 * np.mean(early_rates(name, begin, end)):.0f}"
+def early(name, begin=0, end=10, key="accuracy"):
+    return f"{100 * np.mean(early_rates(name, begin, end, key)):.0f}"
 
 
-def step_each(name, step):
-    """Of each seed the right ones among the samples of a step, counted from 1."""
-    return ", ".join(f"{100 * run['steps'][step - 1]['accuracy']:.0f}" for run in seeds_of(name).values())
+def step_each(name, step, key="accuracy"):
+    """Of each seed a metric of the samples of a step, counted from 1, in percent."""
+    return ", ".join(f"{100 * run['steps'][step - 1][key]:.0f}" for run in seeds_of(name).values())
 
 
 def interpreter_share(name):
@@ -278,7 +278,8 @@ def interpreter_share(name):
 
 
 def last_entropy(name):
-    return [np.mean([row["entropy"] for row in run["steps"][-5:]]) for run in seeds_of(name).values() if run["steps"]]
+    """Of the policy, in the last five steps."""
+    return f"{np.mean(early_rates(name, -5, None, 'entropy')):.3f}"
 
 
 COLUMNS = {  # key of the evaluations -> heading
@@ -294,17 +295,11 @@ def table(*names, base="ppo"):
     """A row for each name: what its last checkpoint does on the test problems."""
     rows = []
     for name in names:
-        is_base = name == base
-        cells = []
-        for at in ("test after", "test, greedy after"):
-            cells += [spread(values(name, "accuracy", at)), "" if is_base else gain(name, base, at=at)]
+        cells = [spread(values(name, "accuracy", "test after")), "" if name == base else gain(name, base)]
+        cells.append(spread(values(name, "accuracy", "test, greedy after")))
         cells += [mean(values(name, key, "test after")) for key in COLUMNS]
-        cells.append(mean(early_rates(name, 0, 10)))
-        cells.append(f"{np.mean(last_entropy(name)):.3f}" if last_entropy(name) else "-")
         rows.append([name, str(len(seeds_of(name))), *cells])
-    of_gain = f"minus {base}, points (95 %)"
-    return markdown(["", "seeds", "sampled %", of_gain, "greedy %", of_gain, *(f"{name} %" for name in COLUMNS.values()),
-                     "right in steps 1-10 %", "entropy at the end"], rows)
+    return markdown(["", "seeds", "sampled %", f"minus {base}, points (95 %)", "greedy %", *(f"{name} %" for name in COLUMNS.values())], rows)
 
 
 def ladder():
@@ -516,16 +511,13 @@ def signatures_table():
     names = {
         "repeated_snippets": "responses with code that run the same syntax tree twice",
         "uncorrected_failures": "responses with code whose last snippet failed or met a busy tool",
-        "void_turns": "responses that end without an answer, and not by a refused call",
-        "literal_prints": "snippets that print what stands in them"}
+        "void_turns": "responses that end without an answer, and not by a refused call"}
     rows = []
     for key, name in names.items():
         cells = [mean([seed[key] for seed in signatures_of(when)]) for when in ("before", "after")]
         rows.append([name, *cells])
-    for key, name in {"unneeded_code_tokens": "tokens", "unneeded_code_seconds": "ms of sandbox"}.items():
-        scale = 1000 if key.endswith("seconds") else 1
-        cells = [f"{scale * np.mean([seed[key] for seed in signatures_of(when)]):.0f}" for when in ("before", "after")]
-        rows.append([f"unneeded code: {name} per response that has it", *cells])
+    cells = [f"{np.mean([seed['unneeded_code_tokens'] for seed in signatures_of(when)]):.0f}" for when in ("before", "after")]
+    rows.append(["unneeded code: tokens per response that has it", *cells])
     for purpose in ("calculation", "enumeration", "verification", "unreadable"):
         cells = [mean([seed["purposes"].get(purpose, 0) for seed in signatures_of(when)]) for when in ("before", "after")]
         rows.append([f"snippets for {purpose}", *cells])
@@ -613,15 +605,17 @@ def score_gain(pattern, base):
     return with_interval(*default.interval(gains))
 
 
-def score_table(gains_over="warm_start", greedy=(), **patterns):
-    """A row for each name = pattern; greedy: {name: pattern}. A column that says nothing of any is left out."""
-    base = patterns[gains_over]
+def score_table(gains_over="warm_start", greedy=(), bases=(), **patterns):
+    """A row for each name = pattern; greedy: {name: pattern}; bases: {name: pattern} of rows that are held against another than
+    `gains_over`. A column that says nothing of any is left out."""
     greedy = dict(greedy)
+    bases = dict(bases)
     everything = [metrics for pattern in patterns.values() for metrics in scores(pattern)]
     columns = [key for key in COLUMNS if any(metrics[key] is not None for metrics in everything)]
     rows = []
     for name, pattern in patterns.items():
         found = scores(pattern)
+        base = bases.get(name, patterns[gains_over])
         cells = [spread([metrics["accuracy"] for metrics in found])]
         cells.append("" if pattern == base or name == "untrained" else score_gain(pattern, base))
         if greedy:
