@@ -268,6 +268,16 @@ def step_each(name, step, key="accuracy"):
     return ", ".join(f"{100 * run['steps'][step - 1][key]:.0f}" for run in seeds_of(name).values())
 
 
+def steps_alike(name, base="ppo"):
+    """How many steps two runs of a seed have, after checking that all metrics but durations are equal."""
+    [(seed, run)] = seeds_of(name).items()
+    for ours, theirs in zip(run["steps"], seeds_of(base)[seed]["steps"], strict=True):
+        for key in ours.keys() & theirs.keys():
+            if not key.startswith("seconds_") and ours[key] != theirs[key]:
+                raise UserError(f"runs/findings.md: {name} and {base} differ in step {ours['step']}: {key}")
+    return str(len(run["steps"]))
+
+
 def interpreter_share(name):
     """Percent of a response's tokens that the interpreter wrote, in the last five steps."""
     shares = []
