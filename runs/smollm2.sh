@@ -161,6 +161,8 @@ if [ -n "${GSM8K:-}" ]; then
     --decontaminate "$GSM8K/test.jsonl" --output "$OUT/program.jsonl" --prompt_template plain --tokenizer "$MODEL"
   head -n -1000 "$OUT/program.jsonl" > "$OUT/shown.jsonl"
   tail -n 1000 "$OUT/program.jsonl" > "$OUT/asked.jsonl"
+  head -n 330 "$GSM8K/test.jsonl" > "$OUT/first.jsonl"  # enough for the model as it is
+  timed evaluate gsm8k-untrained-test "$MODEL" --problems "$OUT/first.jsonl" $SCRIPTS --samples 1
   two_epochs gsm8k "$OUT/shown.jsonl"
   test_gsm8k gsm8k-test "$OUT/gsm8k" --samples 4
   timed evaluate gsm8k-signal "$OUT/gsm8k" --problems "$OUT/asked.jsonl" --samples 4 $SCRIPTS
