@@ -1576,14 +1576,15 @@ def parse_arguments():
         parser.error("give either --model or --report")
     if args.report and not args.output:
         parser.error("--report needs --output")
+    lengths = ["max_prompt_tokens", "max_response_tokens"]
     files = [name for name in args.problems.split(",") if name not in SPLITS]
-    try:
-        for name in files:
-            need_source(name)
-    except UserError as error:
-        parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
-    if files:
-        need_values(parser, given, ["max_prompt_tokens", "max_response_tokens"])
+    if files and not set(lengths) <= given.keys():
+        try:
+            for name in files:
+                need_source(name)  # a word that is mistyped needs no lengths
+        except UserError as error:
+            parser.error(f"--problems {error}, nor an embedded split ({', '.join(SPLITS)})")
+        need_values(parser, given, lengths)
     return args
 
 

@@ -56,11 +56,11 @@ def test_README_says_what_the_runs_say(monkeypatch):
         f"three times in ten) | {percent('ppo', 'retry_busy', 'test before')} % | {percent('ppo', 'retry_busy')} % |",
         f" once it asks | {percent('ppo', 'search_solved', 'test before')} % | {percent('ppo', 'search_solved')} % |",
         f"| **{percent('ppo', at='test before')} %** | **{percent('ppo')} %** |",
-        f"without RL, gives {percent('ppo', at='test, call forced before')} %",
-        f"the retry too, {percent('ppo', at='test, call + retry forced before')} %",
-        f"(rejection sampling), gives {percent('rft-10')} % if",
-        f"greedily {percent('rft-10', at='test, greedy after')} %, where PPO has {percent('ppo', at='test, greedy after')} %",
-        f"a script, has {percent('ppo', at='test, best known before')} %"]
+        f"Without RL, a call forced in every response gives {percent('ppo', at='test, call forced before')} %;",
+        f"with the retry forced as well, {percent('ppo', at='test, call + retry forced before')} %",
+        f"own samples, gives {percent('rft-10')} % in ten rounds,",
+        f"Greedily it has {percent('rft-10', at='test, greedy after')} %, and PPO {percent('ppo', at='test, greedy after')} %",
+        f"the best policy known, reaches {percent('ppo', at='test, best known before')} %"]
     text = (ROOT / "README.md").read_text()
     assert [row for row in rows if row not in text] == []
 

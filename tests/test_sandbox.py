@@ -65,7 +65,7 @@ def processes():
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):        # it ended meanwhile
             continue
         found[int(path.parent.name)] = int(parent), state
