@@ -195,10 +195,10 @@ def test_a_void_response_is_one_whose_last_turn_has_no_answer():
 
 
 # Every flag once; those in a line have nothing to do with each other.
-FLAGS = ["--gae_unit turn --lam_actor adaptive --reward steps", "--mask_interpreter off --dual_clip 3 --reward cost",
+FLAGS = ["--gae_unit turn --lam_actor adaptive --reward steps --importance token --sync_every 2",
+         "--mask_interpreter off --dual_clip 3 --reward cost --kl_coef 0.1 --track trackio",
          "--feedback hidden --entropy_coef 0.01 --reward bonus", "--feedback none --interpreter replay --reward executable",
-         "--kl_coef 0.1 --track trackio", "--importance token --sync_every 2", "--drop_void",
-         "--drop_uniform --samples_per_prompt 2", "--advantage grpo --samples_per_prompt 2"]
+         "--drop_void", "--drop_uniform --samples_per_prompt 2", "--advantage grpo --samples_per_prompt 2"]
 
 
 @pytest.fixture(scope="module")
