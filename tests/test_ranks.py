@@ -80,6 +80,7 @@ def test_the_suite_itself_sees_no_gpu():
 
 
 TWO_RANKS = """
+import os
 import sys
 sys.path[:0] = [{root!r}]
 import torch, torch.distributed as dist
@@ -102,7 +103,10 @@ def main(process):
     whole = [p.full_tensor().detach() for p in ours]
     if process.rank == 0:
         torch.save(whole, {path!r})
-    dist.barrier()  # a group that is destroyed under a collective aborts the process
+    dist.barrier()
+    # The end of torch's threads is not what is tested: there a rank aborted twice in some hundred runs
+    # ("terminate called without an active exception").
+    os._exit(0)
 
 
 with evaluation.distributed() as process:
