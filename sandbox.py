@@ -984,13 +984,13 @@ def replay(earlier, namespace):
             try:
                 with contextlib.suppress(SystemExit):
                     exec(compile(code, name, "exec", dont_inherit=True), namespace)
+                atexit._run_exitfuncs()
             finally:
                 flush_all(out)
                 REPLACED.append((sys.stdout, sys.stderr))
                 sys.stdout = sys.stderr = out
             if not can_be_written(out):
                 out = open_output()
-            atexit._run_exitfuncs()
     finally:
         os._exit = end_process
         sys.stdin = stdin
@@ -1153,8 +1153,7 @@ def give_up(config):
                 report["layers"].append(f"NOT {name} ({error})")
 
     with layer("first choice of the OOM killer", mandatory=False):
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("500")
+        write_process_file("oom_score_adj", "500")
 
     # Of a huge page that is unmapped but for 4 KiB all 2 MiB stay, and RLIMIT_AS counts 4 KiB.
     with layer("no huge pages", mandatory=False):

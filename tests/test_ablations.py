@@ -142,6 +142,7 @@ def test_replay_keeps_what_earlier_snippets_defined_but_not_what_they_printed_or
     (["import os, sys\nprint(1, end='')\nprint(2, file=sys.stderr)\nos.write(1, b'3')\nx = 4\n5"], "x", "ok", "4\n"),
     (["import io, sys\nsys.stdout = io.StringIO()", "import atexit\n_ = atexit.register(print, 6)"], "5", "ok", "5\n"),
     (["exit()"], "input()", "error", None),
+    (["import atexit\n_ = atexit.register(print, 6, end='')"], "5", "ok", "5\n"),
     (["import sys\nx = 4\nsys.stdout.close()", "print(x)"], "print(x)", "ok", "4\n"),
     (["import sys\n_ = sys.stderr.detach()", "import os\nos.close(1)", "print(3)"], "print(4)", "ok", "4\n"),
     (["s = '\\n\\ud800\u2028'\nx = len(s)"], "print(x)\n'''one\r\ntwo'''\n3", "ok", "3\n3\n"),
