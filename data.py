@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from rollout import (
     ANSWER_OPEN,
@@ -54,21 +55,20 @@ BARE_BOX = re.compile(
 
 
 def boxed(text):
-    r"""The content of the last complete \boxed{...}, nested braces included; where there is none,
-    of the last \fbox{...}, or else of the last \boxed without braces; or None."""
+    r"""The content of the last complete \boxed{...} or \fbox{...}, nested braces included; where
+    there is none, of the last \boxed without braces; or None."""
     boxes = []
     opened = []  # one pass with a stack: many \boxed{ must not stall the reward
-    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]", text):  # \{ is no brace
         if brace[0] != "}":
             opened.append(brace)
         elif opened:
             opening = opened.pop()
             if opening[0] != "{":
-                is_boxed = opening[0].startswith(r"\boxed")
-                boxes.append((is_boxed, opening.end(), brace.start()))
+                boxes.append((opening.end(), brace.start()))
 
     if boxes:
-        _, start, end = max(boxes)  # \boxed before \fbox, and then the one that starts last
+        start, end = max(boxes)  # the one that starts last
         return text[start:end].strip()
     bare = BARE_BOX.findall(text)
     return bare[-1].strip() if bare else None
@@ -93,39 +93,15 @@ def numbers(text):
 # ---------------------------------------------------------------------------------------------
 # Loading problems
 
-# (question, answer, solution) as dotted paths; the first whose fields are all there wins. In a list
-# of messages "user" is the first message of the user, "assistant" the reply to it: see `dig`.
-LAYOUTS = [
-    # NuminaMath-1.5
-    ("problem", "answer", "solution"),
-    # OpenThoughts
-    ("problem", "ground_truth_solution", "deepseek_solution"),
-    # MATH, NuminaMath-CoT: {"problem": "2+3?", "solution": "\\boxed{5}"}
-    ("problem", "solution", "solution"),
-    # AIME collections
-    ("problem", "answer", ""),
-    # Traces
-    ("question", "answer", "response"),
-    # {"question": "2+3?", "response": "\\boxed{5}"}
-    ("question", "response", "response"),
-    # GSM8K: {"question": "2+3?", "answer": "2+3=5\n#### 5"}, or a plain answer
-    ("question", "answer", "answer"),
-    # The authors' AIME files
-    ("input", "output", ""),
-    # DAPO-Math-17k: {"prompt": [{"content": "2+3?"}], "reward_model": {"ground_truth": "5"}}
-    ("prompt.user.content", "reward_model.ground_truth", ""),
-    # Its processed form
-    ("prompt", "reward_model.ground_truth", ""),
-    # `sft.py curate`: {"messages": [{"content": "2+3?"}, {"content": "\\boxed{5}"}], "answer": "5"}
-    ("messages.user.content", "answer", "messages.assistant.content"),
-    # The authors' traces
-    ("messages.user.content", "messages.assistant.content", "messages.assistant.content"),
-    # OpenThoughts
-    ("conversations.user.value", "conversations.assistant.value", "conversations.assistant.value"),
-    # The same with the other names of a message's fields
-    ("conversations.user.content", "conversations.assistant.content",
-     "conversations.assistant.content"),
-]
+# The names of a field in public sets; the first that holds text or a number counts. GSM8K's
+# "answer" and MATH's "solution" hold both, solution and answer: `read_row` splits them.
+FIELDS = {
+    "question": ["problem", "question", "input", "prompt"],
+    "answer": ["answer", "output", "ground_truth_solution", "reward_model.ground_truth"],
+    "solution": ["solution", "deepseek_solution", "response"],
+}
+# Or a list of messages holds question and response: the authors' traces, OpenThoughts, DAPO.
+CONVERSATIONS = ["messages", "conversations", "prompt"]
 
 # What these sets put around the question; it would contradict our own format.
 PROMPT_FRAME = re.compile("|".join([
@@ -142,136 +118,75 @@ PROMPT_FRAME = re.compile("|".join([
 ]), re.DOTALL)
 
 
-def dig(row, path):
-    """The value at a dotted path such as prompt.0.content or prompt.user.content, or None."""
-    value = row
-    for key in path.split("."):
-        if isinstance(value, dict):
-            value = value.get(key)
-        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
-            value = value[int(key)]
-        elif isinstance(value, list) and key in ("user", "assistant"):
-            question_at, reply_at = find_exchange(value)
-            at = question_at if key == "user" else reply_at
-            value = None if at is None else value[at]
-        else:
-            return None
-    return joined_text(value) if "." in path else value
-
-
-def joined_text(value):
-    """A message's content that is a list of parts, all of them text, as one text; else the value
-    as it is."""
-    if not isinstance(value, list) or not value:
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type", "text") != "text":
-            return value
-        texts.append(part.get("text"))
-    if not all(isinstance(text, str) for text in texts):
-        return value
-    return "\n".join(texts)
-
-
-def find_exchange(messages):
-    """Where in a list of messages the user's first one is, and the reply to it; None: missing."""
-    writers = []
+def exchange(messages):
+    """{"question", "response"}: the user's first message, and the first reply to it."""
+    texts = {}
     for message in messages:
-        writer = None
-        if isinstance(message, dict):
-            writer = message.get("role") or message.get("from")
-        writers.append(str(writer).lower())
-
-    # Where no message says that it is the user's, only a system message is known to be none.
-    instructs = ("system", "developer")
-    of_user = [i for i, writer in enumerate(writers) if writer in ("user", "human")]
-    of_others = [i for i, writer in enumerate(writers) if writer not in instructs]
-    if not of_others:
-        return None, None
-
-    question_at = of_user[0] if of_user else of_others[0]
-    for i in of_others:
-        if i > question_at and i not in of_user:
-            return question_at, i
-    return question_at, None
+        if not isinstance(message, dict):
+            continue
+        writer = str(message.get("role") or message.get("from")).lower()
+        text = message.get("content") or message.get("value")
+        if writer in ("user", "human"):
+            texts.setdefault("question", text)
+        elif writer in ("assistant", "gpt") and texts:
+            texts.setdefault("response", text)
+    return texts
 
 
-def answer_line(text):
-    """(the text before it, answer) of GSM8K's last line, "#### 5"; (text, None) without one."""
+def first_text(row, paths):
+    """The first text or number at one of these dotted paths, as text; "" if there is none."""
+    for path in paths:
+        value = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, (str, int, float)):
+            return str(value).strip()
+    return ""
+
+
+def split_answer(text):
+    r"""(solution, final answer) of a text: the answer stands on GSM8K's last line, "#### 5", or in
+    the last \boxed{}; None without one."""
     before, mark, answer = text.rpartition("####")
     answer = answer.strip()
     # A heading of Markdown, or a comment in a trace's code: more lines follow it.
     if not mark or "\n" in answer:
-        return text, None
+        return text, extract_answer(text)
     return before, answer
 
 
-def marked_answer(text):
-    r"""A solution's final answer: behind ####, or in its last \boxed{}; or None."""
-    _, answer = answer_line(text)
-    return extract_answer(text) if answer is None else answer
+def read_row(row, fields=FIELDS):
+    """{"question", "answer", "solution", "stated"} of a row; "" for what is missing.
+    "stated": the solution's answer, None if missing."""
+    if isinstance(row, dict):
+        for name in CONVERSATIONS:
+            if isinstance(row.get(name), list):
+                row = exchange(row[name]) | row
+    question = PROMPT_FRAME.sub("", first_text(row, fields["question"]))
+    answer = first_text(row, fields["answer"])
+    solution = first_text(row, fields["solution"])
+
+    # The answer's field may hold a whole solution, as in GSM8K, or the solution the answer.
+    _, marked = split_answer(answer)
+    if marked is not None:
+        solution = solution or answer
+        answer = marked
+    solution, stated = split_answer(solution)
+    answer = answer or stated or ""
+
+    solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution)
+    return {"question": question.strip(), "answer": answer,
+            "solution": solution.strip(), "stated": stated}
 
 
-def read_row(row, layouts=LAYOUTS):
-    """{"question", "answer", "solution", "stated"} of a row in a known layout, or None.
-    "stated": the solution's answer, None if missing; "solution": "" if missing."""
-    for question_path, answer_path, solution_path in layouts:
-        question = dig(row, question_path)
-        answer = dig(row, answer_path)
-        solution = dig(row, solution_path) if solution_path else ""
-        if answer_path == solution_path == "answer" and isinstance(answer, (int, float)):
-            solution = ""
-        if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
-            continue
-        if not isinstance(solution, str):
-            continue
-
-        # A question in a list of messages may stand among instructions.
-        if "." in question_path:
-            question = PROMPT_FRAME.sub("", question)
-
-        # The answer's field may hold a whole solution.
-        answer = str(answer).strip()
-        marked = marked_answer(answer)
-        if marked is not None:
-            answer = marked
-        elif answer_path == solution_path == "answer":
-            solution = ""  # a bare answer
-        elif answer_path == solution_path:
-            answer = None  # the solution states none
-
-        stated_answer = marked_answer(solution)
-        solution, _ = answer_line(solution)
-        if "<answer>" not in solution:  # not a trace
-            solution = re.sub(r"<\|(?:begin|end)_of_\w+\|>", "", solution)
-
-        return {"question": question.strip(),
-                "answer": answer,
-                "solution": solution.strip(),
-                "stated": stated_answer}
-    return None
-
-
-def wrong_field(row, layouts=LAYOUTS):
-    """Which field keeps `read_row` from a row whose fields are all there; "" if some are not."""
-    kinds = {type(None): "null", dict: "a dict", list: "a list", int: "a number", float: "a number"}
-    types = (str, (str, int, float), str)  # of question, answer and solution
-    for layout in layouts:
-        if not all(has_field(row, path) for path in layout if path):
-            continue
-        for path, wanted in zip(layout, types):
-            value = dig(row, path)
-            if path and not isinstance(value, wanted):
-                return f"{path} is {kinds.get(type(value), type(value).__name__)}"
-    return ""
-
-
-def has_field(row, path):
-    """Whether there is something at a dotted path, be it null."""
-    parent_path, _, key = path.rpartition(".")
-    parent = dig(row, parent_path) if parent_path else row
-    return dig(row, path) is not None or (isinstance(parent, dict) and key in parent)
+def shape(value):
+    """What a row is made of, for messages: {question: str, answer: NoneType}."""
+    if isinstance(value, dict):
+        fields = [f"{name}: {shape(part)}" for name, part in value.items()]
+        return "{" + ", ".join(fields) + "}"
+    if isinstance(value, list) and value:
+        return f"[{shape(value[0])}]"
+    return type(value).__name__
 
 
 def read_jsonl(path):
@@ -311,8 +226,6 @@ def read_rows(source, split="train", config=None):
         rows = datasets.load_dataset(**where, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
-    except ImportError:
-        raise UserError(f"{source}: needs the package datasets (pip install datasets)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
 
@@ -322,13 +235,10 @@ def load_problems(source):
     problems = []
     for place, row in read_rows(source):
         problem = read_row(row)
-        if not problem or not problem["question"] or not problem["answer"]:
-            found = f"found {field_names(row)}"
-            if problem:
-                found += ", but one is empty or states no answer"
+        if not problem["question"] or not problem["answer"]:
             raise UserError(
                 f"{place}: needs question + answer, input + output, or problem + solution (with "
-                f"a \\boxed answer); {wrong_field(row) or found}")
+                f"a \\boxed answer), none of them empty; found {shape(row)}")
         problems.append({
             "question": problem["question"],
             "answer": problem["answer"],
@@ -352,10 +262,6 @@ def refuse_one_question(source, problems):
             "is it in another field?")
 
 
-def field_names(row):
-    return ", ".join(row) if isinstance(row, dict) else type(row).__name__
-
-
 # ---------------------------------------------------------------------------------------------
 # The embedded problems. Reward has to find what their traces do not show, or hardly:
 #   by hand      the model is right without a tool: should it call one at all?
@@ -370,7 +276,7 @@ SPLITS = ("traces", "held_out_traces", "train", "test", "ood_large", "ood_famili
 
 class Problem(NamedTuple):
     family: str
-    kind: str  # a key of KINDS
+    kind: str  # one of the five above
     operands: tuple
     question: str
     answer: str
@@ -433,12 +339,11 @@ def belongs_to(split, family, operands):
 def write_problem(rng, family, solved, by_code):
     """The Problem of what a family returned (`solved`), with complete responses."""
     operands, by_hand, scripts, answer = solved
-    kinds = [kind for kind, families in KINDS.items() if family in families]
     opening = rng.choice(OPENINGS)
     final = f"<answer>\\boxed{{{answer}}}</answer>"
     return Problem(
         family=family.__name__,
-        kind=kinds[0] if kinds else "one script",
+        kind=family.kind,
         operands=operands,
         question=rng.choice(family.phrasings).format(*operands),
         answer=str(answer),
@@ -447,15 +352,9 @@ def write_problem(rng, family, solved, by_code):
         scripts=scripts)
 
 
-def problem_row(problem):
-    """As `load_problems` returns it, with what `eval.behaviour_metrics` needs."""
-    return {"question": problem.question, "answer": problem.answer, "family": problem.family,
-            "kind": problem.kind, "operands": problem.operands, "scripts": problem.scripts}
-
-
 def embedded_rows(split, n, seed=0):
     """The first n problems of a split."""
-    return [problem_row(embedded_problem(split, seed, index)) for index in range(n)]
+    return [embedded_problem(split, seed, index)._asdict() for index in range(n)]
 
 
 def tool_call(code, output):
@@ -520,10 +419,11 @@ def search_trace(rng, box, number):
 #   answer     an integer
 
 
-def phrasings(*questions):
-    """What a family asks; {0}, {1}, ... are its operands."""
+def phrasings(*questions, kind="one script"):
+    """What a family asks; {0}, {1}, ... are its operands. kind: of the five above."""
     def store(family):
         family.phrasings = questions
+        family.kind = kind
         return family
 
     return store
@@ -532,7 +432,8 @@ def phrasings(*questions):
 @phrasings(
     "What is the last digit of {0}?",
     "Give the units digit of {0}.",
-    "Which digit does {0} end in?")
+    "Which digit does {0} end in?",
+    kind="by hand")
 def last_digit(draw):
     n = draw(100, 2999999)
     scripts = [(f"print({n}%10)", True), (f"print(str({n})[-1])", True)]
@@ -542,7 +443,8 @@ def last_digit(draw):
 @phrasings(
     "Is {0} odd? Answer 1 if it is and 0 if it is even.",
     "What remains when {0} is divided by 2?",
-    "Give 1 if {0} is an odd number, 0 if it is even.")
+    "Give 1 if {0} is an odd number, 0 if it is even.",
+    kind="by hand")
 def is_odd(draw):
     n = draw(100, 2999999)
     scripts = [(f"print({n}%2)", True), (f"print({n}&1)", True)]
@@ -603,7 +505,8 @@ def common_divisor(draw):
 @phrasings(
     "How many digits does {0}^{1} have?",
     "Find the number of decimal digits of {0} to the power {1}.",
-    "If {0}^{1} is written out, how many digits does it take?")
+    "If {0}^{1} is written out, how many digits does it take?",
+    kind="two scripts")
 def digit_count(draw):
     a = draw(2, 99)
     b = draw(100, 449)
@@ -620,7 +523,8 @@ def digit_count(draw):
 @phrasings(
     "Find the remainder when {0}^{1} is divided by {2}.",
     "What is {0} to the power {1} modulo {2}?",
-    "Divide {0}^{1} by {2}. What remains?")
+    "Divide {0}^{1} by {2}. What remains?",
+    kind="two scripts")
 def power_remainder(draw):
     a = draw(2, 99)
     b = draw(3, 19)
@@ -649,7 +553,8 @@ DEEPEST = 950  # calls in calls: at 1,000 Python gives up
 @phrasings(
     "Add x^{2} for all multiples x of {1} up to {0}. What are the last two digits of the sum?",
     "What is the sum of x^{2} over the multiples x of {1} up to {0}, modulo 100?",
-    "The multiples of {1} up to {0} are raised to the power {2}. Find their sum modulo 100.")
+    "The multiples of {1} up to {0} are raised to the power {2}. Find their sum modulo 100.",
+    kind="either one")
 def power_sum(draw):
     k = 2 + 3 * draw(0, 1)  # 2 or 5
     d = draw(2, 12) if k == 2 else draw(8, 12)  # for 5 rarely both scripts fail
@@ -674,7 +579,8 @@ def power_sum(draw):
 @phrasings(
     f"Box {{0}} hides a number from 1 to {HIGHEST}. Find it.",
     f"Which number from 1 to {HIGHEST} is in box {{0}}?",
-    f"Find the number in box {{0}}. It is at least 1 and at most {HIGHEST}.")
+    f"Find the number in box {{0}}. It is at least 1 and at most {HIGHEST}.",
+    kind="search")
 def search(draw):
     box = draw(1000, 9999)
     # No text says the number, and no arithmetic: who does not ask can only guess.
@@ -691,16 +597,9 @@ def sum_of_digit_sums(draw):
 
 
 HELD_OUT_FAMILIES = [sum_of_digit_sums]
-KINDS = {
-    "by hand": [last_digit, is_odd],
-    "one script": [digit_sum, product_remainder, common_divisor],
-    "two scripts": [digit_count, power_remainder],
-    "either one": [power_sum],
-    "search": [search],
-}
 # As often as they stand here. Few by hand: they are right from the start.
-FAMILIES = (KINDS["by hand"] + 2 * KINDS["one script"]
-            + 2 * (KINDS["two scripts"] + KINDS["either one"]) + 6 * KINDS["search"])
+FAMILIES = ([last_digit, is_odd] + 2 * [digit_sum, product_remainder, common_divisor]
+            + 2 * [digit_count, power_remainder, power_sum] + 6 * [search])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -726,25 +625,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
-# As Qwen's tokenizers split: for every qwen2 checkpoint, transformers loads this pattern.
-QWEN_PATTERN = "|".join([
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"\p{N}",  # digits one by one
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])
-
-
 @functools.cache  # takes seconds
 def embedded_tokenizer(vocabulary=896, documents=3000):
     """A byte-level BPE tokenizer, trained on the embedded problems. Tags are ordinary text, as for
     the big tokenizers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
 
@@ -784,7 +671,7 @@ def main():
     if args.file:
         problems = load_problems(args.file)
     else:
-        problems = [embedded_problem("train", args.seed, i)._asdict() for i in range(args.n)]
+        problems = embedded_rows("train", args.n, args.seed)
 
     print(f"{len(problems)} problems\n")
     for problem in problems[:args.n]:

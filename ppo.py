@@ -59,7 +59,6 @@ from data import (
     embedded_problem,
     embedded_rows,
     load_problems,
-    problem_row,
 )
 from eval import mean, parse_flags, percent
 from rollout import (
@@ -770,7 +769,7 @@ class Prompts:
         if self.rows is None:
             # With a seed of its own: not the problems of the evaluations.
             problem = embedded_problem("train", f"ppo{self.seed}", position)
-            return self.encode(problem_row(problem))
+            return self.encode(problem._asdict())
         epoch, index = divmod(position, len(self.rows))
         order = shuffled_order(len(self.rows), f"{self.seed}/{epoch}")
         return self.encode(self.rows[order[index]])

@@ -63,19 +63,18 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import (
-    LAYOUTS,
+    FIELDS,
     NUMBER_IN_TEXT,
     boxed,
     embedded_problem,
     embedded_tokenizer,
     extract_answer,
-    field_names,
     load_problems,
     numbers,
     read_row,
     read_rows,
     refuse_one_question,
-    wrong_field,
+    shape,
 )
 from eval import (
     FlagParser,
@@ -768,24 +767,24 @@ class Rejected(Exception):
 def load_traces(source):
     """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}]."""
     traces = []
-    problems = []
     for place, row in read_rows(source):
         problem = read_row(row)
-        if not problem or problem["stated"] is None:
+        response = problem["solution"]
+        if not problem["question"] or problem["stated"] is None:
             raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: "
                             "this is no trace (sft.py curate makes them)")
-        response = problem.pop("solution")
-        problems.append(problem)
-        # What the row itself says comes last, and wins.
-        trace = {"failed_calls": [], "family": Path(source).stem, "response": response}
-        trace = trace | problem | row
-        texts = [trace["question"], trace["response"]]
-        failed = trace["failed_calls"]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(failed, list):
-            raise UserError(f"{place}: question, response or failed_calls is not what sft.py "
-                            "curate writes")
-        traces.append(trace)
-    refuse_one_question(source, problems)
+        failed_calls = row.get("failed_calls", [])
+        _, calls, _ = take_apart(response)
+        if not isinstance(failed_calls, list) or not all(
+                call in range(len(calls)) for call in failed_calls):
+            raise UserError(f"{place}: failed_calls is not a list of indices of its calls")
+        traces.append({
+            "question": problem["question"],
+            "answer": problem["answer"],
+            "family": row.get("family", Path(source).stem),
+            "response": response,
+            "failed_calls": failed_calls})
+    refuse_one_question(source, traces)
     return traces
 
 
@@ -1301,20 +1300,18 @@ def check_quality(candidate, results, reference):
 async def check_problem(record, run):
     """Fill in the problem, if there is something to rewrite and it is not contaminated."""
     row = record.pop("input")
-    problem = read_row(row, run.layouts)
-    if not problem:
-        unknown = (f"unknown layout ({field_names(row)}), name its --question_field and "
-                   "--answer_field")
-        raise Rejected(f"filter: {wrong_field(row, run.layouts) or unknown}")
-    record.update(problem)
+    record.update(read_row(row, run.fields))
+    question = record["question"]
+    answer = record["answer"]
+    solution = record["solution"]
 
     # What cannot be asked, compared or rewritten is left out.
-    question = record["question"]
-    answer = record["answer"] or ""  # a solution may state none
-    solution = record["solution"]
-    if not question or re.search("[\ud800-\udfff]", question + answer + solution):
+    if not question or not answer:
+        raise Rejected(f"filter: no question or no answer in {shape(row)} (--question_field and "
+                       "--answer_field name them)")
+    if re.search("[\ud800-\udfff]", question + answer + solution):
         raise Rejected("filter: not well-formed")  # a lone surrogate is no text
-    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a", ""):
+    if len(answer) > 200 or answer.lower() in ("proof", "notfound", "none", "n/a"):
         raise Rejected("filter: no answer to compare with")
     if not solution:
         raise Rejected("filter: no solution")
@@ -1403,9 +1400,10 @@ async def curate_file(args):
         raise UserError(f"--output {output}: there already; nothing is overwritten")
 
     # What the stages need.
-    names = (args.question_field, args.answer_field, args.solution_field)
+    named = {"question": args.question_field, "answer": args.answer_field,
+             "solution": args.solution_field}
     run = SimpleNamespace(
-        layouts=[names] if any(names) else LAYOUTS,
+        fields=FIELDS | {name: [path] for name, path in named.items() if path},
         template=load_template(args.prompt_template),
         rewrite=make_rewriter(args),
         family=Path(args.input).stem,
@@ -1500,9 +1498,9 @@ def add_curate_arguments(parser):
         help="seed of a rewriting model")
     add("--split", default="train", help="split of a hub data set")
     add("--config", default=None, help="configuration of a hub data set")
-    add("--question_field", default="", help="dotted path of the question in an unknown layout")
-    add("--answer_field", default="", help="dotted path of the answer in an unknown layout")
-    add("--solution_field", default="", help="dotted path of the solution in an unknown layout")
+    add("--question_field", default="", help="dotted path of the question, if its name is new")
+    add("--answer_field", default="", help="dotted path of the answer, if its name is new")
+    add("--solution_field", default="", help="dotted path of the solution, if its name is new")
     add("--prompt_template", default="retool", help="plain, retool, or a file with {question}")
     add("--tokenizer", default="", help="tokenizer for --max_tokens; empty: the embedded one")
     add("--max_tokens", type=at_least(1), default=16384, help="longer traces are left out")

@@ -121,7 +121,7 @@ GSM8K = [{"question": f"Ann had {n} boxes in her shop number {n * n} and sold ha
      r"so \boxed{\frac12}", r"\frac12"),
     ({"problem": "Q", "solution": r"so \boxed{7}", "answer": "7", "source": "x"}, "Q", "7", r"so \boxed{7}",
      "7"),
-    ({"problem": "Q", "solution": "s", "messages": [{"content": "Q"}, {"content": "s"}], "answer": "7"}, "Q",
+    ({"problem": "Q", "solution": "s", "messages": [{"role": "user", "content": "Q"}], "answer": "7"}, "Q",
      "7", "s", None),
     ({"problem": "Q", "answer": 7}, "Q", "7", "", None),
     ({"prompt": [{"role": "user", "content": "Solve the following math problem step by step. The last line "
@@ -165,29 +165,26 @@ def test_parquet_and_hub_rows_are_read_through_datasets(tmp_path, monkeypatch):
     assert len(load_problems("some/set")) == 1
     with pytest.raises(UserError, match=r"^other/set: cannot be read \(Couldn't reach .* on the Hub\)$"):
         load_problems("other/set")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs the package datasets"):
-        load_problems("some/set")
 
 
 @pytest.mark.parametrize("rows, options, message", [
-    ([{"foo": 1, "bar": 2}], [], "rows kept, {'filter: unknown layout (foo, bar), name its --question_field"),
+    ([{"foo": 1, "bar": 2}], [], "rows kept, {'filter: no question or no answer in {foo: int, bar: int} (--question_field"),
     ([], [], "none of 0 rows kept"),
-    (GSM8K[:1], ["--question_field", "q"], "unknown layout (question, answer), name its --question_field and --answer"),
-    ([{"question": "Q", "answer": None}], [], "rows kept, {'filter: answer is null': 1}"),
-    ([{"question": "Q", "answer": {"value": 4}}], [], "rows kept, {'filter: answer is a dict': 1}"),
-    ([{"problem": "Q", "answer": ["4"], "solution": None}], [], "rows kept, {'filter: answer is a list': 1}"),
-    ([{"question": ["Q"], "answer": "4"}], [], "rows kept, {'filter: question is a list': 1}"),
-    ([{"problem": "Q", "solution": 4}], [], "rows kept, {'filter: solution is a number': 1}"),
-    ([{"messages": [{"content": "Q"}, {"content": None}]}], [], "{'filter: messages.assistant.content is null': 1}"),
-    ([{"x": {"q": "Q", "a": None}}], ["--question_field", "x.q", "--answer_field", "x.a"], "{'filter: x.a is null': 1}"),
+    (GSM8K[:1], ["--question_field", "q"], "no question or no answer in {question: str, answer: str} (--question_field"),
+    ([{"question": "Q", "answer": None}], [], "no answer in {question: str, answer: NoneType} ("),
+    ([{"question": "Q", "answer": {"value": 4}}], [], "no answer in {question: str, answer: {value: int}} ("),
+    ([{"problem": "Q", "answer": ["4"], "solution": None}], [], "no answer in {problem: str, answer: [str], solution: NoneType} ("),
+    ([{"question": ["Q"], "answer": "4"}], [], "no answer in {question: [str], answer: str} ("),
+    ([{"problem": "Q", "solution": 4}], [], "no answer in {problem: str, solution: int} ("),
+    ([{"x": {"q": "Q", "a": None}}], ["--question_field", "x.q", "--answer_field", "x.a"], "no answer in {x: {q: str, a: NoneType}} ("),
     ([trace("Q", "Four. " + ANSWER)] * 3 + GSM8K[:1], ["--limit", "3"], "none of 3 rows kept, {'quality: no"),
     (GSM8K[:1], ["--rewriter", "api"], "needs --model"),
     (GSM8K[:1], ["--prompt_template", "nowhere"], "--prompt_template nowhere"),
     (GSM8K[:1], ["--rewriter", "local", "--model", "/nowhere"], "/nowhere: "),
     (GSM8K[:1], ["--tokenizer", "/nowhere"], "/nowhere: "),
     (GSM8K[:1], ["--decontaminate", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    ([{"problem": "Q", "solution": "no box"}], [], "rows kept, {'filter: no answer to compare with': 1}"),
+    ([{"problem": "Q", "solution": "no box"}], [], "no answer in {problem: str, solution: str} ("),
+    ([{"problem": "Q", "solution": "no box", "answer": "None"}], [], "rows kept, {'filter: no answer to compare with': 1}"),
     ([row | {"question": "Solve it."} for row in GSM8K[:2]], [], "all 2 rows have the same question, 'Solve it.'"),
 ])
 def test_bad_input_is_one_line(tmp_path, trusted, rows, options, message):
@@ -211,9 +208,9 @@ def test_numbers_out_of_range_are_the_parser_s_errors(capsys, option, value):
 
 def test_fields_of_an_unknown_layout_can_be_named(tmp_path, trusted):
     """Guards against a mapping that reads nested fields, or the answer inside the solution, wrongly."""
-    rows = [{"x": {"q": [row["question"]]}, "text": row["answer"]} for row in GSM8K[:3]]
+    rows = [{"x": {"q": row["question"]}, "text": row["answer"]} for row in GSM8K[:3]]
     curate("--input", write(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl",
-           "--question_field", "x.q.0", "--answer_field", "text", "--solution_field", "text")
+           "--question_field", "x.q", "--answer_field", "text", "--solution_field", "text")
     assert [t["answer"] for t in read(tmp_path / "out.jsonl")] == ["7", "9", "11"]
 
 
@@ -316,7 +313,7 @@ def test_odd_rows_do_not_stall_the_run():
     for line in ("So" + " " * 20_000 + "it is 2*3 = <<2*3=6>>6.", "((" * 20_000 + "2*3=<<2*3=6>>."):
         assert "print(2*3)" in calculator(line, "6") and " = 2*3\n" in program(line, "6", "2 3")
     assert calculator("<<" + "(" * 20_000 + "1" * 20_000 + ")" * 20_000, "6") is None
-    long = {"messages": [{"content": "x " * 500_000}, {"content": ANSWER}]}
+    long = {"messages": [{"role": "user", "content": "x " * 500_000}, {"role": "assistant", "content": ANSWER}]}
     assert read_row(long)["answer"] == "4"
     assert time.monotonic() - begin < 5
 
@@ -536,7 +533,8 @@ PLANTED = [
     ("quality: output_limit, not corrected", EMPTY.replace("print(2+2)", "while True: print('x'*1000)")),
     ("quality: error, not corrected", EMPTY.replace("print(", "open('/etc/passwd').read()\nprint(")),
     ("filter: no answer to compare with", GOOD, None, "proof"),
-    ("filter: not well-formed", GOOD, " "),
+    ("filter: no question or no answer in {messages: [{role: str, content: str}], answer: str} (--question_field and "
+     "--answer_field name them)", GOOD, " "),
     ("filter: not well-formed", GOOD.replace("Two", "\ud800")),
     ("filter: no solution", ""),
 ]

@@ -18,7 +18,7 @@ from conftest import decode
 import data
 import rollout
 import sft
-from data import UserError, embedded_problem, extract_answer, load_problems
+from data import UserError, embedded_problem, extract_answer, load_problems, read_row
 from eval import exact_value, one_spelling
 from rollout import encode_text, load_tokenizer
 
@@ -381,15 +381,11 @@ SYSTEM = "Solve it. Put the answer in \\boxed{}."
                        {"role": "assistant", "content": r"so \boxed{5}"}]},
     {"messages": [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Q"},
                   {"role": "assistant", "content": r"\boxed{5}"}]},
-    {"messages": [{"content": "Q"}, {"content": r"\boxed{5}"}]},
-    {"messages": [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-                  {"role": "user", "content": [{"type": "text", "text": "Q", "image": None}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "so"}, {"text": r"\boxed{5}"}]}]},
     {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q\n\nPresent the answer in LaTex "
                                                         "format: \\boxed{Your answer}"}],
      "reward_model": {"ground_truth": "5"}},
-    {"messages": [{"role": "developer", "content": SYSTEM}, {"role": "problem", "content": "Q"},
-                  {"role": "solution", "content": r"\boxed{5}"}]},
+    {"messages": [{"role": "developer", "content": SYSTEM}, {"role": "user", "content": "Q"},
+                  {"role": "assistant", "content": r"\boxed{5}"}]},
 ])
 def test_the_question_is_the_users_first_message_wherever_it_stands(tmp_path, row):
     """Guards against a system message, the same in every row, that is taken for the question."""
@@ -400,21 +396,29 @@ def test_the_question_is_the_users_first_message_wherever_it_stands(tmp_path, ro
 def test_messages_without_a_question_or_a_reply_are_refused(tmp_path):
     """Guards against a system message that becomes the question where the user says nothing."""
     system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": "Q"}
-    for messages in ([system], [system, user], [user, system], [user, user], [], ["Q", 5], {"role": "user"}):
+    for messages in ([system], [system, user], [user, system], [user, user], [], ["Q", 5], {"role": "user"},
+                     [{"content": "Q"}, {"content": r"\boxed{5}"}]):
         with pytest.raises(UserError, match="p.jsonl:1: needs question"):
             load_problems(write(tmp_path / "p.jsonl", {"messages": messages}))
 
 
-def test_what_is_wrong_with_a_row_is_named_and_not_a_list_of_the_right_fields(tmp_path):
+def test_what_a_row_without_its_fields_holds_is_named(tmp_path):
     """Guards against "needs question + answer; found question, answer"."""
-    for row, words in (({"question": "Q", "answer": None}, "answer is null"),
-                       ({"prompt": [{"content": "Q"}], "reward_model": {"ground_truth": [4]}},
-                        "reward_model.ground_truth is a list"),
-                       ({"question": "Q", "answer": ""}, "found question, answer, but one is empty"),
-                       ({"problem": "Q", "solution": "no box"}, "found problem, solution, but .* states no answer"),
-                       ({"question": "Q", "reply": None}, "found question, reply$"), (5, "found int$")):
-        with pytest.raises(UserError, match=rf"p.jsonl:1: needs .*; {words}"):
+    for row, words in (({"question": "Q", "answer": None}, "{question: str, answer: NoneType}"),
+                       ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"ground_truth": [4]}},
+                        "{prompt: [{role: str, content: str}], reward_model: {ground_truth: [int]}}"),
+                       ({"question": "Q", "answer": ""}, "{question: str, answer: str}"),
+                       ({"messages": []}, "{messages: list}"), (5, "int")):
+        with pytest.raises(UserError, match="p.jsonl:1: needs .*, none of them empty; found " + re.escape(words) + "$"):
             load_problems(write(tmp_path / "p.jsonl", row))
+
+
+def test_of_a_row_that_says_something_twice_its_own_fields_count(tmp_path):
+    """Guards against a conversation, which may be cut or framed, that is read instead of the problem beside it."""
+    messages = [{"role": "user", "content": "Q, in short"}, {"role": "assistant", "content": r"\boxed{6}"}]
+    row = {"problem": "Q", "messages": messages, "answer": "5", "solution": r"so \boxed{5}"}
+    assert read_row(row) == {"question": "Q", "answer": "5", "solution": r"so \boxed{5}", "stated": "5"}
+    assert read_row({"messages": messages, "answer": 5})["answer"] == "5"
 
 
 def test_a_file_with_one_question_for_different_answers_is_refused(tmp_path):

@@ -725,10 +725,10 @@ def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
                     '{"question": "1+2?", "response": "It is 3.", "answer": "3"}\n')
     with pytest.raises(UserError, match="traces.jsonl:2: no .*boxed.* answer in the response"):
         sft.load_traces(str(file))
-    trace = {"messages": [{"content": "1+1?"}, {"content": "\\boxed{2}"}], "answer": "2"}
-    for damage in ({"failed_calls": None}, {"failed_calls": 1}, {"response": None}, {"question": 5}):
-        file.write_text(json.dumps(trace | damage))
-        with pytest.raises(UserError, match="traces.jsonl:1: .* is not what sft.py curate writes"):
+    trace = {"question": "1+1?", "answer": "2", "response": "\\boxed{2}"}
+    for failed_calls in (None, 1, [0], [[0]]):  # it has no call
+        file.write_text(json.dumps(trace | {"failed_calls": failed_calls}))
+        with pytest.raises(UserError, match="traces.jsonl:1: failed_calls is not a list of indices"):
             sft.load_traces(str(file))
 
 
