@@ -555,8 +555,7 @@ async def warm_start_traces(args, recipe, traces_file, folder):
 
     # The file's name holds what decides the traces.
     decides = [recipe.sft_traces, recipe.code_share, recipe.sft_seed, recipe.sandbox_timeout]
-    code = code_hashes(["embedded_traces", "sandbox.py"])
-    path = folder / f"traces-{digest(decides, versions())}-{digest(code)}.json"
+    path = folder / f"traces-{digest(decides, versions())}-{digest(curation_code())}.json"
     curated = read_traces(path)
     if not curated:
         print(f"curation: {recipe.sft_traces} traces, whose snippets are run", flush=True)
@@ -634,6 +633,12 @@ def warm_start_folder(parent, recipe, traces, held_out):
     return folder
 
 
+def curation_code():
+    """`code_hashes` of the embedded traces, and all of the sandbox's: what it says is quoted."""
+    sandbox = ast.parse(Path(__file__).with_name("sandbox.py").read_text())
+    return code_hashes(["embedded_traces"]) | {"sandbox.py": digest(ast.dump(sandbox))}
+
+
 def training_code():
     """`code_hashes` of the training loop and of the forward pass, which transformers calls. For
     the tokenizer the key holds what its code has made; how checkpoints are kept changes none."""
@@ -643,79 +648,50 @@ def training_code():
 
 
 def code_hashes(entries, left_out=()):
-    """{file: hash} of the definitions that the entries reach by name; an entry may be a file."""
-    # Comments, docstrings, messages, layout, and what is not reached may change freely.
-    definitions = []  # (file, names that it defines, tree)
+    """{file: hash} of the definitions that the entries reach by name. Comments, docstrings, layout
+    and what is not reached may change freely."""
+    definitions = {}  # name -> [(file, tree)]
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
-            definitions.append((path.name, defined_names(node), node))
+            remove_docstrings(node)
+            for name in defined_names(node):
+                definitions.setdefault(name, []).append((path.name, node))
 
-    # From the entries on, follow every name that is used to where it is defined.
+    # From the entries on, follow every name that is used to all that is defined under it: rather
+    # a few too many than one too few.
     reached = {}  # file -> the trees, as text
-    waiting = [("", entry) for entry in entries]  # (file that uses the name, name)
-    done = set()
+    waiting = list(entries)
+    done = set(left_out)
     while waiting:
-        user, name = waiting.pop()
-        matches = [(file, node) for file, names, node in definitions
-                   if name in names or name == file]
-        if user not in [file for file, _ in matches]:
-            user = ""  # it is imported
-        if name in left_out or (user, name) in done:
+        name = waiting.pop()
+        if name in done:
             continue
-        done.add((user, name))
-        for file, node in matches:
-            if user in ("", file):
-                remove_docstrings(node)
-                if file != "sandbox.py":  # whose messages are in traces, as a snippet's output
-                    remove_messages(node)
-                waiting += [(file, used) for used in used_names(node)]
-                reached.setdefault(file, set()).add(ast.dump(node))
+        done.add(name)
+        for file, node in definitions.get(name, []):
+            reached.setdefault(file, set()).add(ast.dump(node))
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name):
+                    waiting.append(part.id)
+                elif isinstance(part, ast.Attribute):
+                    waiting.append(part.attr)
     return {file: digest(sorted(reached[file])) for file in sorted(reached)}
+
+
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def defined_names(node):
     """The names that a statement of a file defines."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(node, DEFINITION):
         return {node.name}
-    return stored_names(node)
-
-
-def stored_names(node):
     return {part.id for part in ast.walk(node)
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
-def used_names(node):
-    """The names that a definition takes from outside."""
-    # Neither local variables nor arguments.
-    parts = list(ast.walk(node))
-    arguments = {part.arg for part in parts if isinstance(part, ast.arg)}
-    used = {part.id for part in parts if isinstance(part, ast.Name)}
-    used -= stored_names(node) | arguments
-    # Of `sft.pack` both parts.
-    for part in parts:
-        if isinstance(part, ast.Attribute) and getattr(part.value, "id", None) in used:
-            used.add(part.attr)
-    return used
-
-
 def remove_docstrings(node):
     for part in ast.walk(node):
-        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if ast.get_docstring(part) is not None:
-                part.body = part.body[1:]
-
-
-def remove_messages(node):
-    """What is printed or raised: no number depends on it."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Raise):
-            part.exc = None
-        elif isinstance(part, ast.Assert):
-            part.msg = None
-        elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
-            if getattr(part.value.func, "id", "") == "print":
-                part.value = ast.Constant(None)
+        if isinstance(part, DEFINITION) and ast.get_docstring(part) is not None:
+            part.body = part.body[1:]
 
 
 def digest(*records):

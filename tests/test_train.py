@@ -267,8 +267,7 @@ def edit(tmp_path, monkeypatch):
     ("sft.py", "def summarise(", "def summarise2(", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-7)  # why", set()),
     ("sft.py", '"""U V^T of x', '"""About U V^T of x', set()),
-    ("sft.py", 'print(f"--minutes are over after', 'print(f"The minutes are over after', set()),
-    ("sft.py", 'raise UserError(f"a trace has {longest} tokens', 'raise UserError(f"A trace has {longest} tokens', set()),
+    ("rollout.py", "TOOLS = [", "TOOLS = 1 * [", {"rollout.py"}),
     ("sft.py", "def save_checkpoint(folder,", "def save_checkpoint(folder, *,", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-6)", {"sft.py"}),
     ("sft.py", "LOGIT_BYTES = ", "LOGIT_BYTES = 1 and ", {"sft.py"}),
@@ -287,9 +286,10 @@ def test_only_code_that_can_matter_makes_a_warm_start_anew(edit, file, before, a
 
 def test_what_the_sandbox_says_makes_traces_anew(edit):
     """Guards against traces that quote what the sandbox printed before its words were changed."""
-    old = sft.code_hashes(["embedded_traces", "sandbox.py"])
+    old = sft.curation_code()
     edit("sandbox.py", 'raise OSError("some are left")', 'raise OSError("one is left")')
-    assert sft.code_hashes(["embedded_traces", "sandbox.py"])["sandbox.py"] != old["sandbox.py"]
+    new = sft.curation_code()
+    assert new["sandbox.py"] != old["sandbox.py"] and new | {"sandbox.py": ""} == old | {"sandbox.py": ""}
 
 
 def test_eos_is_trained_and_pad_is_another_token():
