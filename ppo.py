@@ -593,7 +593,8 @@ class Trainer:
 
             # The actor's step: the clipped surrogate and, if wanted, entropy bonus and KL penalty.
             if actor_learns:
-                for _, flat, packing in self.micro_batches(minibatch):
+                for _, flat, packing in sft.micro_batches(
+                        minibatch, args.token_budget, self.process):
                     loss_mask = flat.loss_mask
                     logprobs, entropy = self.logprobs(
                         self.actor, flat, packing, with_entropy=args.entropy_coef > 0)
@@ -626,7 +627,8 @@ class Trainer:
 
             # The critic's step: the clipped squared error.
             if self.critic:
-                for _, flat, packing in self.micro_batches(minibatch):
+                for _, flat, packing in sft.micro_batches(
+                        minibatch, args.token_budget, self.process):
                     values = self.critic(flat.input_ids, packing)
                     loss, metrics = value_loss(
                         values, flat.values, flat.returns, flat.loss_mask, args.value_clip)
@@ -673,14 +675,6 @@ class Trainer:
         size = math.ceil(len(shuffled) / self.args.minibatches)
         return [shuffled[begin:begin + size] for begin in range(0, len(shuffled), size)]
 
-    def micro_batches(self, examples):
-        """This rank's share, as (indices, flat Example, packing)."""
-        lengths = [len(example) for example in examples]
-        shares = sft.pack(lengths, self.args.token_budget, self.process.world)
-        for indices in shares[self.process.rank]:
-            flat, packing = sft.collate([examples[i] for i in indices], self.process.device)
-            yield indices, flat, packing
-
     def logprobs(self, policy, flat, packing, with_entropy=False):
         """(log-probabilities of the targets, their entropies or None), at the sampler's
         temperature; each (T,), 0 where masked."""
@@ -692,7 +686,8 @@ class Trainer:
         """Set columns of every example, on every rank. compute: (flat Example, packing) ->
         {name: (T,)}."""
         pieces = []  # (index of the example, name of the column, its values)
-        for indices, flat, packing in self.micro_batches(examples):
+        for indices, flat, packing in sft.micro_batches(
+                examples, self.args.token_budget, self.process):
             for name, column in compute(flat, packing).items():
                 for index, values in zip(indices, column.cpu().split(packing.lengths)):
                     # clone: a view would be pickled with the whole micro-batch behind it

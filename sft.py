@@ -9,7 +9,7 @@ The warm start is a masked next-token loss on traces. Differences from the paper
     ranks do not change it.
 
     torchrun sft.py                                      # CPU: the embedded warm start
-    torchrun sft.py --model DIR --traces traces.jsonl    # a checkpoint, on your own traces
+    torchrun sft.py --model DIR --traces traces.jsonl --sft_lr 1e-5 ...     # a checkpoint
     torchrun --nproc_per_node 8 sft.py --model ...       # eight GPUs
     python sft.py curate --input gsm8k_train.jsonl --output traces.jsonl --decontaminate test.jsonl
     python sft.py curate --input traces.jsonl --output again.jsonl     # verifies finished traces
@@ -206,6 +206,14 @@ def collate(examples, device):
     return flat, Packing([len(example) for example in examples], device)
 
 
+def micro_batches(examples, token_budget, process):
+    """This rank's share of a batch, as (indices, flat Example, Packing)."""
+    lengths = [len(example) for example in examples]
+    for indices in pack(lengths, token_budget, process.world)[process.rank]:
+        flat, packing = collate([examples[i] for i in indices], process.device)
+        yield indices, flat, packing
+
+
 def empty_example():
     """One masked token, with every column that a loss may read."""
     example = Example(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), None)
@@ -285,10 +293,8 @@ def batch_loss(policy, batch, token_budget, process, backward=False):
     also its gradient."""
     # Every rank has the whole batch, so all divide by the same number.
     total = sum(example.loss_mask.sum().item() for example in batch)
-    lengths = [len(example) for example in batch]
     token_sum = 0.0
-    for indices in pack(lengths, token_budget, process.world)[process.rank]:
-        flat, packing = collate([batch[i] for i in indices], process.device)
+    for _, flat, packing in micro_batches(batch, token_budget, process):
         with torch.set_grad_enabled(backward):
             logprobs, _ = policy(flat.input_ids, flat.targets, flat.loss_mask, packing)
             loss = -logprobs.sum()
@@ -350,27 +356,25 @@ class Muon(torch.optim.Optimizer):
         my_rows = []
         for p in matrices:
             average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
-            my_rows.append(p.grad.lerp(average, momentum).to_local().flatten())
+            my_rows.append(p.grad.lerp(average, momentum).to_local().cpu())
 
-        # Every rank gets the others' rows, in one message: one per matrix took 100 ms. By way of
-        # the CPU: a CUDA tensor would come back on its sender's device.
+        # Every rank gets the others' rows, in one message: one per matrix took 100 ms. On the CPU:
+        # a CUDA tensor would come back on its sender's device.
         mesh = matrices[0].device_mesh
         shard_dim = mesh.ndim - 1
         rank = mesh.get_local_rank(shard_dim)
         rows_of_rank = [None] * mesh.size(shard_dim)
-        my_sizes = [len(rows) for rows in my_rows]
-        dist.all_gather_object(
-            rows_of_rank, (torch.cat(my_rows).cpu(), my_sizes), mesh.get_group(shard_dim))
-        split_rows = [flat.split(sizes) for flat, sizes in rows_of_rank]
+        dist.all_gather_object(rows_of_rank, my_rows, mesh.get_group(shard_dim))
 
         # Every rank makes the same whole update and steps its own rows, wherever they lie.
         for i, p in enumerate(matrices):
-            direction = torch.cat([rows[i] for rows in split_rows]).view(p.shape)
+            shards = [rows[i] for rows in rows_of_rank]
+            direction = torch.cat(shards).to(mesh.device_type)
             scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            update = orthogonalise(direction.to(mesh.device_type)) * scale
+            update = orthogonalise(direction) * scale
 
             mine = p.to_local()
-            begin = sum(len(rows[i]) for rows in split_rows[:rank]) // p.shape[1]
+            begin = sum(len(shard) for shard in shards[:rank])
             mine.sub_((lr * update[begin:begin + len(mine)]).to(mine.device))
 
 
@@ -607,6 +611,7 @@ def warm_start_recipe(args):
         sft_seed=args.sft_seed,
         token_budget=args.token_budget,
         dtype=args.dtype,
+        tf32=args.tf32,
         max_interpreter_tokens=args.max_interpreter_tokens,
         sandbox_timeout=args.sandbox_timeout,
         sft_mask_interpreter=args.sft_mask_interpreter,
@@ -830,9 +835,10 @@ def same_token(quoted, real):
 
 
 def error_kind(output):
-    """ValueError, where the last line is "ValueError: math domain error"."""
+    """ValueError, where the last line is "ValueError: math domain error"; [timed out, where it is
+    "[timed out after 5.0 s]"."""
     last_line = output.strip().rpartition("\n")[2]
-    return last_line.partition(":")[0]
+    return re.split(":| after ", last_line)[0]
 
 
 def same_output(quoted, result):
@@ -1039,7 +1045,7 @@ def save_checkpoint(folder, state, record, keep, rank):
         raise UserError(f"checkpoint of step {record['step']} cannot be written ({reason}): disk "
                         f"full? {earlier}") from None
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `distributed` lets grow
+        ctypes.CDLL(None).malloc_trim(0)  # returns the gaps of a heap that `use_device` lets grow
 
 
 def publish(partial, final, record, hashes_of_rank, keep):

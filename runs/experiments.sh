@@ -41,7 +41,7 @@ warm_start() {  # SEED FLAGS...: the folder of a warm start, made or found
 }
 
 ppo() {  # NAME SEED
-  local run=out/experiments/$1-$2 from=(--sft_seed "$2" --warm_start_dir "out/warm_start/$2") words more checkpoint
+  local run=out/experiments/$1-$2 from=(--sft_seed "$2" --warm_start_dir "out/warm_start/$2") words more checkpoint traces
   words=$(flags "$1")
   read -ra more <<< "$words"
   if [ -d "$run/checkpoints" ]; then
@@ -50,7 +50,8 @@ ppo() {  # NAME SEED
     # What the policy will not see of a call, its traces do not show.
     if [[ $1 = feedback-* ]]; then
       warm_start "$2" --warm_start_dir "out/warm_start/$2" > /dev/null  # it keeps its traces there
-      python runs/hidden.py "${1#feedback-}" "out/warm_start/$2"/traces-*.json > "$run.traces.jsonl"
+      traces=$(ls -t "out/warm_start/$2"/traces-*.json | head -n 1)  # where code has changed, there are older ones
+      python runs/hidden.py "${1#feedback-}" "$traces" > "$run.traces.jsonl"
       checkpoint=$(warm_start "$2" --traces "$run.traces.jsonl")
       from=(--warm_start "$checkpoint")
     fi

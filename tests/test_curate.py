@@ -394,6 +394,8 @@ def test_of_a_quoted_error_only_the_kind_counts():
     for quoted, same in ((real.output, True), ("ZeroDivisionError", True), ("ZeroDivisionError: by 0", True),
                          ("ValueError: division by zero", False), ("0", False)):
         assert sft.same_output(quoted, real) is same
+    late = SandboxResult("timeout", "1\n[timed out after 2.0 s]")
+    assert sft.same_output("[timed out after 5.0 s]", late) and not sft.same_output("[killed]", late)
 
 
 FAULTS = [

@@ -230,10 +230,11 @@ def test_warm_start_key_changes_with_arguments_and_not_with_where_it_is_kept(mon
         key("--code_share", "0"),
         key("--sft_seed", "1"),
         key("--sft_lr", "0.1"),
+        key("--tf32"),
         key("--prompt_template", "retool"),
         key("--template_kwargs", '{"a": 1}')
     }
-    assert len(others | {key()}) == 6
+    assert len(others | {key()}) == 7
     before = key()
 
     # The same vocabulary makes other tokens behind another chat template or EOS.
