@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import (
@@ -1374,7 +1375,8 @@ def print_last(line):
 
 def describe_error(error):
     """One line for what the user or the machine has to change, None for a bug."""
-    if isinstance(error, (UserError, FloatingPointError)):  # a loss that is not finite
+    # A loss that is not finite; weights that cannot be written.
+    if isinstance(error, (UserError, FloatingPointError, SafetensorError)):
         return f"error: {error}"
     # A path or a disk: a TimeoutError has no errno.
     if isinstance(error, OSError) and error.errno:

@@ -27,16 +27,13 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 import argparse
-import contextlib
 import fcntl
 import functools
-import itertools
 import json
 import math
 import os
 import random
 import shlex
-import shutil
 import socket
 import subprocess
 import time
@@ -47,7 +44,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -86,7 +82,8 @@ def token_rewards(trajectory, reward="outcome", reward_scale=0.1):
         outcome     nothing; code that runs earns nothing
         executable  + s * the share of its calls that ran without error
         bonus       + s if it called at all, even where every call failed
-        steps       + s for a call that ran, - s for one that failed, where it was closed
+        steps       + s for a call that ran, - s for one that failed or found the tool busy, where
+                    it was closed
         cost        - s for every call, there
     """
     rewards = [0.0] * len(trajectory.loss_mask)
@@ -395,7 +392,7 @@ def is_trained_on(trajectory, args):
         return False
     if args.drop_truncated and not trajectory.is_complete:
         return False
-    # Void (arXiv 2509.02479): without an answer, which one that was cut off never has.
+    # Void (arXiv 2509.02479): without an answer. What was cut off never has one.
     return not (args.drop_void and trajectory.answer is None)
 
 
@@ -450,8 +447,9 @@ def logit_error(dtype, n_layers):
 
 
 def tolerance(logprobs, mask, error):
-    """Mean |log-probability difference| per token that is a bug: an error of logits shifts a token
-    of probability p by about 1 - p of it, so a certain token says little."""
+    """Mean |log-probability difference| per token that is a bug. An error of logits shifts the
+    log-probability of a token by about (1 - its probability) times as much: where the policy is
+    certain, even a small difference is one."""
     uncertain = ((1 - logprobs.exp()) * mask).sum() / mask.sum().clamp(min=1)
     return error * uncertain.clamp(min=0.01)
 
@@ -463,7 +461,7 @@ def check_sampler(examples, error, step):
     gaps = torch.tensor([sampler_gap(example).sum() for example in examples]) / n
     allowed = torch.stack([tolerance(e.logprobs, e.sampled, error) for e in examples])
 
-    # The limit of one response leaves room for one token.
+    # The limit of one response is wider: a single token may be off by four times the error.
     one_token = 4 * error / n
     average = gaps.mean().item()
     worst = gaps[(gaps / allowed).argmax()].item()
@@ -658,12 +656,12 @@ class Trainer:
         peaks = {"actor": args.actor_lr, "critic": args.critic_lr}
         first_steps = {"actor": self.actor_start, "critic": 0}
         factors = {}
-        for name, first in first_steps.items():
+        for name, optimizer in self.optimizers.items():
+            first = first_steps[name]
             factor = cosine(
                 max(0, step - first), args.steps - first, args.lr_warmup, floor=args.lr_floor)
+            optimizer.param_groups[0]["lr"] = peaks[name] * factor
             factors[f"lr_factor_{name}"] = factor
-            if name in self.optimizers:
-                self.optimizers[name].param_groups[0]["lr"] = peaks[name] * factor
         return factors
 
     def minibatches(self, examples, step):
@@ -707,7 +705,7 @@ class Trainer:
 
     def is_synced_after(self, step):
         """Whether the sampler gets the actor's weights at the end of a step."""
-        return (step + 1) % self.args.sync_every == 0 or step + 1 == self.args.steps
+        return (step + 1) % self.args.sync_every == 0
 
     def state(self):
         """All that a step changes, as tensors by name."""
@@ -816,24 +814,13 @@ def recorded_values(parser, folder, defaults):
 
     # What is no default is parsed again, as a command line.
     command_line = []
-    changed = {}
     for name, value in values.items():
-        if name not in defaults:
-            parser.error(f"--resume {folder}: arguments.json: there is no flag --{name}")
-        if value == defaults[name] and type(value) is type(defaults[name]):
-            continue
-        changed[name] = value
-        command_line.append(f"--{name}" if value is True else f"--{name}={value}")
-    try:
-        parser.exit_on_error = False
-        _, parsed = parse_flags(parser, command_line)
-    except argparse.ArgumentError as error:
-        parser.error(f"--resume {folder}: arguments.json: {error}")
-    parser.exit_on_error = True
-    for name, value in changed.items():
-        if parsed[name] != value:
-            parser.error(f"--resume {folder}: arguments.json: --{name} cannot be {value!r}")
-    return values
+        if value is True:
+            command_line.append(f"--{name}")
+        elif value != defaults.get(name):
+            command_line.append(f"--{name}={value}")
+    _, changed = parse_flags(parser, command_line)
+    return defaults | changed
 
 
 def add_ppo_arguments(parser):
@@ -976,13 +963,11 @@ def refuse_contradictions(parser, args, given):
     if not args.model and not args.warm_start and args.tools == "off" and args.code_share:
         parser.error("--tools off needs --code_share 0: else the warm start teaches code that "
                      "never runs")
-    if args.advantage != "gae" and args.samples_per_prompt < 2:
-        parser.error(f"--advantage {args.advantage} needs a group: --samples_per_prompt of at "
-                     "least 2")
     if args.advantage == "gae" and args.critic_warmup >= args.steps:
         parser.error(f"--critic_warmup {args.critic_warmup} leaves nothing of --steps {args.steps}")
-    if args.drop_uniform and args.samples_per_prompt < 2:
-        parser.error("--drop_uniform needs a group: --samples_per_prompt of at least 2")
+    if (args.drop_uniform or args.advantage != "gae") and args.samples_per_prompt < 2:
+        parser.error("--drop_uniform and --advantage grpo or rloo need a group: "
+                     "--samples_per_prompt of at least 2")
     if args.prompts_per_step * args.samples_per_prompt % args.minibatches:
         parser.error(f"--minibatches {args.minibatches} does not divide the responses per step, "
                      f"{args.prompts_per_step} * {args.samples_per_prompt}")
@@ -1028,21 +1013,16 @@ async def main(process):
         if record["step"] > args.steps:
             raise UserError(f"--steps {args.steps}: the run has done {record['step']} already")
 
-        # The folder begins with what the run was started with.
-        if not args.resume:
-            run.write_arguments(args)
         print(f"run folder: {run.path}\n{settings_line(args)}", flush=True)
         sft.say_floor(args.token_budget, args.max_prompt_tokens + args.max_response_tokens)
-        process.goes_on = f"torchrun ppo.py --resume {run.path}"
         run.track(args)
 
-        # Of this run's own only the configuration is needed, for the weights are in the checkpoint.
+        # Of a resumed run's model/ only the configuration: its weights are in the checkpoint.
         model_path = start_model or str(await sft.warm_start(args, process))
         tokenizer = load_tokenizer(model_path, args.template_kwargs)
         trainer = Trainer(args, model_path, process, weights=not checkpoint)
         if checkpoint:
             dcp.load(trainer.state(), checkpoint_id=checkpoint)
-            # The last sync may not be the sampler's: --steps can be less than before.
             if trainer.is_synced_after(record["step"] - 1):
                 sft.sync_weights(trainer.actor, trainer.sampler)
 
@@ -1051,8 +1031,6 @@ async def main(process):
         for name in sets:
             sets[name] = evaluation.encode_problems(
                 sets[name], tokenizer, template, args.max_prompt_tokens, name)
-        if not checkpoint:
-            run.write_model(trainer.sampler, tokenizer)
         print(f"warm start ready after {time.perf_counter() - begin:.0f} s; prompts left out: "
               f"{prompts.skipped} too long, {prompts.duplicates} duplicates")
         if args.resume:
@@ -1065,12 +1043,15 @@ async def main(process):
                 n_samples=args.eval_samples, temperature=1.0, top_p=args.eval_top_p, seed=0)
             settings |= evaluation.rollout_settings(args) | changed
             tool = Service(sandbox, args.busy) if "kind" in rows[0] else sandbox
-            run.results[label], trajectories = await evaluation.evaluate(
+            metrics, trajectories = await evaluation.evaluate(
                 model, tokenizer, rows, tool, process, label, **settings)
-            run.write("metrics.jsonl", {"evaluation": label} | run.results[label])
+            run.write("metrics.jsonl", {"evaluation": label} | metrics)
+            run.results[label] = metrics
             return trajectories
 
         async def evaluate_all(when):
+            # What is evaluated is the policy of now, whatever --sync_every is.
+            sft.sync_weights(trainer.actor, trainer.sampler)
             if not sets:
                 return
             print(f"evaluation {when}: {', '.join(sets)}", flush=True)
@@ -1084,19 +1065,18 @@ async def main(process):
             # What could explain a gain away.
             if is_embedded and when in ("before", "after"):
                 rows = sets["test"]
-                greedy = {"temperature": 0.0, "n_samples": 1}
-                await evaluate(trainer.sampler, rows, f"test, greedy {when}", **greedy)
                 if when == "before" and not args.model:
                     untrained = sft.starting_model("", config, args.sft_seed)
                     untrained = untrained.to(process.device)
                     await evaluate(untrained, rows[:UNTRAINED], "test, untrained before")
+                baselines = {"greedy": dict(temperature=0.0, n_samples=1)}
                 if when == "before" and args.tools == "on":
-                    await evaluate(None, rows, "test, best known before", sample=oracle.sample)
-                    forced = {"prefill": FORCED_CALL}
-                    await evaluate(trainer.sampler, rows, "test, call forced before", **forced)
-                    forced["after_busy"] = FORCED_RETRY
-                    await evaluate(
-                        trainer.sampler, rows, "test, call + retry forced before", **forced)
+                    baselines["best known"] = dict(sample=oracle.sample)
+                    baselines["call forced"] = dict(prefill=FORCED_CALL)
+                    baselines["call + retry forced"] = dict(
+                        prefill=FORCED_CALL, after_busy=FORCED_RETRY)
+                for name, changed in baselines.items():
+                    await evaluate(trainer.sampler, rows, f"test, {name} {when}", **changed)
             seconds = time.perf_counter() - evaluation_begin
             print(f"{shown}\n\n{evaluation.evaluation_summary(run.results)}\n"
                   f"evaluated in {seconds:.0f} s\n", flush=True)
@@ -1104,11 +1084,7 @@ async def main(process):
         # The sandbox starts with its self-test; then the run is evaluated before its first step.
         async with evaluation.make_sandbox(args) as sandbox:
             print(sandbox.report)
-            # Only now: a refused --resume changes nothing.
-            if args.resume:
-                run.write_arguments(args)
-            run.open(record["bytes"])
-            run.add_to_arguments({"sandbox": sandbox.report})
+            run.prepare(trainer.sampler, tokenizer, record, sandbox.report)
             if record["step"] == 0:
                 await evaluate_all("before")
             tool = Service(sandbox, args.busy) if problems is None else sandbox
@@ -1151,7 +1127,6 @@ async def main(process):
         # What a finished run has.
         seconds_total = time.perf_counter() - begin
         run.write("metrics.jsonl", {"seconds_total": seconds_total})
-        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
         run.finish(trainer.sampler, tokenizer)
         question = prompts[args.steps * args.prompts_per_step]["question"]
         flags = f"--busy {args.busy} " if problems is None else ""
@@ -1160,7 +1135,7 @@ async def main(process):
         print(f"{run.path}: done in {seconds_total:.0f} s\n"
               f"curves and responses: {run.path}/report.html, in a browser\n"
               "one response live: python rollout.py "
-              f"--model {run.path}/checkpoint {flags}{shlex.quote(question)}")
+              f"--model {shlex.quote(f'{run.path}/checkpoint')} {flags}{shlex.quote(question)}")
 
 
 def export(checkpoint, model_path, args):
@@ -1221,32 +1196,23 @@ def step_line(step, steps, m):
 
 
 def commit():
-    if not shutil.which("git"):
-        return "git is not installed"
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or "not a git checkout"
+    """The commit of this code, or git's words why there is none."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    return subprocess.getoutput(f"git -C {folder} rev-parse HEAD")
 
 
-# The file in a run folder that a run locks as long as it lives.
+# The file in a run folder that a run locks as long as it lives. It stays: the lock counts.
 LOCK = "run.lock"
 
 
 def lock_folder(folder):
     """The folder's lock file, open and locked. UserError that names the run that has it."""
-    path = folder / LOCK
-    while True:
-        file = open(path, "a+", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "it is just starting"
-            raise UserError(f"{folder}: another run is at work in it ({holder})") from None
-        # The run before may have removed the file between the two calls.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()
+    file = open(folder / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder}: another run is at work in it ({file.read()})") from None
 
     # Say who has it, for whoever is refused.
     since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -1257,150 +1223,93 @@ def lock_folder(folder):
 
 
 class RunFolder:
-    """What a run leaves behind. Every rank has one; rank 0 alone writes.
+    """What a run leaves behind. Every rank has one; rank 0 alone writes. Until its first row there
+    is only the lock: a start that is refused leaves nothing, and changes nothing.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced: arguments.json. Written at the end:
     table.md, report.html, checkpoint/.
     """
 
     def __init__(self, args, process):
-        self.path = None
+        self.args = args
         self.process = process
-        self.writes = process.rank == 0
+        self.writes = process.rank == 0 and not args.export  # which only reads
         self.files = {}
         self.results = {}  # of evaluations, by label
         self.tracker = None
         self.lock = None
-        self.new_folders = []  # that this start has made, the innermost first
-        self.arguments_before = None  # of a run that is resumed, as text
-        self.has_begun = False  # whether a row was written: until then it may be refused
 
-        # Rank 0 decides: the ranks' clocks may differ. Its error waits until the others know.
-        error = None
-        if self.writes:
-            try:
-                self.take(args)
-            except (UserError, OSError) as refusal:
-                error = refusal
-        path = [self.path]
+        # Rank 0 names it: the ranks' clocks may differ.
+        now = time.strftime("%Y%m%d-%H%M%S")
+        path = [args.resume or args.run_dir or f"out/ppo/{now}-{os.getpid()}"]
         dist.broadcast_object_list(path)
-        self.path = path[0]
-        if error:
-            raise error
-
-    def take(self, args):
-        """Find the folder, or make it, and lock it for this run alone."""
-        if args.resume:
-            self.path = Path(args.resume)
-            if not args.export:  # which only reads
-                self.lock = lock_folder(self.path)
-                self.arguments_before = (self.path / "arguments.json").read_text()
+        self.path = Path(path[0])
+        if not self.writes:
             return
-
-        # A new folder, of this name or named by the time.
-        if args.run_dir:
-            self.path = Path(args.run_dir)
-            # Nothing is written into a folder that is somebody else's.
-            if self.path.exists() and not (self.path / LOCK).exists():
-                self.refuse_a_full_folder()
-            self.make_folder()
-        else:
-            # Runs that start in the same second get names of their own: mkdir() fails for all
-            # but one.
-            name = f"out/ppo/{time.strftime('%Y%m%d-%H%M%S')}"
-            self.path = Path(name)
-            for number in itertools.count(2):
-                try:
-                    self.make_folder(must_be_new=True)
-                    break
-                except FileExistsError:
-                    self.path = Path(f"{name}-{number}")
-        # Locked before it is looked into: no other run comes in between.
+        if not args.resume:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(path.name != LOCK for path in self.path.iterdir()):
+                raise UserError(
+                    f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
         self.lock = lock_folder(self.path)
-        self.refuse_a_full_folder()
-
-    def make_folder(self, must_be_new=False):
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=not must_be_new)
-        self.new_folders = missing
-
-    def refuse_a_full_folder(self):
-        if any(path.name != LOCK for path in self.path.iterdir()):
-            self.release()
-            raise UserError(
-                f"--run_dir {self.path}: not empty; nothing is overwritten (see --resume)")
 
     def __enter__(self):
         return self
 
-    def __exit__(self, error_type, error, trace):
-        if self.lock and isinstance(error, Exception) and not self.has_begun:
-            self.take_back()
-        self.release()
-
-    def take_back(self):
-        """Undo what a refused start has written: it would block, or change, the next one."""
-        for file in self.files.values():
-            file.close()
-        if self.arguments_before:
-            (self.path / "arguments.json").write_text(self.arguments_before)
+    def __exit__(self, *error):
+        if not self.lock:
             return
-        shutil.rmtree(self.path / "model", ignore_errors=True)
-        for name in ("arguments.json", "arguments.partial", "metrics.jsonl", "rollouts.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
+        if not self.files and not self.args.resume:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
+        self.lock.close()
 
-    def release(self):
-        """Let another run have the folder; if it is new and empty, it goes."""
-        if self.lock:
-            (self.path / LOCK).unlink(missing_ok=True)
-            self.lock.close()
-            self.lock = None
-        with contextlib.suppress(OSError):  # not empty
-            for folder in self.new_folders:
-                folder.rmdir()
+    def prepare(self, model, tokenizer, record, sandbox_report):
+        """Note what `begin` needs."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.record = record
+        self.sandbox_report = sandbox_report
 
-    def write_arguments(self, args):
-        """What the run was started with; a resumed run adds a line about itself."""
-        start = {"versions": sft.versions(), "commit": commit(), "world_size": self.process.world,
-                 "threads": torch.get_num_threads(), "device": str(self.process.device)}
-        if args.resume and self.writes:
-            before = json.loads((self.path / "arguments.json").read_text())
-            start = {"resumed": before.get("resumed", []) + [start]}
-        self.add_to_arguments(start | {"arguments": vars(args)})
+    def begin(self):
+        """Write what stands before the first row, and open the JSONL files."""
+        self.write_arguments()
+        if self.record["step"] == 0:
+            save_beside_weights(self.model, self.tokenizer, self.path / "model")
+        self.process.goes_on = f"torchrun ppo.py --resume {shlex.quote(str(self.path))}"
 
-    def add_to_arguments(self, entries):
-        if not self.writes:
-            return
-        path = self.path / "arguments.json"
-        partial = self.path / "arguments.partial"
-        record = json.loads(path.read_text()) if path.exists() else {}
-        # A kill leaves the old file or the new one.
-        partial.write_text(json.dumps(record | entries, indent=1))
-        sft.sync_to_disk(partial)
-        partial.rename(path)
-
-    def write_model(self, model, tokenizer):
-        """What a checkpoint of the run does not hold."""
-        if self.writes:
-            save_beside_weights(model, tokenizer, self.path / "model")
-
-    def open(self, sizes):
-        """Open the JSONL files, cut to `sizes`, and read the evaluations."""
-        if not self.writes:
-            return
         # What a killed run wrote after its last checkpoint is cut off, and written again.
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             self.files[name] = open(self.path / name, "a", buffering=1)
-            self.files[name].truncate(sizes.get(name, 0))
+            self.files[name].truncate(self.record["bytes"].get(name, 0))
         for line in open(self.path / "metrics.jsonl"):
             row = json.loads(line)
             if "evaluation" in row:
                 self.results[row.pop("evaluation")] = row
 
+    def write_arguments(self):
+        """What the run was started with; a resumed run adds a line about itself."""
+        start = {"versions": sft.versions(), "commit": commit(), "world_size": self.process.world,
+                 "threads": torch.get_num_threads(), "device": str(self.process.device)}
+        path = self.path / "arguments.json"
+        before = {}
+        if self.args.resume:
+            before = json.loads(path.read_text())
+            start = {"resumed": before.get("resumed", []) + [start]}
+        record = before | start | {"arguments": vars(self.args), "sandbox": self.sandbox_report}
+
+        # A kill leaves the old file or the new one.
+        partial = self.path / "arguments.partial"
+        partial.write_text(json.dumps(record, indent=1))
+        sft.sync_to_disk(partial)
+        partial.rename(path)
+
     def write(self, name, row):
-        self.has_begun = True
-        if self.writes:
-            self.files[name].write(json.dumps(row) + "\n")
+        if not self.writes:
+            return
+        if not self.files:
+            self.begin()
+        self.files[name].write(json.dumps(row) + "\n")
 
     def track(self, args):
         """Open a run of wandb or trackio, whose calls are alike."""
@@ -1433,12 +1342,7 @@ class RunFolder:
             file.close()
         if self.tracker:
             self.tracker.finish()
-        try:
-            model.save_pretrained(self.path / "checkpoint")
-        except SafetensorError as error:
-            raise UserError(
-                f"{self.path / 'checkpoint'} cannot be written ({error}): disk full? The run's "
-                "last checkpoint is there; --resume writes this again") from None
+        model.save_pretrained(self.path / "checkpoint")
         save_beside_weights(model, tokenizer, self.path / "checkpoint")
         page = evaluation.report_page([self.path])
         (self.path / "report.html").write_text(page, encoding="utf-8")

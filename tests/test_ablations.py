@@ -252,3 +252,21 @@ def test_a_stale_sampler_is_part_of_the_checkpoint(checkpoint, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     first, last = (load_file(f"{folder}/model.safetensors") for folder in (checkpoint, tmp_path / "short" / "checkpoint"))
     assert not any(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_an_evaluation_measures_the_policy_of_now_however_old_the_sampler_is(checkpoint, tmp_path, monkeypatch):
+    """Guards against curves of a run with --sync_every that repeat the values before training."""
+    seen = []
+
+    async def evaluate(model, *args, real=evaluation.evaluate, **settings):
+        seen.append(next(model.parameters()).sum().item())
+        return await real(model, *args, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "1+1?", "answer": "2"}\n')
+    result = run_here(*PPO, *OWN, "--steps", "3", "--model", checkpoint, "--eval_data", str(problems), "--critic_warmup", "0",
+                      "--sync_every", "9", "--eval_every", "1", "--actor_lr", "0.01", "--run_dir", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    # The first step moves nothing: a critic that says 0 finds all responses alike.
+    assert len(seen) == 4 and len(set(seen[1:])) == 3

@@ -183,7 +183,7 @@ def test_a_saved_policy_stops_in_plain_transformers_where_its_training_ended_tur
     loaded, model = load_tokenizer(path), load_model(path, "cpu")
     monkeypatch.setattr(evaluation, "report_page", lambda folders: "")
     run_folder = SimpleNamespace(path=tmp_path, files={}, tracker=None, writes=True, results={})
-    ppo.RunFolder.write_model(run_folder, model, loaded)
+    ppo.save_beside_weights(model, loaded, tmp_path / "model")
     ppo.RunFolder.finish(run_folder, model, loaded)
 
     process = SimpleNamespace(rank=0, device="cpu", world=1)
