@@ -243,7 +243,8 @@ SPELLINGS = [
 ]
 
 # After a number these are no unit: they change it, or take it back.
-NO_UNIT = re.compile('"(hundred|thousand|million|billion|trillion|dozen|half|third|quarter|tenth|'
+NO_UNIT = re.compile('"(hundred|thousand|million|billion|trillion|dozen|half|halve|third|quarter|'
+                     '(?:fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million|billion)th|'
                      'squared|cubed|factorial|no|not|nope|wrong|incorrect|more|less|of)s?"')
 NUMBER = re.compile(
     r"(?P<sign>-?) ?"
@@ -555,8 +556,8 @@ METRICS = {
     "timing_mean": "mean over snippets of start / response length",
     "retry_busy": "share of busy calls that another follows, where one is left",
     "retry_busy_count": "busy calls after which one is left",
-    "accuracy_after_retry": "share of such calls whose response is correct",
-    "self_correction": "share of failed snippets, not busy ones, that are followed by one that ran",
+    "accuracy_after_retry": "share of retried busy calls whose response is correct",
+    "self_correction": "share of failed snippets whose next one, busy calls apart, ran",
     "self_correction_count": "failed snippets, not busy ones",
     "corrected_share": "share of correct responses with a failed snippet",
     "truncated": "share of responses cut off by a limit",
@@ -705,13 +706,14 @@ def rollout_metrics(trajectories, max_calls=math.inf):
         for number, call in enumerate(trajectory.tool_calls, 1):
             statuses[call.status] += 1
             starts.append(call.start / len(trajectory.response_ids))
-            later = trajectory.tool_calls[number:]
+            later = [other.status for other in trajectory.tool_calls[number:]]
             if call.status == "busy" and number < max_calls:
                 retried.append(bool(later))
                 if later:
                     right_after_retry.append(trajectory.correct)
             elif call.status not in ("ok", "busy"):
-                corrected.append(bool(later) and later[0].status == "ok")
+                answered = [status for status in later if status != "busy"]
+                corrected.append(answered[:1] == ["ok"])
 
     return {
         "accuracy": mean([trajectory.correct for trajectory in kept]),
@@ -788,7 +790,7 @@ def behaviour_metrics(trajectories, problems):
 
 def probes(calls):
     """Of each question to a box, while five or more numbers are left: does it leave at least a
-    quarter of them on either side?"""
+    quarter of them, rounded down, on either side?"""
     low, high = 1, HIGHEST
     in_middle = []
     for call in calls:

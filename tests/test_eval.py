@@ -462,6 +462,7 @@ OTHER_SPELLINGS = [
     ("101₂", "101_2"), ("= 5", "5"), ("=5", "x=5"), (r"= \frac{1}{2}", "0.5"), ("= x+1", "x+1"), (r"90\degree", "90"),
 ]
 NO_OTHER_SPELLINGS = [
+    ("2 fifths", "2"), ("3 halves", "3"), ("5", "5 hundredths"), ("7 twelfths", "7"), ("1 millionth", "1"),
     (r"\fbox{4}", "5"), ("(p,q)=(3,2)", "(2,3)"), ("(p,q)=(3,2)", "3,2"), ("(p,q)=(3,2)", "(q,p)=(3,2)"),
     ("(p,q)=5", "(5,5)"), ("(p,q)", "(3,2)"), ("(1,2)=(3,2)", "(3,2)"), ("(p,q)=(3,2)=(4,2)", "(3,2)"),
     (r"x \lt 3", "x>3"), (r"x \lt 3", r"x\le 3"), (r"x\gt 3", "3"), (r"11,\! 111", "11,111,000"), ("11\u200911", "1111"),
@@ -856,14 +857,14 @@ def test_a_busy_tool_is_no_failure_and_no_failure_is_left_out(tokenizer):
         response(tokenizer, BUSY, TWO, BOX),
         response(tokenizer, BUSY, BOX),
         response(tokenizer, BUSY, BUSY, BUSY, BOX),  # after the third no call is left
-        response(tokenizer, FAILED, TWO, BOX),
+        response(tokenizer, FAILED, BUSY, TWO, BOX),
         response(tokenizer, FAILED, FAILED, BOX),
         response(tokenizer, BOX)]
     for t in trajectories:
         t.correct = True
     trajectories[1].correct = False
     found = rollout_metrics(trajectories, max_calls=3)
-    assert (found["retry_busy"], found["retry_busy_count"]) == (3 / 4, 4)
+    assert (found["retry_busy"], found["retry_busy_count"]) == (4 / 5, 5)
     assert found["accuracy_after_retry"] == 1.0
     assert (found["self_correction"], found["self_correction_count"]) == (1 / 3, 3)
     assert found["corrected_share"] == 2 / 5
