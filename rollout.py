@@ -58,7 +58,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sandbox import EARLIER, Sandbox, SandboxResult, UserError
+from sandbox import Sandbox, SandboxResult, UserError
 
 try:  # optional, CUDA only
     from flash_attn import flash_attn_varlen_func
@@ -148,7 +148,7 @@ class Service:
         self.busy = busy
 
     async def run(self, code, seed=0):
-        question = as_question(code)
+        question = as_question(code) if isinstance(code, str) else None  # a list is no question
         if question:
             box = int(question[1])
             guess = int(question[2])
@@ -377,7 +377,7 @@ def after_earlier(code, calls):
     for call in calls:
         if call.status == "ok" and call.tool == "code" and not as_question(call.code):
             earlier.append(call.code)
-    return f"{EARLIER}{json.dumps(earlier)}\n{code}" if earlier else code
+    return [*earlier, code] if earlier else code
 
 
 # ---------------------------------------------------------------------------------------------

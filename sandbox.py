@@ -78,8 +78,6 @@ LINUX = sys.platform == "linux"
 
 # Of a snippet.
 SNIPPET = "snippet.py"
-# A first line of this and a JSON list: these snippets run before, unseen, as `replay` says.
-EARLIER = "# earlier snippets: "
 OWN_SOURCES = set()  # names under which the snippet and earlier ones are compiled
 OUTPUT_BYTES = 1 << 20  # a snippet that prints this much is stopped
 MEMORY_RESERVE = 64 << 20  # bytes beyond memory_mb, to report a MemoryError
@@ -152,7 +150,7 @@ class Sandbox:
     workers: int = 2  # snippets that run at a time
     timeout: float = 1.0  # seconds of a snippet's own time
     memory_mb: int = 512  # of address space beyond the zygote's
-    output_chars: int = 2000  # kept of an output, half from its head
+    output_chars: int = 10_000  # kept of an output, half from its head; a model sees fewer tokens
     unsafe: bool = False  # start, with a warning, although the self-test fails
     math_verify: bool = False  # import what `equal` needs
 
@@ -194,6 +192,7 @@ class Sandbox:
 
     async def run(self, code, seed=0):
         """The SandboxResult of `code`; `seed` (64-bit, signed) is for random, numpy and sympy.
+        `code` may be a list: all but the last run before it, unseen, as `replay` says.
         Cancelling the task kills the snippet. RuntimeError outside `async with`."""
         async with self.slots:
             # An error of our own is retried once. A snippet that never ran is sent again.
@@ -240,7 +239,8 @@ class Sandbox:
         request_id = next(self.ids)
         future = self.loop.create_future()
         patience = WALL_FACTOR * timeout + FROZEN_SECONDS
-        source = code.encode("utf-8", "surrogatepass")
+        snippets = [code] if isinstance(code, str) else code
+        source = json.dumps(snippets).encode()
         with anonymous_file(source) as source_file, anonymous_file() as output_file:
             self.futures[request_id] = future
             try:
@@ -858,26 +858,25 @@ def run_child(config, seed, code_fd, output_fd):
             emit(traceback.format_exc())
             os.kill(config["zygote_pid"], signal.SIGKILL)
         else:
-            code = source.decode("utf-8", "surrogatepass")
-            exit_code = run_snippet(code, seed, config["memory_mb"])
+            exit_code = run_snippet(json.loads(source), seed, config["memory_mb"])
     finally:
         os._exit(exit_code)
 
 
-def run_snippet(code, seed, memory_mb):
-    """Execute `code` as a script: the exit code, 1 after an exception."""
+def run_snippet(snippets, seed, memory_mb):
+    """Execute the last of `snippets` as a script: the exit code, 1 after an exception."""
     gc.freeze()  # counters to zero: collections at the same points
     gc.enable()
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     sympy.core.random.seed(seed)
 
-    out = open_output()
+    open_output()
 
     # pickle looks the main module up, tracebacks the source.
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    earlier, code = split_earlier(code)
+    *earlier, code = snippets
     remember_source(SNIPPET, code)
 
     exit_code = 0
@@ -885,7 +884,6 @@ def run_snippet(code, seed, memory_mb):
     try:
         if earlier:
             replay(earlier, main.__dict__)
-            out = sys.stdout
         is_parsing = True
         tree = ast.parse(code, SNIPPET)
         is_parsing = False
@@ -898,14 +896,13 @@ def run_snippet(code, seed, memory_mb):
         if last is not None:
             echo = compile(ast.Expression(last.value), SNIPPET, "eval", dont_inherit=True)
             value = eval(echo, main.__dict__)
-            for_its_effect = is_remark(last, tree.body, code) or writes(last, main.__dict__)
-            if value is not None and not for_its_effect:
-                print_on_new_line(repr(value), sys.stdout)
+            if value is not None and not is_for_its_effect(last.value, main.__dict__):
+                emit(f"{value!r}\n")
     except SystemExit as stop:
         if stop.code is not None and stop.code != 0:
             exit_code = 1
             message = f"[exit code {stop.code}]" if isinstance(stop.code, int) else stop.code
-            print_on_new_line(message, sys.stderr)
+            emit(f"{message}\n")
     except BaseException as error:
         exit_code = 1
         if LINUX:  # after a MemoryError only the reserve has room to format it
@@ -916,27 +913,26 @@ def run_snippet(code, seed, memory_mb):
             message += "[nested too deeply for Python's parser]\n"
         elif isinstance(error, MemoryError):
             message += f"[memory limit of {memory_mb} MiB reached]\n"
-        flush_all(out)
         emit(message)
 
     # What os._exit leaves out. _shutdown, unlike join, wakes the idle workers of executors.
     threading._shutdown()
     atexit._run_exitfuncs()
-    flush_all(out)
+    flush_all()
     return exit_code
 
 
 def open_output():
     """A new stream for all that is printed. Line-buffered: what was printed before a kill is in
     the file."""
+    REPLACED.append((sys.stdout, sys.stderr))
     out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
-    return out
 
 
-def flush_all(out):
-    """Write out what `out` holds, and what the snippet may have put in its place."""
-    for stream in (out, sys.stdout, sys.stderr):
+def flush_all():
+    """Write out what our stream holds, and what the snippet may have put in its place."""
+    for stream in (sys.__stdout__, sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):  # the output is full, closed, or no stream at all
             stream.flush()
 
@@ -949,27 +945,13 @@ def remember_source(name, code):
     OWN_SOURCES.add(name)
 
 
-def split_earlier(code):
-    """(earlier snippets, the present one)"""
-    first_line, _, rest = code.partition("\n")
-    if first_line.startswith(EARLIER):
-        # Else it is a comment of the snippet's own.
-        with contextlib.suppress(ValueError, RecursionError):
-            earlier = json.loads(first_line.removeprefix(EARLIER))
-            if isinstance(earlier, list) and all(isinstance(text, str) for text in earlier):
-                return earlier, rest
-    return [], code
-
-
-# Streams of earlier snippets. The last reference to one must stay: it would close our own output.
+# Streams that were replaced. The last reference to one must stay: it would close our own output.
 REPLACED = []
 
 
 def replay(earlier, namespace):
     """Run earlier snippets, each compiled by itself; what they print goes nowhere, and an exit ends
     only the snippet in which it stands. One that closes all descriptors spoils the later ones."""
-    out = sys.stdout
-    stdin = sys.stdin
     end_process = os._exit
     shown = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -979,43 +961,32 @@ def replay(earlier, namespace):
             remember_source(name, code)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
-            sys.stdin = io.StringIO()  # exit() closes it
             os._exit = sys.exit
-            try:
-                with contextlib.suppress(SystemExit):
-                    exec(compile(code, name, "exec", dont_inherit=True), namespace)
-                atexit._run_exitfuncs()
-            finally:
-                flush_all(out)
-                REPLACED.append((sys.stdout, sys.stderr))
-                sys.stdout = sys.stderr = out
-            if not can_be_written(out):
-                out = open_output()
+            open_output()
+            with contextlib.suppress(SystemExit):
+                exec(compile(code, name, "exec", dont_inherit=True), namespace)
+            atexit._run_exitfuncs()
+            flush_all()
+            sys.stdin = open(0, closefd=False)  # exit() closes it
     finally:
         os._exit = end_process
-        sys.stdin = stdin
         os.dup2(shown, 1)
         os.dup2(shown, 2)
         os.close(nowhere)
         os.close(shown)
-
-
-def can_be_written(stream):
-    """Whether it is neither closed nor detached."""
-    try:
-        stream.flush()
-    except ValueError:
-        return False
-    return True
+        open_output()
 
 
 # Methods and functions that return how much they wrote.
 WRITES = ("write", "writelines", "writerow", "writerows", "write_text", "write_bytes")
 
 
-def writes(statement, namespace):
-    """Whether a trailing expression calls something that writes: its value is only a count."""
-    for node in ast.walk(statement):
+def is_for_its_effect(expression, namespace):
+    """Whether a trailing expression is `...`, a text as it stands (a docstring, a remark), or calls
+    something that writes: its value is only a count."""
+    if isinstance(expression, ast.Constant):
+        return expression.value is ... or isinstance(expression.value, str)
+    for node in ast.walk(expression):
         if not isinstance(node, ast.Call):
             continue
         function = node.func
@@ -1029,37 +1000,6 @@ def writes(statement, namespace):
             if not is_own and getattr(value, "__name__", None) in WRITES:
                 return True
     return False
-
-
-def is_remark(statement, statements_before, code):
-    """Whether a trailing expression is `...`, or a text that stands where a docstring or a comment
-    of several lines does."""
-    if not isinstance(statement.value, ast.Constant):
-        return False
-    if statement.value.value is ...:
-        return True
-    if not isinstance(statement.value.value, str):
-        return False
-    source = ast.get_source_segment(code, statement.value) or ""
-    quotes = source.lstrip("rRuU")[:3]
-    return not statements_before or quotes in ('"""', "'''")
-
-
-def print_on_new_line(text, stream):
-    """Print a text on a line of its own: behind output that ends inside a line it would be read as
-    a part of that."""
-    with contextlib.suppress(Exception):  # the snippet may have put anything there
-        sys.__stdout__.flush()
-        sys.stdout.flush()
-        if ends_inside_a_line():
-            print(file=stream)
-    print(text, file=stream)
-
-
-def ends_inside_a_line():
-    """Whether the output so far ends without a newline."""
-    size = os.fstat(1).st_size
-    return size > 0 and os.pread(1, 1, size - 1) != b"\n"
 
 
 def describe(error):
@@ -1081,9 +1021,12 @@ def describe(error):
 
 
 def emit(text):
-    """Append to the output on a new line, past sys.stdout."""
+    """Append to the output, past sys.stdout, on a line of its own: behind output that ends inside
+    a line it would be read as a part of that."""
+    flush_all()
     with contextlib.suppress(OSError):
-        if ends_inside_a_line():
+        size = os.fstat(1).st_size
+        if size > 0 and os.pread(1, 1, size - 1) != b"\n":
             text = "\n" + text
         os.write(1, text.encode("utf-8", "backslashreplace"))
 
@@ -1338,12 +1281,13 @@ def landlock_ruleset(folders):
 
 # System calls that are allowed: numbers on x86-64 and on aarch64 (None: not there). They act on
 # the calling process, or on files that Landlock let it open. Not here: sendmsg and recvmsg (pass
-# descriptors), shm*, sem*, msg*, mq_*, flock, inotify* (messages between snippets), mincore,
-# preadv2, statfs, sysinfo (shared state), readlink, access (Landlock does not cover them).
+# descriptors), close_range (gives a thread its own, each with RLIMIT_NOFILE), shm*, sem*, msg*,
+# mq_*, flock, inotify* (messages between snippets), mincore, preadv2, statfs, sysinfo (shared
+# state), readlink, access (Landlock does not cover them).
 ALLOWED = dict(
     # Files and descriptors.
     read=(0, 63), write=(1, 64), readv=(19, 65), writev=(20, 66), pread64=(17, 67),
-    pwrite64=(18, 68), lseek=(8, 62), close=(3, 57), close_range=(436, 436),
+    pwrite64=(18, 68), lseek=(8, 62), close=(3, 57),
     dup=(32, 23), dup2=(33, None), dup3=(292, 24), open=(2, None), openat=(257, 56),
     getdents64=(217, 61), getcwd=(79, 17), stat=(4, None), lstat=(6, None),
     fstat=(5, 80), newfstatat=(262, 79),
@@ -1391,8 +1335,6 @@ CONDITIONS = dict(
     # Of the bits in MASKS. Pages that are shared and anonymous stay until the last one is
     # unmapped, and RLIMIT_AS counts only what is mapped.
     mmap={3: (0, MAP_SHARED, MAP_ANONYMOUS)},
-    # Or CLOSE_RANGE_CLOEXEC; not UNSHARE: RLIMIT_NOFILE would hold for each thread by itself.
-    close_range={2: (0, 4)},
     clone={0: (0x3D0F00, 0x7D0F00)},  # a thread's flags in glibc, in musl
     kill={0: [SELF]},
     tgkill={0: [SELF]},

@@ -19,7 +19,7 @@ import sft
 from data import tool_call
 from ppo import advantages_and_returns, policy_loss, token_rewards, turn_gae
 from rollout import ToolCall, Trajectory
-from sandbox import EARLIER, Sandbox
+from sandbox import Sandbox
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (0.5, 0.0)])
@@ -161,13 +161,13 @@ def test_replayed_snippets_are_programs_of_their_own(earlier, code, status, outp
     assert output is not None or "NameError: name 'nowhere'" in result.output or "EOFError" in result.output
 
 
-def test_a_comment_that_looks_like_earlier_snippets_is_a_comment():
-    """Guards against a policy whose own first line is taken away."""
+def test_no_text_of_a_snippet_makes_others_run_before_it():
+    """Guards against earlier snippets that travel inside the source: a policy could write some, never seen by anyone."""
     async def main():
         async with Sandbox() as sandbox:
-            return [await sandbox.run(f"{EARLIER}{text}\nprint(4)") for text in ("3", "[1, 2]", "[", "[" * 3000)]
+            return [await sandbox.run(f"{text}print(x)") for text in ('# earlier snippets: ["x = 5"]\n', '["x = 5"]\n')]
 
-    assert [result.output for result in asyncio.run(main())] == ["4\n"] * 4
+    assert all(result.status == "error" and "NameError" in result.output for result in asyncio.run(main()))
 
 
 def test_each_mask_switch_trains_exactly_the_tokens_it_names(tokenizer):
