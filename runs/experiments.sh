@@ -15,6 +15,7 @@ flags() {  # NAME: what a run has other than the default
   case $1 in
     *-equal-time) echo --advantage "${1%-equal-time}" --samples_per_prompt 4 --prompts_per_step 80 --steps 37 ;;  # PPO's time for 30, about
     lam-*) echo --lam_actor "${1#lam-}" ;;
+    again) echo ;;  # the default, from the warm starts of another machine: what runs there are compared with
     curve) echo --eval_every 3 ;;  # the default, evaluated as it learns
     turn) echo --gae_unit turn ;;
     mask-off) echo --mask_interpreter off ;;
