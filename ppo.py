@@ -1127,6 +1127,7 @@ async def main(process):
         # What a finished run has.
         seconds_total = time.perf_counter() - begin
         run.write("metrics.jsonl", {"seconds_total": seconds_total})
+        run.add_to_arguments({"sandbox_results": sandbox.counts})  # no metric: depends on load
         run.finish(trainer.sampler, tokenizer)
         question = prompts[args.steps * args.prompts_per_step]["question"]
         flags = f"--busy {args.busy} " if problems is None else ""
@@ -1273,7 +1274,7 @@ class RunFolder:
 
     def begin(self):
         """Write what stands before the first row, and open the JSONL files."""
-        self.write_arguments()
+        self.say_how_it_started()
         if self.record["step"] == 0:
             save_beside_weights(self.model, self.tokenizer, self.path / "model")
         self.process.goes_on = f"torchrun ppo.py --resume {shlex.quote(str(self.path))}"
@@ -1287,20 +1288,24 @@ class RunFolder:
             if "evaluation" in row:
                 self.results[row.pop("evaluation")] = row
 
-    def write_arguments(self):
+    def say_how_it_started(self):
         """What the run was started with; a resumed run adds a line about itself."""
         start = {"versions": sft.versions(), "commit": commit(), "world_size": self.process.world,
                  "threads": torch.get_num_threads(), "device": str(self.process.device)}
-        path = self.path / "arguments.json"
-        before = {}
         if self.args.resume:
-            before = json.loads(path.read_text())
+            before = json.loads((self.path / "arguments.json").read_text())
             start = {"resumed": before.get("resumed", []) + [start]}
-        record = before | start | {"arguments": vars(self.args), "sandbox": self.sandbox_report}
+        self.add_to_arguments(
+            start | {"arguments": vars(self.args), "sandbox": self.sandbox_report})
 
-        # A kill leaves the old file or the new one.
+    def add_to_arguments(self, entries):
+        if not self.writes:
+            return
+        path = self.path / "arguments.json"
         partial = self.path / "arguments.partial"
-        partial.write_text(json.dumps(record, indent=1))
+        record = json.loads(path.read_text()) if path.exists() else {}
+        # A kill leaves the old file or the new one.
+        partial.write_text(json.dumps(record | entries, indent=1))
         sft.sync_to_disk(partial)
         partial.rename(path)
 
