@@ -152,6 +152,20 @@ def test_a_gain_is_paired_by_problem_and_seed(experiments):
     assert mean == pytest.approx(gains.mean() * 5 / 3) and low == 0 and high > 60
 
 
+def test_a_run_of_another_machine_is_held_against_ppo_from_its_own_warm_start(experiments):
+    """Guards against a difference between two warm starts of one seed that is read as one between two methods."""
+    def run(before, after):
+        return {"evaluations": {"test before": {"per_problem": [(1, n) for n in before]},
+                                "test after": {"per_problem": [(1, n) for n in after]}}}
+
+    experiments.RUNS |= {"ppo": {1: run([0, 0], [1, 1])}, "again": {1: run([0, 1], [0, 1])},
+                         "here": {1: run([0, 0], [1, 1])}, "there": {1: run([0, 1], [1, 1])}}
+    assert experiments.difference("here", "ppo")[0] == 0 and experiments.difference("there", "ppo")[0] == 50
+    experiments.RUNS["other"] = {1: run([1, 1], [1, 1])}
+    with pytest.raises(UserError, match="other-1 does not start as ppo-1"):
+        experiments.starts_alike()
+
+
 def test_what_the_findings_ask_for_must_be_there(experiments):
     """Guards against an empty cell where a run is missing or misspelt."""
     assert experiments.fill('{{ percent("ppo") }} %, {{ each("ppo", digits=0) }}') == "25 %, 50, 0"
