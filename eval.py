@@ -1377,9 +1377,11 @@ def print_last(line):
 
 def describe_error(error):
     """One line for what the user or the machine has to change, None for a bug."""
-    # A loss that is not finite; weights that cannot be written.
-    if isinstance(error, (UserError, FloatingPointError, SafetensorError)):
+    if isinstance(error, (UserError, FloatingPointError)):  # a loss that is not finite
         return f"error: {error}"
+    if isinstance(error, SafetensorError):
+        return (f"error: weights cannot be written ({error}): disk full? What was saved before is "
+                "whole: --resume, or the same command, writes them again")
     # A path or a disk: a TimeoutError has no errno.
     if isinstance(error, OSError) and error.errno:
         return f"error: {error}"

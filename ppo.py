@@ -34,6 +34,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import socket
 import subprocess
 import time
@@ -815,6 +816,8 @@ def recorded_values(parser, folder, defaults):
     # What is no default is parsed again, as a command line.
     command_line = []
     for name, value in values.items():
+        if value is None:
+            parser.error(f"--resume {folder}: arguments.json: {name} is null")
         if value is True:
             command_line.append(f"--{name}")
         elif value != defaults.get(name):
@@ -897,7 +900,7 @@ def add_ppo_arguments(parser):
     add("--max_grad_norm", type=in_range(0.0, above=True), default=1.0,
         help="norm that gradients are clipped to")
     add("--sync_every", type=at_least(1), default=1,
-        help="steps between syncs of the sampler")
+        help="steps between syncs of the sampler; an evaluation syncs it, too")
 
 
 def lambda_or_adaptive(text):
@@ -908,7 +911,8 @@ def add_run_arguments(parser):
     add = parser.add_argument_group("the run").add_argument
     add("--preset", choices=("", "paper"), default="",
         help="paper: the defaults are the paper's numbers")
-    add("--run_dir", default="", help="a new folder for the run; empty: out/ppo/<date>-<time>")
+    add("--run_dir", default="",
+        help="a new folder for the run; empty: out/ppo/<date>-<time>-<process>")
     add("--resume", default="",
         help="run folder to go on with, under its own flags and those given")
     add("--export", default="",
@@ -1202,7 +1206,8 @@ def commit():
     return subprocess.getoutput(f"git -C {folder} rev-parse HEAD")
 
 
-# The file in a run folder that a run locks as long as it lives. It stays: the lock counts.
+# The file in a run folder that a run locks as long as it lives. What counts is the lock, not the
+# file, which stays.
 LOCK = "run.lock"
 
 
@@ -1225,7 +1230,7 @@ def lock_folder(folder):
 
 class RunFolder:
     """What a run leaves behind. Every rank has one; rank 0 alone writes. Until its first row there
-    is only the lock: a start that is refused leaves nothing, and changes nothing.
+    is only the lock's file: a start that is refused blocks no other, and changes nothing.
 
     Appended to: metrics.jsonl, rollouts.jsonl. Replaced: arguments.json. Written at the end:
     table.md, report.html, checkpoint/.
@@ -1239,6 +1244,7 @@ class RunFolder:
         self.results = {}  # of evaluations, by label
         self.tracker = None
         self.lock = None
+        self.is_new = False
 
         # Rank 0 names it: the ranks' clocks may differ.
         now = time.strftime("%Y%m%d-%H%M%S")
@@ -1248,6 +1254,7 @@ class RunFolder:
         if not self.writes:
             return
         if not args.resume:
+            self.is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             if any(path.name != LOCK for path in self.path.iterdir()):
                 raise UserError(
@@ -1260,9 +1267,8 @@ class RunFolder:
     def __exit__(self, *error):
         if not self.lock:
             return
-        if not self.files and not self.args.resume:
-            (self.path / LOCK).unlink()
-            self.path.rmdir()
+        if not self.files and self.is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
         self.lock.close()
 
     def prepare(self, model, tokenizer, record, sandbox_report):
@@ -1273,12 +1279,7 @@ class RunFolder:
         self.sandbox_report = sandbox_report
 
     def begin(self):
-        """Write what stands before the first row, and open the JSONL files."""
-        self.say_how_it_started()
-        if self.record["step"] == 0:
-            save_beside_weights(self.model, self.tokenizer, self.path / "model")
-        self.process.goes_on = f"torchrun ppo.py --resume {shlex.quote(str(self.path))}"
-
+        """Open the JSONL files, and write what stands before the first row."""
         # What a killed run wrote after its last checkpoint is cut off, and written again.
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             self.files[name] = open(self.path / name, "a", buffering=1)
@@ -1287,6 +1288,11 @@ class RunFolder:
             row = json.loads(line)
             if "evaluation" in row:
                 self.results[row.pop("evaluation")] = row
+
+        self.say_how_it_started()
+        if self.record["step"] == 0:
+            save_beside_weights(self.model, self.tokenizer, self.path / "model")
+        self.process.goes_on = f"torchrun ppo.py --resume {shlex.quote(str(self.path))}"
 
     def say_how_it_started(self):
         """What the run was started with; a resumed run adds a line about itself."""

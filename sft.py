@@ -656,6 +656,7 @@ def code_hashes(entries, left_out=()):
     """{file: hash} of the definitions that the entries reach by name. Comments, docstrings, layout
     and what is not reached may change freely."""
     definitions = {}  # name -> [(file, tree)]
+    modules = {path.stem for path in Path(__file__).parent.glob("*.py")}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             remove_docstrings(node)
@@ -677,7 +678,8 @@ def code_hashes(entries, left_out=()):
             for part in ast.walk(node):
                 if isinstance(part, ast.Name):
                     waiting.append(part.id)
-                elif isinstance(part, ast.Attribute):
+                # Of rollout.generate the second part, too.
+                if isinstance(part, ast.Attribute) and getattr(part.value, "id", "") in modules:
                     waiting.append(part.attr)
     return {file: digest(sorted(reached[file])) for file in sorted(reached)}
 
@@ -749,7 +751,7 @@ def load_traces(source):
     """A file or hub id -> [{"question", "answer", "family", "response", "failed_calls"}]."""
     traces = []
     for place, row in read_rows(source):
-        problem = read_row(row)
+        problem = read_row(row, FIELDS | {"solution": ["response", "solution"]})
         response = problem["solution"]
         if not problem["question"] or problem["stated"] is None:
             raise UserError(f"{place}: no question, or no \\boxed{{}} answer in the response: "

@@ -143,6 +143,7 @@ fi
 for seed in 51 52 53; do
   for name in rft rft-10 forced curve text mask-off lam-0.95; do one $name $seed; done
 done
+for seed in 52 53; do one again $seed; done
 for name in feedback-hidden feedback-none text-long text-long-0.0003 text-long-0.003 turn lam-adaptive sync-4 sync-4-weighted sync-16 \
     sync-16-weighted minibatches-16 kl-0.01 kl-0.1 entropy-0.01 no-whiten-floor reward-executable reward-bonus reward-steps cost-0.1 cost-0.3 cost-0.6 \
     cost-0.9 cost-1.2 cost-1.8 grpo-equal-time rloo-equal-time sft-mask-off traces-500 traces-2000 traces-10000 from-500 from-2000 latency; do

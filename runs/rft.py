@@ -10,6 +10,10 @@ is thrown away.
 import json
 import re
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rollout import INTERPRETER_BLOCK  # noqa: E402
 
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -30,7 +34,9 @@ def main(paths):
     for path in paths:
         for line in open(path):
             response = json.loads(line)
-            if response["correct"]:
+            # Where a token closed a call and held more than its tag, a reader of the text finds no call.
+            calls = INTERPRETER_BLOCK.findall(response["response"])
+            if response["correct"] and len(calls) == len(response["tool_statuses"]):
                 print(json.dumps(trace(response)))
 
 

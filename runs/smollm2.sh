@@ -223,7 +223,7 @@ few() { echo "--run_dir $OUT/$1 --model $OUT/numbers $UPDATES --prompts_per_step
   --save_every 1 --dtype fp32 --sandbox_timeout 2"; }
 short_run check-one python "$(few check-one)"
 short_run check-two "torchrun --nproc_per_node 2" "$(few check-two)"
-[ -d "$OUT/check-resumed" ] || python ppo.py $(few check-resumed) --minutes 0.1 > "$OUT/check-resumed.log"
+[ -e "$OUT/check-resumed/arguments.json" ] || python ppo.py $(few check-resumed) --minutes 0.1 > "$OUT/check-resumed.log"
 short_run check-resumed python "--resume $OUT/check-resumed --minutes 0"
 python - "$OUT" <<'PY' | tee "$OUT/checks.txt"
 import json

@@ -184,8 +184,10 @@ RESPONSE = {
 def test_right_responses_become_traces(tmp_path, capsys):
     """Guards against a policy that learns from its wrong responses, or learns failed snippets."""
     wrong = RESPONSE | {"correct": False, "answer": "7"}
+    overrun = RESPONSE | {"response": RESPONSE["response"].replace("</code>", "</code>,", 1)}  # to a reader of text no call
+    assert overrun["response"] != RESPONSE["response"]
     samples = tmp_path / "samples.jsonl"
-    samples.write_text(f"{json.dumps(wrong)}\n{json.dumps(RESPONSE)}\n")
+    samples.write_text("".join(json.dumps(row) + "\n" for row in (wrong, overrun, RESPONSE)))
     script("rft").main([samples])
     traces = tmp_path / "traces.jsonl"
     traces.write_text(capsys.readouterr().out)

@@ -716,7 +716,8 @@ def test_failures_at_the_very_end_are_one_line(tokenizer, tmp_path, monkeypatch)
     run = SimpleNamespace(path=tmp_path, files={}, tracker=None, writes=True)
     with pytest.raises(SafetensorError) as error:
         ppo.RunFolder.finish(run, SimpleNamespace(save_pretrained=full), tokenizer)
-    assert evaluation.describe_error(error.value) == "error: I/O error: No space left on device"
+    line = evaluation.describe_error(error.value)
+    assert re.fullmatch(r"error: weights cannot be written \(.*No space left.*disk full\?.*--resume.*", line)
 
 
 def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
@@ -731,6 +732,9 @@ def test_a_file_of_problems_is_no_file_of_traces(tmp_path):
         file.write_text(json.dumps(trace | {"failed_calls": failed_calls}))
         with pytest.raises(UserError, match="traces.jsonl:1: failed_calls is not a list of indices"):
             sft.load_traces(str(file))
+    # Where a solution stands beside it, the response is what is trained on.
+    file.write_text(json.dumps(trace | {"solution": "by hand: \\boxed{2}"}))
+    assert sft.load_traces(str(file))[0]["response"] == "\\boxed{2}"
 
 
 def test_text_only_ppo_on_a_file_runs_and_skips_over_long_prompts(runs, tmp_path):
@@ -1080,6 +1084,15 @@ def test_a_refused_start_leaves_nothing(tmp_path, monkeypatch):
             raise refused
         assert not any(tmp_path.iterdir())
 
+    # A folder that was there stays, and takes the corrected command.
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for name in ("there", "link"):
+        with pytest.raises(UserError, match="^memory$"), run_folder({"run_dir": str(tmp_path / name)}):
+            raise UserError("memory")
+    with run_folder({"run_dir": str(tmp_path / "link")}):
+        pass
+
     # What has begun stays, and a resumed run says so at its first row.
     with pytest.raises(UserError), run_folder({"run_dir": folder}) as run:
         run.write("metrics.jsonl", {})
@@ -1176,6 +1189,7 @@ def test_a_run_goes_back_behind_damage_to_whatever_it_reads(runs, tmp_path, caps
     ({"reward": "none"}, "argument --reward: invalid choice: 'none'"),
     ({"tf32": "yes"}, "argument --tf32: ignored explicit argument 'yes'"),
     ({"actor_rl": 1.0}, "unrecognized arguments: --actor_rl=1.0"),
+    ({"export": None}, "arguments.json: export is null"),
 ])
 def test_arguments_that_the_parser_would_refuse_are_refused_when_they_are_read_back(runs, tmp_path, change, line):
     """Guards against an edited arguments.json that trains with minibatches of nothing, or ends in a traceback."""

@@ -269,6 +269,7 @@ def edit(tmp_path, monkeypatch):
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-7)  # why", set()),
     ("sft.py", '"""U V^T of x', '"""About U V^T of x', set()),
     ("rollout.py", "TOOLS = [", "TOOLS = 1 * [", {"rollout.py"}),
+    ("data.py", "def split_answer(", "def split_answers(", set()),
     ("sft.py", "def save_checkpoint(folder,", "def save_checkpoint(folder, *,", set()),
     ("sft.py", "    x = x / (x.norm() + 1e-7)", "    x = x / (x.norm() + 1e-6)", {"sft.py"}),
     ("sft.py", "LOGIT_BYTES = ", "LOGIT_BYTES = 1 and ", {"sft.py"}),
