@@ -150,7 +150,7 @@ class Sandbox:
     workers: int = 2  # snippets that run at a time
     timeout: float = 1.0  # seconds of a snippet's own time
     memory_mb: int = 512  # of address space beyond the zygote's
-    output_chars: int = 10_000  # kept of an output, half from its head; a model sees fewer tokens
+    output_chars: int = 2000  # kept of an output, half from its head; tokens are limited besides
     unsafe: bool = False  # start, with a warning, although the self-test fails
     math_verify: bool = False  # import what `equal` needs
 
